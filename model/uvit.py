@@ -1,0 +1,310 @@
+"""U-ViT: a vision transformer with long skip connections (Bao et al., arXiv:2209.12152), its skips scaled (2310.13545).
+
+The state dict is the published one, name for name. ``forward`` takes time as it is fed to the published network:
+999 t under the continuous VP-SDE, n in 1..1000 under the discrete schedule.
+
+Shapes: B batch, C image channels, H height, W width, T tokens (extras + patches), D width, P patch side, L text tokens.
+"""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from scalelong.kernels.attention import attention
+from scalelong.kernels.skip_linear import Scale, skip_linear
+from scalelong.model.skip_scale import SkipScale, Unscaled, skip_scale_from_dict, skip_scale_to_dict
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig:
+    """The shape of a U-ViT.
+
+    Raises:
+        ValueError: sizes that do not fit together, naming them.
+    """
+
+    img_size: int
+    """Side of the (square) image or latent, in pixels."""
+    patch_size: int
+    """Side of a patch, in pixels."""
+    in_channels: int = 3
+    """Channels of the image or latent."""
+    width: int = 512
+    """Features of a token."""
+    depth: int = 12
+    """Blocks that a skip joins, half of them on each side; one more block lies between."""
+    num_heads: int = 8
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    num_classes: int = 0
+    """Rows of the label embedding, a null label for guidance included; 0: no labels."""
+    context_tokens: int = 0
+    """Text tokens; 0: no text."""
+    context_dim: int = 768
+    """Features of a text token as given."""
+    final_conv: bool = True
+    """A 3x3 convolution after the last projection."""
+    qkv_bias: bool = False
+    """A bias in the projection to queries, keys and values (no published network has one)."""
+    time_mlp: bool = False
+    """An MLP over the time embedding (no published network has one)."""
+
+    def __post_init__(self):
+        for name in ("img_size", "patch_size", "in_channels", "width", "num_heads", "context_dim", "mlp_width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("num_classes", "context_tokens"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        if self.width % 2:
+            raise ValueError(f"width must be even for the sinusoidal time embedding, got {self.width}")
+        if self.depth < 2 or self.depth % 2:
+            raise ValueError(f"depth must be even and at least 2, got {self.depth}")
+        if self.num_classes and self.context_tokens:
+            raise ValueError("a U-ViT takes class labels or text, not both")
+
+    @property
+    def num_skips(self) -> int:
+        return self.depth // 2
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def num_extras(self) -> int:
+        """Tokens before the patches: the time, then the class before it or the text after it."""
+        return 1 + (1 if self.num_classes else 0) + self.context_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_extras + (self.img_size // self.patch_size) ** 2
+
+
+def time_embedding(t_B: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """[cos(t f), sin(t f)], f_k = 10000^(-k / (dim/2)), k = 0 .. dim/2 - 1. In fp32, or fp64 for an fp64 model."""
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    half = dim // 2
+    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=compute_dtype, device=t_B.device) / half)
+    angle = t_B.to(compute_dtype)[:, None] * f
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: UViTConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.width, config.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.proj(attention(self.qkv(x_BTD), self.num_heads))
+
+
+class Mlp(nn.Module):
+    def __init__(self, config: UViTConfig):
+        super().__init__()
+        hidden = config.mlp_width
+        self.fc1 = nn.Linear(config.width, hidden)
+        self.fc2 = nn.Linear(hidden, config.width)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x_BTD)))
+
+
+class Block(nn.Module):
+    """A pre-norm transformer block; in the decoder it first takes in its long skip."""
+
+    def __init__(self, config: UViTConfig, *, takes_skip: bool = False):
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * config.width, config.width) if takes_skip else None
+        self.norm1 = nn.LayerNorm(config.width)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(config.width)
+        self.mlp = Mlp(config)
+
+    def forward(self, x_BTD: Tensor, skip_BTD: Tensor | None = None, scale: Scale = None) -> Tensor:
+        if self.skip_linear is not None:
+            assert skip_BTD is not None
+            x_BTD = skip_linear(x_BTD, skip_BTD, scale, self.skip_linear.weight, self.skip_linear.bias)
+        x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
+        return x_BTD + self.mlp(self.norm2(x_BTD))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, config: UViTConfig):
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
+
+
+class UViT(nn.Module):
+    """U-ViT with scaled long skips.
+
+    Args:
+        config: the network's shape.
+        skip_scale: the policy that scales the long skips; unscaled if not given.
+    """
+
+    def __init__(self, config: UViTConfig, *, skip_scale: SkipScale | None = None):
+        super().__init__()
+        self.config = config
+        self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
+
+        width = config.width
+        self.patch_embed = PatchEmbed(config)
+        self.time_embed = (
+            nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+            if config.time_mlp
+            else nn.Identity()
+        )
+        if config.num_classes:
+            self.label_emb = nn.Embedding(config.num_classes, width)
+        if config.context_tokens:
+            self.context_embed = nn.Linear(config.context_dim, width)
+        self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, width))
+        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.num_skips))
+        self.mid_block = Block(config)
+        self.out_blocks = nn.ModuleList(Block(config, takes_skip=True) for _ in range(config.num_skips))
+        self.norm = nn.LayerNorm(width)
+        self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
+        self.final_layer = (
+            nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1) if config.final_conv else nn.Identity()
+        )
+        self.init_weights()
+        # After init_weights: the gates of LS keep PyTorch's own initialisation, as published (so does the name "se").
+        self.se = self.skip_scale.make_gates(config.num_skips, config.num_tokens)
+
+    def init_weights(self) -> None:
+        """Linear weights and positions N(0, 0.02²), cut at ±2, biases 0; convolutions and labels as PyTorch does."""
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+        """Predicts the noise in ``x_BCHW``.
+
+        Args:
+            x_BCHW: noisy images or latents.
+            t_B: time as the network is fed it (see the head of this file).
+            y_B: class labels (B,), or text tokens (B, L, context_dim).
+
+        Returns:
+            The prediction, shaped as ``x_BCHW``.
+
+        Raises:
+            ValueError: an image of another shape than the configuration's, labels missing or not wanted.
+        """
+        tokens_BTD = self._embed(x_BCHW, t_B, y_B)
+        skips = []
+        for block in self.in_blocks:
+            tokens_BTD = block(tokens_BTD)
+            skips.append(tokens_BTD)
+        tokens_BTD = self.mid_block(tokens_BTD)
+        num_skips = self.config.num_skips
+        for executed, block in enumerate(self.out_blocks):
+            skip_BTD = skips.pop()
+            scale = self.skip_scale.scale(num_skips - executed, num_skips, skip_BTD, self.se)
+            tokens_BTD = block(tokens_BTD, skip_BTD, scale)
+        patches = self.decoder_pred(self.norm(tokens_BTD))[:, self.config.num_extras :]
+        return self.final_layer(self._unpatchify(patches))
+
+    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
+        config = self.config
+        expected = (config.in_channels, config.img_size, config.img_size)
+        if tuple(x_BCHW.shape[1:]) != expected:
+            raise ValueError(f"U-ViT: expected images of shape {expected}, got {tuple(x_BCHW.shape[1:])}")
+        if (y_B is None) != (config.num_classes == 0 and config.context_tokens == 0):
+            raise ValueError(
+                "U-ViT: " + ("labels or text are missing" if y_B is None else "this model takes no labels")
+            )
+        patches_BTD = self.patch_embed(x_BCHW)
+        tokens = [self.time_embed(time_embedding(t_B, config.width, self.pos_embed.dtype)).unsqueeze(1), patches_BTD]
+        if config.num_classes:
+            tokens.insert(0, self.label_emb(y_B).unsqueeze(1))
+        elif config.context_tokens:
+            tokens.insert(1, self.context_embed(y_B))
+        return torch.cat(tokens, dim=1) + self.pos_embed
+
+    def _unpatchify(self, patches_BTD: Tensor) -> Tensor:
+        P, side = self.config.patch_size, self.config.img_size // self.config.patch_size
+        x = patches_BTD.unflatten(2, (P, P, self.config.in_channels)).unflatten(1, (side, side))
+        # (B, side, side, P, P, C) -> (B, C, side, P, side, P)
+        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def skip_blocks(self) -> list[tuple[int, nn.Module]]:
+        """(i, the module that is called with (x, skip, scale)) for each long skip, i = 1 the outermost."""
+        num_skips = self.config.num_skips
+        return [(num_skips - executed, block) for executed, block in enumerate(self.out_blocks)]
+
+    def num_params(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def flops(self, batch_size: int = 1) -> int:
+        """Floating-point operations of one forward pass, two per multiply-add; a training step costs three times that.
+
+        Matrix products, convolutions and attention are counted; norms, activations and the gates are not.
+        """
+        c = self.config
+        T, D = c.num_tokens, c.width
+        num_patches = T - c.num_extras
+        patch_features = c.patch_size**2 * c.in_channels
+        attention_macs = 4 * T * D * D + 2 * T * T * D
+        mlp_macs = 2 * T * D * c.mlp_width
+        blocks = (c.depth + 1) * (attention_macs + mlp_macs) + c.num_skips * 2 * T * D * D
+        ends = num_patches * patch_features * D + T * D * patch_features
+        if c.final_conv:
+            ends += 9 * c.in_channels**2 * c.img_size**2
+        if c.context_tokens:
+            ends += c.context_tokens * c.context_dim * D
+        if c.time_mlp:
+            ends += 8 * D * D
+        return 2 * batch_size * (blocks + ends)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        description = {
+            "architecture": "UViT",
+            "config": asdict(self.config),
+            "skip_scale": skip_scale_to_dict(self.skip_scale),
+        }
+        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> "UViT":
+        """Reads what ``save_pretrained`` or ``python -m scalelong.train.export`` wrote.
+
+        Raises:
+            FileNotFoundError: the folder lacks one of the two files.
+            ValueError: the description is of another architecture.
+        """
+        folder = Path(folder)
+        for name in ("config.json", "model.safetensors"):
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder} has no {name}: not an exported model")
+        description = json.loads((folder / "config.json").read_text())
+        if description.get("architecture") != "UViT":
+            raise ValueError(f"{folder / 'config.json'} describes {description.get('architecture')!r}, not 'UViT'")
+        model = cls(UViTConfig(**description["config"]), skip_scale=skip_scale_from_dict(description["skip_scale"]))
+        state = load_file(folder / "model.safetensors")
+        model.to(state["pos_embed"].dtype).load_state_dict(state)
+        return model.eval()

@@ -1,0 +1,23 @@
+"""ScaleLong: training diffusion backbones whose long skip connections are scaled (arXiv:2310.13545)."""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "UViT": "scalelong.model.uvit",
+    "UViTConfig": "scalelong.model.uvit",
+    "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
+}
+__all__ = ["__version__", *_PUBLIC]
+
+
+def __getattr__(name: str):
+    # Looked up on first use, so that `import scalelong` alone does not cost the import of torch.
+    if name in _PUBLIC:
+        return getattr(import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'scalelong' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,41 @@
+"""Parity by error budget: against an fp64 truth, an op may be only so much more wrong than its plain reference."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+
+def assert_within_budget(
+    op: Callable[..., Tensor],
+    ref: Callable[..., Tensor],
+    inputs: Mapping[str, Tensor],
+    *,
+    output_budget: float = 2.0,
+    grad_budget: float = 3.0,
+) -> None:
+    """``op`` and ``ref`` take the values of ``inputs`` in order; ``ref`` on fp64 copies of them is the truth."""
+    truths = _output_and_grads(ref, {name: x.double() for name, x in inputs.items()})
+    plain, ours = _output_and_grads(ref, inputs), _output_and_grads(op, inputs)
+    for name, truth in truths.items():
+        assert ours[name].dtype == plain[name].dtype, name
+        assert ours[name].shape == truth.shape, name
+        # A few fp32 roundings of the largest entry, for where the reference happens to be exact.
+        epsilon = 4 * torch.finfo(torch.float32).eps * truth.abs().max()
+        allowed = (output_budget if name == "output" else grad_budget) * _error(plain[name], truth) + epsilon
+        error = _error(ours[name], truth)
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"
+
+
+def _output_and_grads(f: Callable[..., Tensor], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    leaves = {name: x.detach().clone().requires_grad_() for name, x in inputs.items()}
+    output = f(*leaves.values())
+    # Drawn in bf16, so that every dtype is sent back the same numbers.
+    generator = torch.Generator().manual_seed(1)
+    d_output = torch.randn(output.shape, generator=generator, dtype=torch.bfloat16).to(output.dtype)
+    grads = torch.autograd.grad(output, list(leaves.values()), d_output)
+    return {"output": output.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def _error(x: Tensor, truth: Tensor) -> Tensor:
+    return (x.double() - truth).abs().max()

@@ -1,0 +1,143 @@
+"""The two forward processes against their formulas, and the training objective against a computation by hand."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy.integrate import quad
+from torch import Tensor
+
+from scalelong.train.diffusion import PROCESSES, VPSDE, ScaledLinear, add_noise, noise_prediction_loss
+
+LARGEST_U = float(np.nextafter(np.float32(1), np.float32(0)))
+each_process = pytest.mark.parametrize("name", PROCESSES)
+
+
+def grid(name: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """All times of the grid on which the samplers work."""
+    return PROCESSES[name].grid_time(torch.arange(1, 1001, dtype=dtype))
+
+
+def test_vp_sde_is_the_exponential_of_its_integrated_rate():
+    for t in (0.0, 0.001, 0.3, 1.0):
+        integral, _ = quad(lambda s: 0.1 + 19.9 * s, 0, t)
+        expected = math.exp(-integral)
+        assert VPSDE().alpha_bar(torch.tensor(t, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_scaled_linear_is_the_product_of_stable_diffusions_schedule():
+    betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
+    np.testing.assert_allclose(ScaledLinear().alpha_bar(grid("scaled-linear")), np.cumprod(1 - betas), rtol=1e-12)
+
+
+@each_process
+def test_the_signal_only_ever_fades(name):
+    alpha_bar = PROCESSES[name].alpha_bar(grid(name))
+    assert (alpha_bar.diff() < 0).all()
+    assert 0.99 < alpha_bar[0] < 1
+    assert 0 < alpha_bar[-1] < 0.01
+
+
+@each_process
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_alpha_bar_has_the_dtype_of_the_time_and_is_as_precise(name, dtype):
+    process = PROCESSES[name]
+    found = process.alpha_bar(grid(name, dtype))
+    assert found.dtype == dtype
+    # exp amplifies the rounding of its argument, at most 10.
+    torch.testing.assert_close(found.double(), process.alpha_bar(grid(name)), rtol=30 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_discrete_times_are_1_to_1000_for_every_number_a_run_can_draw():
+    u = torch.arange(2**24, dtype=torch.float32) * 2.0**-24
+    assert u[-1] == LARGEST_U
+    times = ScaledLinear().draw_time(u)
+    assert (times.min(), times.max()) == (1, 1000)
+    counts = torch.bincount(times.long(), minlength=1001)[1:]
+    # Equally often, but for the rounding of 1000 u at the edges.
+    assert (counts - 2**24 / 1000).abs().max() < 64
+
+
+def test_continuous_times_are_the_drawn_numbers():
+    u = torch.tensor([0.0, 0.25, LARGEST_U])
+    assert torch.equal(VPSDE().draw_time(u), u)
+
+
+@pytest.mark.parametrize(("name", "expected"), [("vp-sde", [0.0, 249.75, 999.0]), ("scaled-linear", [1, 251, 1000])])
+def test_the_network_is_told_the_time_as_published(name, expected):
+    process = PROCESSES[name]
+    told = process.network_time(process.draw_time(torch.tensor([0.0, 0.25, LARGEST_U])))
+    torch.testing.assert_close(told, torch.tensor(expected, dtype=torch.float32))
+
+
+def test_noising_weighs_image_and_noise_by_hand():
+    x0, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 10.0)
+    noisy = add_noise(x0, noise, torch.tensor([0.36, 1.0]))
+    assert noisy.flatten().tolist() == pytest.approx([0.6 * 2 + 0.8 * 10, 2.0])
+
+
+def test_noising_preserves_the_variance():
+    x0, noise = torch.randn(2, 5, 3, 64, 64).unbind()
+    noisy = add_noise(x0, noise, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]))
+    torch.testing.assert_close(noisy.var(dim=(1, 2, 3)), torch.ones(5), rtol=0, atol=0.06)
+
+
+def batch(dtype: torch.dtype = torch.float32, B: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    x0, noise = torch.randn(2, B, 3, 4, 4, dtype=dtype).unbind()
+    return x0, noise, torch.linspace(0.0123, 0.9876, B, dtype=dtype)
+
+
+@each_process
+def test_the_loss_is_the_mean_square_by_hand(name):
+    x0, noise, u = batch()
+    process = PROCESSES[name]
+    loss = noise_prediction_loss(
+        lambda x, t, y: torch.tanh(x) + t[:, None, None, None] / 1000, process, x0, noise, u, None
+    )
+    total = 0.0
+    for n in range(len(u)):
+        if name == "vp-sde":
+            t = u[n].item()
+            alpha_bar, told = math.exp(-(0.1 * t + 9.95 * t * t)), 999 * t
+        else:
+            told = math.floor(1000 * u[n].item()) + 1
+            betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
+            alpha_bar = float(np.prod(1 - betas[:told]))
+        x, e = x0[n].double().numpy(), noise[n].double().numpy()
+        predicted = np.tanh(math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * e) + told / 1000
+        total += np.square(e - predicted).mean()
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(total / len(u), rel=1e-5)
+
+
+@each_process
+def test_a_model_that_knows_the_image_has_no_loss(name):
+    x0, noise, u = batch(torch.float64)
+    process = PROCESSES[name]
+    alpha_bar = process.alpha_bar(process.draw_time(u))[:, None, None, None]
+
+    def oracle(x, t, y):
+        return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+    assert noise_prediction_loss(oracle, process, x0, noise, u, None).item() < 1e-12
+
+
+@each_process
+def test_a_model_that_predicts_nothing_has_the_loss_of_the_noise(name):
+    x0, noise, u = batch()
+    loss = noise_prediction_loss(lambda x, t, y: torch.zeros_like(x), PROCESSES[name], x0, noise, u, None)
+    assert loss.item() == pytest.approx(noise.square().mean().item())
+
+
+def test_labels_reach_the_model_untouched():
+    x0, noise, u = batch()
+    labels, seen = torch.arange(6), []
+    noise_prediction_loss(lambda x, t, y: seen.append(y) or x, PROCESSES["vp-sde"], x0, noise, u, labels)
+    assert seen[0] is labels
+
+
+def test_the_loss_is_fp32_whatever_the_model_computes_in():
+    x0, noise, u = batch()
+    loss = noise_prediction_loss(lambda x, t, y: x.bfloat16(), PROCESSES["vp-sde"], x0, noise, u, None)
+    assert loss.dtype == torch.float32

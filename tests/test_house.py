@@ -1,0 +1,99 @@
+"""The rooms of the house: which folder may import which, and what an import may cost."""
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from importlib.util import resolve_name
+from pathlib import Path
+
+import pytest
+
+import scalelong
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = ("kernels", "model", "train", "bench")
+FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """Absolute dotted names of everything a file imports, inside functions too."""
+    package = "scalelong." + ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = resolve_name("." * node.level + (node.module or ""), package)
+            yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def modules_loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    return set(
+        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
+    )
+
+
+each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+
+
+def test_every_lower_floor_has_files_to_check():
+    assert {path.relative_to(ROOT).parts[0] for path in FILES} >= {"kernels", "model"}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_floors_are_namespace_packages(floor):
+    assert (ROOT / floor).is_dir()
+    assert not list((ROOT / floor).rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_the_package_reaches_each_floor_by_a_relative_symlink(floor):
+    assert (ROOT / "src" / "scalelong" / floor).readlink() == Path("..", "..", floor)
+
+
+@each_file
+def test_imports_point_down(path):
+    floor = FLOORS.index(path.relative_to(ROOT).parts[0])
+    above = FLOORS[floor + 1 :]
+    assert [name for name in imports_of(path) if name.startswith("scalelong.") and name.split(".")[1] in above] == []
+
+
+@each_file
+def test_floors_are_never_imported_by_their_bare_names(path):
+    assert [name for name in imports_of(path) if name.split(".")[0] in FLOORS] == []
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").rglob("*.py")), ids=lambda path: path.name)
+def test_kernels_import_torch_and_triton_only(path):
+    def allowed(name: str) -> bool:
+        top = name.split(".")[0]
+        return top in {"torch", "triton"} | sys.stdlib_module_names or name.startswith("scalelong.kernels.")
+
+    assert [name for name in imports_of(path) if not allowed(name)] == []
+
+
+def test_kernels_and_models_load_no_heavy_package():
+    lower = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("kernels", "model")]
+    names = ["scalelong." + ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in lower]
+    loaded = modules_loaded_by("import " + ", ".join(names))
+    assert "scalelong.model.uvit" in loaded
+    assert not loaded & {"deepspeed", "nvidia.dali", "diffusers", "tyro", "rich", "sklearn", "tensorboard"}
+
+
+def test_the_package_alone_does_not_load_torch():
+    loaded = modules_loaded_by("import scalelong; scalelong.__version__")
+    assert "scalelong" in loaded
+    assert "torch" not in loaded
+
+
+def test_public_names_are_reachable_from_the_package():
+    assert all(getattr(scalelong, name) is not None for name in scalelong.__all__)
+    assert set(dir(scalelong)) >= {"__version__", "UViT", "UViTConfig", "load_uvit_checkpoint"}
+
+
+def test_an_unknown_attribute_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="no_such_name"):
+        scalelong.no_such_name  # noqa: B018 - the access is the test

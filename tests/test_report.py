@@ -1,0 +1,229 @@
+"""What a run tells and listens to: the log and its cutting back, lines and the progress bar, signals, agreement."""
+
+import io
+import json
+import os
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from rich.console import Console
+
+from scalelong.train import report
+from scalelong.train.errors import RankError, UserError
+from scalelong.train.processes import Processes
+from scalelong.train.report import QuietReport, Report
+from scalelong.train.signals import StopSignals
+
+pytest.importorskip("tensorboard")
+
+
+def row(images_seen: int, loss: float = 0.5, speed: float = 100.0) -> dict:
+    return {"images_seen": images_seen, "loss": loss, "images_per_second": speed}
+
+
+def rows_in(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def write_log(run: Path, *images_seen: int, torn: str = "") -> None:
+    (run / "log.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in images_seen) + torn)
+
+
+@pytest.fixture(autouse=True)
+def no_terminal(monkeypatch):
+    """Whatever the surroundings say of colours."""
+    for name in ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The report's clock; set ``now`` to move it."""
+    clock = SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(report, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def test_each_row_is_in_the_log_at_once(tmp_path):
+    with Report(tmp_path, 0, 100) as run:
+        for n in (10, 20):
+            run.log(row(n) | {"skip/1/scale": 0.25})
+            assert rows_in(tmp_path)[-1] == row(n) | {"skip/1/scale": 0.25}
+    assert len(rows_in(tmp_path)) == 2
+
+
+def test_tensorboard_gets_each_value_at_its_images_seen(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with Report(tmp_path, 0, 100) as run:
+        for n in (10, 20):
+            run.log(row(n, loss=n / 100))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert sorted(events.Tags()["scalars"]) == ["images_per_second", "loss"]
+    assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, pytest.approx(0.1)), (20, pytest.approx(0.2))]
+
+
+@pytest.mark.parametrize(("images_seen", "kept"), [(0, []), (20, [10, 20]), (25, [10, 20]), (40, [10, 20, 30, 40])])
+def test_resuming_takes_out_what_lies_past_the_checkpoint(tmp_path, images_seen, kept):
+    write_log(tmp_path, 10, 20, 30, 40)
+    with Report(tmp_path, images_seen, 100) as run:
+        assert [r["images_seen"] for r in rows_in(tmp_path)] == kept
+        run.log(row(50))
+    assert [r["images_seen"] for r in rows_in(tmp_path)] == [*kept, 50]
+
+
+@pytest.mark.parametrize("torn", ['{"images_seen": 20, "lo', "{", "\0\0\0\0"])
+def test_resuming_takes_out_a_last_line_that_was_cut_off(tmp_path, torn):
+    write_log(tmp_path, 10, torn=torn)
+    with Report(tmp_path, 10, 100) as run:
+        run.log(row(20))
+    assert rows_in(tmp_path) == [row(10), row(20)]
+
+
+def test_resuming_leaves_no_other_file_beside_the_log(tmp_path):
+    write_log(tmp_path, 10, 20)
+    with Report(tmp_path, 10, 100):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "tensorboard"]
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write .*no-run/log\.jsonl"):
+        Report(tmp_path / "no-run", 0, 100)
+
+
+def test_the_other_processes_report_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with QuietReport() as run:
+        run.log(row(10))
+        run.say("hello")
+    assert capsys.readouterr() == ("", "")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_terminal_progress_is_a_plain_line(tmp_path, capsys, clock):
+    with Report(tmp_path, 0, 1_000_000) as run:
+        run.log(row(1234, loss=0.12345, speed=1000.0))
+    shown = "1,234 / 1,000,000 images  loss 0.1235  1,000 images/s  0:16:39 left\n"
+    assert capsys.readouterr() == (shown, "")
+
+
+def test_lines_come_every_ten_seconds_and_at_the_end(tmp_path, capsys, clock):
+    with Report(tmp_path, 0, 50) as run:
+        for n, clock.now in ((10, 1000.0), (20, 1009.0), (30, 1010.5), (40, 1011.0), (50, 1012.0)):
+            run.log(row(n))
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["10", "30", "50"]
+    assert len(rows_in(tmp_path)) == 5
+
+
+@pytest.mark.parametrize(
+    ("left", "speed", "shown"), [(59, 1, "0:00:59"), (3661, 1, "1:01:01"), (360_000, 1, "100:00:00")]
+)
+def test_the_time_left_is_shown_as_a_clock(tmp_path, capsys, clock, left, speed, shown):
+    with Report(tmp_path, 0, left + 1) as run:
+        run.log(row(1, speed=speed))
+    assert capsys.readouterr().out.endswith(f" {shown} left\n")
+
+
+def test_a_speed_of_zero_is_no_division_by_zero(tmp_path, capsys, clock):
+    with Report(tmp_path, 0, 100) as run:
+        run.log(row(1, speed=0.0))
+    assert "0 images/s" in capsys.readouterr().out
+
+
+def test_messages_are_plain_lines(tmp_path, capsys):
+    with Report(tmp_path, 0, 100) as run:
+        run.say("resumed from [checkpoint] 10")
+    assert capsys.readouterr().out == "resumed from [checkpoint] 10\n"
+
+
+def test_on_a_terminal_a_bar_shows_progress_and_messages_stay_above_it(tmp_path, monkeypatch):
+    screen = io.StringIO()
+    terminal = Console(file=screen, force_terminal=True, width=100, color_system=None)
+    monkeypatch.setattr(report, "Console", lambda: terminal)
+    with Report(tmp_path, 50, 200) as run:
+        run.say("resumed from [checkpoint] 50")
+        run.log(row(100, loss=0.25, speed=1234.0))
+    shown = screen.getvalue()
+    assert "resumed from [checkpoint] 50\n" in shown
+    assert "100/200 images  loss 0.2500  1,234 images/s" in shown.split("[checkpoint] 50")[1]
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_remembered_and_interrupts_nothing(number):
+    with StopSignals() as stop:
+        assert stop.received is None
+        send(number)
+        assert stop.received == number.name
+
+
+def test_a_second_signal_soon_after_does_not_cut_the_saving_short():
+    with StopSignals() as stop:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
+            send(number)
+        assert stop.received == "SIGINT"
+
+
+@pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
+def test_ctrl_c_after_patience_is_over_interrupts(first, monkeypatch):
+    monkeypatch.setattr(StopSignals, "PATIENCE_SECONDS", -1.0)
+    with StopSignals() as stop:
+        send(first)
+        with pytest.raises(KeyboardInterrupt):
+            send(signal.SIGINT)
+        assert stop.received == first.name
+
+
+def test_a_launcher_that_repeats_its_signal_never_interrupts(monkeypatch):
+    monkeypatch.setattr(StopSignals, "PATIENCE_SECONDS", -1.0)
+    with StopSignals() as stop:
+        for _ in range(3):
+            send(signal.SIGTERM)
+        assert stop.received == "SIGTERM"
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_handlers_from_before_come_back(fails):
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    try:
+        with StopSignals():
+            assert [signal.getsignal(number) for number in numbers] != before
+            if fails:
+                raise UserError("stopped")
+    except UserError:
+        pass
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"), control_group=None)
+
+
+def test_a_process_alone_agrees_with_itself():
+    assert ALONE.agree(lambda: 42) == 42
+    assert ALONE.agree(lambda: None) is None
+    assert (ALONE.any(True), ALONE.any(False)) == (True, False)
+    assert (ALONE.gather("x"), ALONE.from_main("x"), ALONE.is_main) == (["x"], "x", True)
+
+
+@pytest.mark.parametrize("kind", [UserError, RankError])
+def test_what_one_process_cannot_do_is_an_error_of_all(kind):
+    def action():
+        raise kind("cannot write")
+
+    with pytest.raises(UserError, match=r"^cannot write$") as caught:
+        ALONE.agree(action)
+    # Every process raises it now, so that one of them is enough to say it.
+    assert not isinstance(caught.value, RankError)
+
+
+def test_errors_of_the_program_are_not_agreed_upon():
+    with pytest.raises(ZeroDivisionError):
+        ALONE.agree(lambda: 1 // 0)

@@ -1,0 +1,109 @@
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from parity import assert_within_budget
+from torch import Tensor
+
+from scalelong.kernels.skip_linear import Scale, skip_linear, skip_linear_ref
+
+B, D1, D2, OUT = 2, 12, 20, 16
+SCALES = {
+    "none": lambda T: None,
+    "float": lambda T: 0.7,
+    "scalar": lambda T: torch.tensor(0.7),
+    "per-token": lambda T: torch.rand(B, T),
+    "per-token-1": lambda T: torch.rand(B, T, 1),
+    "per-channel": lambda T: torch.rand(D2),
+}
+each_scale = pytest.mark.parametrize("make_scale", SCALES.values(), ids=SCALES.keys())
+
+
+def make_inputs(T: int, scale: Scale, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Everything that has a gradient; a scale that is a tensor comes last."""
+    inputs = {
+        "x": torch.randn(B, T, D1),
+        "s": torch.randn(B, T, D2),
+        "weight": torch.randn(OUT, D1 + D2),
+        "bias": torch.randn(OUT),
+    }
+    if isinstance(scale, Tensor):
+        inputs["scale"] = scale
+    return {name: tensor.to(dtype) for name, tensor in inputs.items()}
+
+
+def of_inputs(op: Callable[..., Tensor], scale: Scale) -> Callable[..., Tensor]:
+    """``op`` as a function of ``make_inputs``."""
+    return lambda x, s, weight, bias, scale=scale: op(x, s, scale, weight, bias)
+
+
+@each_scale
+@pytest.mark.parametrize("T", [1, 16, 257])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_as_exact_as_the_reference(dtype, T, make_scale):
+    scale = make_scale(T)
+    assert_within_budget(of_inputs(skip_linear, scale), of_inputs(skip_linear_ref, scale), make_inputs(T, scale, dtype))
+
+
+def test_parity_holds_for_permuted_inputs():
+    inputs = make_inputs(5, None, torch.float32)
+    inputs["x"], inputs["s"] = (inputs[name].transpose(0, 1).contiguous() for name in ("x", "s"))
+
+    def transposed(op):
+        return lambda x, s, weight, bias: op(x.transpose(0, 1), s.transpose(0, 1), 0.5, weight, bias)
+
+    assert_within_budget(transposed(skip_linear), transposed(skip_linear_ref), inputs)
+
+
+@each_scale
+def test_is_the_sum_of_two_products(make_scale):
+    T = 5
+    scale = make_scale(T)
+    inputs = make_inputs(T, scale, torch.float64)
+    x, s, weight, bias = (inputs[name] for name in ("x", "s", "weight", "bias"))
+    scaled_BTD2 = s.clone()
+    for b, t, d in torch.cartesian_prod(torch.arange(B), torch.arange(T), torch.arange(D2)):
+        k = inputs.get("scale", scale)
+        if isinstance(k, Tensor) and k.dim() > 0:
+            k = k[d] if k.dim() == 1 else k[b, t].squeeze()
+        scaled_BTD2[b, t, d] *= 1.0 if k is None else k
+    expected = x @ weight[:, :D1].T + scaled_BTD2 @ weight[:, D1:].T + bias
+    torch.testing.assert_close(of_inputs(skip_linear, scale)(*inputs.values()), expected)
+
+
+def test_without_a_bias():
+    x, s, weight, bias = make_inputs(5, None, torch.float64).values()
+    without = skip_linear(x, s, 0.5, weight, None)
+    torch.testing.assert_close(without + bias, skip_linear(x, s, 0.5, weight, bias))
+
+
+@each_scale
+def test_reference_gradients(make_scale):
+    scale = make_scale(2)
+    leaves = [tensor.requires_grad_() for tensor in make_inputs(2, scale, torch.float64).values()]
+    assert torch.autograd.gradcheck(of_inputs(skip_linear_ref, scale), leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize(
+    ("x", "s", "weight", "message"),
+    [
+        ((2, 3, 4), (2, 5), (6, 9), r"got \(2, 3, 4\) and \(2, 5\)"),
+        ((3, 4), (3, 5), (6, 9), r"got \(3, 4\) and \(3, 5\)"),
+        ((2, 3, 4), (2, 7, 5), (6, 9), r"got \(2, 3, 4\) and \(2, 7, 5\)"),
+        ((2, 3, 4), (1, 3, 5), (6, 9), r"got \(2, 3, 4\) and \(1, 3, 5\)"),
+        ((2, 3, 4), (2, 3, 5), (6, 10), r"weight \(6, 10\) does not fit x \(2, 3, 4\) beside s \(2, 3, 5\)"),
+        ((2, 3, 4), (2, 3, 5), (9,), r"weight \(9,\) does not fit"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_named(x, s, weight, message):
+    with pytest.raises(ValueError, match=message):
+        skip_linear(torch.randn(x), torch.randn(s), None, torch.randn(weight), None)
+
+
+@pytest.mark.parametrize("shape", [(1,), (3,), (4,), (3, 2), (2, 1), (2, 3, 5), (1, 3, 1), (2, 3, 1, 1)], ids=str)
+def test_a_scale_of_another_form_is_refused(shape):
+    x, s, weight = torch.randn(2, 3, 4), torch.randn(2, 3, 5), torch.randn(6, 9)
+    message = f"scale {shape} is none of scalar, (2, 3), (2, 3, 1), (5,)"
+    with pytest.raises(ValueError, match=re.escape(message)):
+        skip_linear(x, s, torch.rand(shape), weight, None)

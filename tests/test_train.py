@@ -1,0 +1,386 @@
+"""The run as a whole: what it leaves behind, that resuming is exact, and what bad input meets."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+from running import SMALL, command, environment, launch, log_rows, losses, run_command, small_config
+
+from scalelong.model.skip_scale import SKIP_SCALE_NAMES
+from scalelong.model.uvit import UViT
+from scalelong.train.config import DataConfig
+from scalelong.train.errors import UserError
+from scalelong.train.loop import passes, train
+from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
+
+pytestmark = pytest.mark.slow
+
+STEP = 32
+TENSOR_FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    for name in TENSOR_FILES:
+        left, right = load_file(a / name), load_file(b / name)
+        assert left.keys() == right.keys()
+        for key in left:
+            assert torch.equal(left[key], right[key]), f"{name}: {key}"
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    """Twenty steps at one go, with learned gates, shuffled data and dropped labels."""
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert train(small_config(run, skip_scale="ls", total_images=20 * STEP)) == 0
+    return run
+
+
+def test_a_run_leaves_what_the_house_promises(straight):
+    assert json.loads((straight / "config.json").read_text())["skip_scale"] == "ls"
+    assert (straight / "samples" / "640.png").is_file()
+    assert list((straight / "tensorboard").iterdir())
+    files = {p.name for p in (straight / "checkpoints" / "640").iterdir()}
+    assert files == {*TENSOR_FILES, "state.json", "manifest.json"}
+    rows = log_rows(straight)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
+    expected |= {f"skip/1/{what}" for what in ("scale", "feature_norm", "hidden_norm")}
+    assert rows[-1].keys() == expected
+    assert all(np.isfinite(list(row.values())).all() for row in rows)
+
+
+def test_training_lowers_the_loss(straight):
+    values = losses(straight)
+    assert np.mean(values[-4:]) < 0.98 * np.mean(values[:4])
+
+
+def test_learning_rate_warms_up_then_stays(straight):
+    rates = [row["learning_rate"] for row in log_rows(straight)]
+    assert rates[:4] == pytest.approx([0, 5e-4, 1e-3, 1e-3])
+    assert set(rates[2:]) == {1e-3}
+
+
+@pytest.mark.parametrize("reader", ["dali", "pillow"])
+def test_resuming_is_bit_identical(straight, tmp_path, reader):
+    if reader == "dali":
+        pytest.importorskip("nvidia.dali")
+    config = small_config(tmp_path / "run", skip_scale="ls", data=DataConfig(reader=reader))
+    train(replace(config, total_images=10 * STEP))
+    # Asking for more later is the same as having asked for it at once.
+    train(replace(config, total_images=20 * STEP))
+    assert losses(tmp_path / "run") == losses(straight)
+    assert_same_tensors(tmp_path / "run/checkpoints/640", straight / "checkpoints/640")
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resuming_is_bit_identical_under_zero(tmp_path, stage):
+    once = small_config(tmp_path / "once", total_images=6 * STEP, zero_stage=stage)
+    train(once)
+    twice = replace(once, run=tmp_path / "twice")
+    train(replace(twice, total_images=3 * STEP))
+    train(twice)
+    assert losses(twice.run) == losses(once.run)
+    assert_same_tensors(twice.run / "checkpoints/192", once.run / "checkpoints/192")
+
+
+def test_resuming_goes_on_under_another_zero_stage(straight, tmp_path):
+    config = small_config(tmp_path / "run", skip_scale="ls")
+    for stage, steps in ((1, 7), (3, 14), (2, 20)):
+        train(replace(config, total_images=steps * STEP, zero_stage=stage))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight), rtol=1e-5)
+
+
+def test_resuming_passes_over_a_damaged_checkpoint(straight, tmp_path, capsys):
+    config = small_config(tmp_path / "run", skip_scale="ls", images_per_checkpoint=5 * STEP)
+    train(replace(config, total_images=10 * STEP))
+    damaged = tmp_path / "run/checkpoints/320/model.safetensors"
+    data = bytearray(damaged.read_bytes())
+    data[-1] ^= 1
+    damaged.write_bytes(data)
+    train(replace(config, total_images=20 * STEP))
+    assert "model.safetensors is not what was written" in capsys.readouterr().err
+    assert losses(tmp_path / "run") == losses(straight)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_mixed_precision_trains_and_resumes_exactly(tmp_path, precision, stage):
+    once = small_config(tmp_path / "once", precision=precision, zero_stage=stage, total_images=4 * STEP)
+    train(once)
+    twice = replace(once, run=tmp_path / "twice")
+    train(replace(twice, total_images=2 * STEP))
+    train(twice)
+    assert losses(twice.run) == losses(once.run)
+    # Gradients are reported without the loss scale.
+    assert all(0.01 < row["grad_norm"] < 100 for row in log_rows(once.run))
+
+
+def test_an_overflow_in_fp16_lowers_the_loss_scale(tmp_path):
+    from scalelong.train import loop
+
+    scales = []
+    original = loop.ds.make_engine
+
+    def overflowing(*arguments):
+        engine = original(*arguments)
+        loop.ds._grad_scaler(engine).update(2.0**30)
+        return engine
+
+    for stage in (0, 2, 3):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(loop.ds, "make_engine", overflowing)
+            run = tmp_path / str(stage)
+            train(small_config(run, precision="fp16", zero_stage=stage, total_images=12 * STEP))
+        scales = [row["loss_scale"] for row in log_rows(run)]
+        assert scales[0] == 2.0**30
+        assert scales[-1] < scales[0]
+
+
+@pytest.mark.parametrize("skip_scale", SKIP_SCALE_NAMES)
+def test_every_skip_scale_trains_and_logs_its_scales(tmp_path, skip_scale):
+    config = small_config(tmp_path, skip_scale=skip_scale, total_images=2 * STEP)
+    config = replace(config, model=replace(config.model, depth=4), run=tmp_path / "run")
+    train(config)
+    row = log_rows(config.run)[-1]
+    expected = {"none": (1.0, 1.0), "inv-sqrt2": (2**-0.5, 2**-0.5), "cs": (1.0, 0.5)}
+    scales = (row["skip/1/scale"], row["skip/2/scale"])
+    if skip_scale in expected:
+        assert scales == pytest.approx(expected[skip_scale])
+    else:
+        assert all(0.3 < scale < 0.7 for scale in scales)
+    assert row["skip/1/feature_norm"] > 0
+    assert row["skip/2/feature_norm"] > 0
+
+
+def test_accumulation_makes_the_same_step(straight, tmp_path):
+    train(small_config(tmp_path / "run", skip_scale="ls", total_images=10 * STEP, accumulation_steps=4))
+    np.testing.assert_allclose(losses(tmp_path / "run"), losses(straight)[:10], rtol=1e-5)
+
+
+def test_a_finished_run_says_so_and_changes_nothing(straight, capsys):
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
+    assert train(small_config(straight, skip_scale="ls", total_images=20 * STEP)) == 0
+    assert "already trained to 640 images" in capsys.readouterr().out
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*")} == before
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
+    config = small_config(tmp_path / "run", total_images=20 * STEP, images_per_checkpoint=2 * STEP)
+    config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e30))
+    with pytest.raises(UserError, match=r"at step [34] ") as caught:
+        train(config)
+    assert "\n" not in str(caught.value)
+    weights = load_file(max((config.run / "checkpoints").iterdir()) / "model.safetensors")
+    assert all(w.isfinite().all() for w in weights.values())
+
+
+@pytest.mark.parametrize(("stage", "port"), [(0, 29610), (2, 29612), (3, 29613)])
+def test_two_processes_give_the_losses_of_one(straight, tmp_path, stage, port):
+    run = tmp_path / "run"
+    arguments = ["digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--zero-stage", stage]
+    done = launch(2, *arguments, "--total-images", 10 * STEP, port=port)
+    assert done.returncode == 0, done.stdout + done.stderr
+    np.testing.assert_allclose(losses(run), losses(straight)[:10], rtol=0, atol=1e-4)
+    # One process takes up what two have left.
+    train(small_config(run, skip_scale="ls", total_images=20 * STEP))
+    np.testing.assert_allclose(losses(run), losses(straight), rtol=0, atol=1e-4)
+
+
+def test_two_processes_take_up_what_one_has_left(straight, tmp_path):
+    run = tmp_path / "run"
+    train(small_config(run, skip_scale="ls", total_images=10 * STEP))
+    arguments = ["digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--zero-stage", 3]
+    done = launch(2, *arguments, "--total-images", 20 * STEP, "--accumulation-steps", 2, port=29614)
+    assert done.returncode == 0, done.stdout + done.stderr
+    np.testing.assert_allclose(losses(run), losses(straight), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, number):
+    run = tmp_path / "run"
+    line = command("digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--total-images", 10_000 * STEP)
+    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+        deadline = time.monotonic() + 60
+        while not (run / "log.jsonl").is_file() or not log_rows_so_far(run):
+            assert time.monotonic() < deadline, "no step in a minute"
+            time.sleep(0.1)
+        child.send_signal(number)
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == EXIT_SAVED_AFTER_SIGNAL, err
+    saved = int(max((run / "checkpoints").iterdir(), key=lambda p: int(p.name)).name)
+    assert f"saved at {saved:,} images" in out
+    assert f"python -m scalelong.train digits-uvit {' '.join(SMALL)}" in out
+    assert losses(run)[:20] == losses(straight)[: saved // STEP]
+    assert train(small_config(run, skip_scale="ls", total_images=saved + STEP)) == 0
+
+
+def log_rows_so_far(run: Path) -> int:
+    return (run / "log.jsonl").read_bytes().count(b"\n")
+
+
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    arguments = ["digits-uvit", *SMALL, "--run", run]
+    first = run_command(*arguments, "--total-images", 3 * STEP)
+    assert first.returncode == 0, first.stderr
+    # No file may grow past 40 kB: the log fits, the weights do not, as on a disk with little room.
+    limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
+    limit += "runpy.run_module('scalelong.train', run_name='__main__', alter_sys=True)"
+    line = [sys.executable, "-c", limit, *map(str, arguments), "--total-images", str(6 * STEP)]
+    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert f"the last good checkpoint is {run}/checkpoints/96" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["96"]
+    again = run_command(*arguments, "--total-images", 6 * STEP)
+    assert again.returncode == 0, again.stderr
+
+
+def expect_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -> None:
+    assert done.returncode != 0
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("error: ")
+    for word in words:
+        assert word in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["nope"], ["unknown preset 'nope'", "digits-uvit", "cifar10-uvit-s2"]),
+        ([], ["which preset?", "digits-uvit"]),
+        (["digits-uvit", "--total-image", "5"], ["--total-image", "--total-images"]),
+        (["digits-uvit", "--total-images", "many"], ["--total-images", "many"]),
+        (["digits-uvit", "--skip-scale", "half"], ["half", "ls-separate"]),
+        (["digits-uvit", "--kappa", "1.5"], ["kappa", "1.5"]),
+        (["digits-uvit", "--model.width", "33"], ["33"]),
+        (["digits-uvit", "--images-per-step", "30", "--accumulation-steps", "4"], ["30", "4 accumulation steps"]),
+        (["cifar10-uvit-s2"], ["--data.path"]),
+        (["cifar10-uvit-s2", "--data.path", "no/such/folder"], ["no/such/folder"]),
+    ],
+)
+def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, arguments, words):
+    run = tmp_path / "run"
+    if arguments and not arguments[0].startswith("nope"):
+        arguments = [*arguments, "--run", str(run)]
+    expect_one_line_error(run_command(*arguments), *words)
+    assert not run.exists()
+
+
+def test_a_broken_image_is_named_before_anything_is_written(tmp_path):
+    folder = tmp_path / "images"
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        Image.new("L", (8, 8), 20 * label).save(folder / str(label) / "a.png")
+    broken = folder / "3" / "b.png"
+    broken.write_bytes((folder / "3" / "a.png").read_bytes()[:40])
+    done = run_command("digits-uvit", *SMALL, "--run", tmp_path / "run", "--data.path", folder)
+    expect_one_line_error(done, str(broken))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_without_images_is_an_error(tmp_path):
+    (tmp_path / "empty").mkdir()
+    done = run_command("digits-uvit", "--run", tmp_path / "run", "--data.path", tmp_path / "empty")
+    expect_one_line_error(done, "no images", str(tmp_path / "empty"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_configuration_is_refused_naming_what_differs(straight):
+    before = {p: p.stat().st_mtime_ns for p in straight.rglob("*")}
+    with pytest.raises(UserError, match=r"--skip-scale ls -> cs, --seed|--seed 0 -> 1, --skip-scale ls -> cs"):
+        train(small_config(straight, skip_scale="cs", seed=1, total_images=30 * STEP))
+    assert {p: p.stat().st_mtime_ns for p in straight.rglob("*")} == before
+
+
+def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no run folder"):
+        train(small_config(tmp_path, total_images=STEP))
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_changed_data_is_noticed_on_resuming(tmp_path):
+    folder = tmp_path / "images"
+    for label in range(10):
+        (folder / str(label)).mkdir(parents=True)
+        for number in range(4):
+            Image.new("L", (8, 8), 20 * label + number).save(folder / str(label) / f"{number}.png")
+    config = small_config(tmp_path / "run", data=DataConfig(path=str(folder)))
+    train(replace(config, total_images=STEP))
+    (folder / "3" / "0.png").unlink()
+    with pytest.raises(UserError, match="not those that"):
+        train(replace(config, total_images=2 * STEP))
+
+
+def test_an_own_folder_of_colour_images_trains(tmp_path):
+    rng = np.random.default_rng(0)
+    for number in range(12):
+        folder = tmp_path / "images" / ("cat" if number % 2 else "dog")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    done = run_command(
+        *("digits-uvit", *SMALL, "--run", tmp_path / "run", "--data.path", tmp_path / "images"),
+        *("--model.num-classes", 3, "--model.img-size", 16, "--model.in-channels", 3, "--total-images", 2 * STEP),
+    )
+    assert done.returncode == 0, done.stderr
+    picture = Image.open(tmp_path / "run/samples/64.png")
+    assert picture.mode == "RGB"
+
+
+def test_sample_export_and_evaluate_work_on_a_run(straight, tmp_path):
+    done = run_command(
+        straight, "--num-images", 6, "--label", 3, 5, "--out", tmp_path / "g.png", module="scalelong.train.sample"
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "g.png").size[0] == 2 * (48 + 2) + 2
+
+    done = run_command(straight, "--out", tmp_path / "exported", module="scalelong.train.export")
+    assert done.returncode == 0, done.stderr
+    model = UViT.from_pretrained(tmp_path / "exported")
+    ema = load_file(straight / "checkpoints/640/ema.safetensors")
+    assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
+
+    done = run_command(straight, "--num-images", 40, "--steps", 3, module="scalelong.train.evaluate")
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((straight / "evaluation.json").read_text())
+    assert scores["real_accuracy"] > 0.97
+    assert [s["guidance"] for s in scores["samples"]] == [1.0, 0.0]
+    assert "label accuracy" in done.stdout
+    (straight / "evaluation.json").unlink()
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments", "words"),
+    [
+        ("sample", ["RUN", "--label", "12"], ["--label 12", "0 to 9"]),
+        ("sample", ["nowhere"], ["nowhere is no run folder"]),
+        ("sample", ["RUN", "--checkpoint", "7"], ["checkpoints/7"]),
+        ("sample", ["RUN", "--sampler", "magic"], ["magic", "ddim"]),
+        ("evaluate", ["nowhere"], ["nowhere is no run folder"]),
+        ("export", ["RUN"], ["--out"]),
+        ("export", ["RUN", "--out", "RUN"], ["not empty"]),
+    ],
+)
+def test_bad_input_to_the_other_commands(straight, module, arguments, words):
+    arguments = [str(straight) if a == "RUN" else a for a in arguments]
+    expect_one_line_error(run_command(*arguments, module=f"scalelong.train.{module}"), *words)
+
+
+def test_passes_counts_multiples_once():
+    assert [passes(a, a + 32, 100) for a in range(0, 224, 32)] == [False, False, False, True, False, False, True]
+    assert not passes(0, 32, 0)

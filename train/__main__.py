@@ -1,0 +1,77 @@
+"""``python -m scalelong.train PRESET [--field value ...]``: trains, or goes on with, a run."""
+
+import difflib
+import sys
+
+from scalelong.train.command_line import parse, run_command
+from scalelong.train.config import TrainConfig
+from scalelong.train.errors import UserError
+from scalelong.train.presets import DESCRIPTIONS, PRESETS
+
+PROGRAM = "python -m scalelong.train"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``scalelong train``."""
+    config = parse_train_arguments(sys.argv[1:] if argv is None else argv)
+
+    from scalelong.train.loop import train
+    from scalelong.train.processes import leave_processes
+
+    exit_code = train(config)
+    leave_processes()
+    sys.exit(exit_code)
+
+
+def parse_train_arguments(argv: list[str]) -> TrainConfig:
+    """A preset, then flags that override its fields. The launcher's ``--local_rank`` is accepted and not needed.
+
+    Raises:
+        UserError: an unknown preset (the presets are listed) or field, or a value that does not fit.
+    """
+    argv = _without_local_rank(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    presets = ", ".join(PRESETS)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"which preset? {PROGRAM} PRESET [--field value ...]; presets: {presets}")
+    name, *flags = argv
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; perhaps you meant {close[0]}" if close else ""
+        raise UserError(f"unknown preset {name!r}{hint}; presets: {presets}")
+    return parse(TrainConfig, flags, prog=f"{PROGRAM} {name}", default=PRESETS[name])
+
+
+def usage() -> str:
+    width = max(map(len, PRESETS))
+    lines = [f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in PRESETS]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} PRESET [--field value ...]",
+            "",
+            "Trains a diffusion model with scaled long skips. The same command resumes.",
+            "",
+            "presets:",
+            *lines,
+            "",
+            f"{PROGRAM} PRESET --help lists the fields of a preset and their values.",
+        ]
+    )
+
+
+def _without_local_rank(argv: list[str]) -> list[str]:
+    kept, skip_next = [], False
+    for argument in argv:
+        if skip_next:
+            skip_next = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip_next = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,182 @@
+"""Checkpoints that are whole or do not count, and that load on any number of processes and any ZeRO stage.
+
+A checkpoint is a folder ``checkpoints/<images_seen>/`` of whole (unsharded) tensors: model.safetensors,
+ema.safetensors, optimizer.safetensors, state.json and, written last, manifest.json with a SHA-256 of each. It is written
+aside, synced and renamed; a folder without a manifest that matches is passed over. Nothing in it can run code.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from scalelong.train import engine as ds
+from scalelong.train.ema import Ema
+from scalelong.train.errors import UserError
+from scalelong.train.processes import Processes
+
+MANIFEST = "manifest.json"
+WEIGHTS = ("ema", "model")
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a run is, besides its tensors."""
+
+    images_seen: int
+    step: int
+    optimizer_steps: int
+    data_fingerprint: str
+    grad_scaler: dict[str, Any] | None = None
+
+
+def checkpoints_folder(run: Path) -> Path:
+    return run / "checkpoints"
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """The folders of checkpoints, whole or not, newest first."""
+    folder = checkpoints_folder(run)
+    if not folder.is_dir():
+        return []
+    return sorted((p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: -int(p.name))
+
+
+def find_problem(checkpoint: Path) -> str | None:
+    """Why a checkpoint does not count, or None if it is whole."""
+    manifest = checkpoint / MANIFEST
+    if not manifest.is_file():
+        return f"{MANIFEST} is missing"
+    try:
+        hashes = json.loads(manifest.read_text())["sha256"]
+        for name, expected in hashes.items():
+            if _sha256(checkpoint / name) != expected:
+                return f"{name} is not what was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return None
+
+
+def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint that is whole; those passed over are reported."""
+    for checkpoint in list_checkpoints(run):
+        problem = find_problem(checkpoint)
+        if problem is None:
+            return checkpoint
+        warn(f"passing over the checkpoint {checkpoint}: {problem}")
+    return None
+
+
+def read_state(checkpoint: Path) -> TrainState:
+    return TrainState(**json.loads((checkpoint / "state.json").read_text()))
+
+
+def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """The tensors of "model", "ema" or "optimizer".
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = checkpoint / f"{name}.safetensors"
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+
+
+def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: Processes, *, keep: int) -> Path:
+    """Writes a checkpoint of the run as it stands, and removes the oldest beyond ``keep``. All ranks must call it.
+
+    Raises:
+        UserError: it cannot be written, on a full disk say; earlier checkpoints stay as they are.
+    """
+    module = engine.module
+    tensors = {
+        "model": ds.whole_tensors(module, ds.local_shards(module)),
+        "ema": ds.whole_tensors(module, ema.shards),
+        "optimizer": ds.optimizer_state(engine),
+    }
+    final = checkpoints_folder(run) / str(state.images_seen)
+    problem = None
+    if processes.is_main:
+        problem = _write(final, state, tensors, keep)
+    else:
+        for iterator in tensors.values():
+            _exhaust(iterator)
+    problem = processes.from_main(problem)
+    if problem:
+        raise UserError(problem)
+    return final
+
+
+def _write(final: Path, state: TrainState, tensors: dict[str, Iterable[tuple[str, Tensor]]], keep: int) -> str | None:
+    staging = final.with_name(f".{final.name}.writing")
+    remaining = iter(tensors.items())
+    try:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        for name, iterator in remaining:
+            # Gathered before anything can fail on this rank alone: the others are in the same collectives.
+            whole = dict(iterator)
+            save_file(whole, staging / f"{name}.safetensors")
+        _write_json(staging / "state.json", asdict(state))
+        hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
+        for name in hashes:
+            _sync(staging / name)
+        _write_json(staging / MANIFEST, {"sha256": hashes})
+        _sync(staging / MANIFEST)
+        _sync(staging)
+        if final.exists():
+            shutil.rmtree(final)
+        staging.rename(final)
+        _sync(final.parent)
+    except (OSError, SafetensorError) as error:
+        for _, iterator in remaining:
+            _exhaust(iterator)
+        shutil.rmtree(staging, ignore_errors=True)
+        whole = [c for c in list_checkpoints(final.parent.parent) if find_problem(c) is None]
+        kept = f"the last good checkpoint is {whole[0]}" if whole else "there is no earlier checkpoint"
+        return f"cannot write the checkpoint {final}: {error}; {kept}"
+    _prune(final.parent.parent, keep)
+    return None
+
+
+def _prune(run: Path, keep: int) -> None:
+    for old in list_checkpoints(run)[keep:]:
+        # The manifest goes first, so that half a removal never looks whole.
+        (old / MANIFEST).unlink(missing_ok=True)
+        shutil.rmtree(old, ignore_errors=True)
+    for left_over in checkpoints_folder(run).glob(".*.writing"):
+        shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _exhaust(iterator: Iterable) -> None:
+    for _ in iterator:
+        pass
+
+
+def _write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,65 @@
+"""Command lines by tyro, with errors of one line."""
+
+import contextlib
+import io
+import sys
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import tyro
+
+from scalelong.train.errors import RankError, UserError
+from scalelong.train.processes import is_main_process
+
+T = TypeVar("T")
+EXIT_USER_ERROR = 2
+
+
+def parse(kind: type[T], argv: list[str] | None, *, prog: str, default: T | None = None) -> T:
+    """A dataclass from the command line; ``--help`` prints its fields and exits.
+
+    Raises:
+        UserError: an unknown field or a value that does not fit, in one line.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    keywords: dict[str, Any] = {} if default is None else {"default": default}
+    report = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(report):
+            return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.FlagConversionOff,), **keywords)
+    except SystemExit as stopped:
+        if stopped.code in (0, None):
+            raise
+        raise UserError(f"{_first_paragraph(report.getvalue())} (see {prog} --help)") from None
+    except ValueError as error:
+        # A value of the right type that the dataclass itself refuses.
+        raise UserError(str(error)) from error
+
+
+def _first_paragraph(boxed: str) -> str:
+    """tyro draws its errors as a box: the first paragraph says what, a "Perhaps you meant" which flag was meant."""
+    lines = [line.strip("│ \n") for line in boxed.splitlines() if line.startswith("│")]
+    paragraphs = [[]]
+    for line in lines:
+        if line and not line.strip("─"):
+            paragraphs.append([])
+        else:
+            paragraphs[-1].append(line)
+    message = " ".join(paragraphs[0]).rstrip(".")
+    for paragraph in paragraphs[1:]:
+        if paragraph and paragraph[0].startswith("Perhaps you meant"):
+            flags = [line.split()[0] for line in paragraph if line.startswith("--")]
+            message += f"; perhaps you meant {' or '.join(dict.fromkeys(flags[:3]))}"
+    return message or boxed.strip()
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a command's main function; errors that a user can act on become one line and exit code 2."""
+    try:
+        main()
+    except UserError as error:
+        if is_main_process() or isinstance(error, RankError):
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except KeyboardInterrupt:
+        sys.exit(130)

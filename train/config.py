@@ -1,0 +1,197 @@
+"""The configuration of a run: one frozen dataclass, every field of it a flag on the command line."""
+
+import json
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from scalelong.model.skip_scale import SkipScale, SkipScaleName, make_skip_scale
+from scalelong.model.uvit import UViTConfig
+from scalelong.train.errors import UserError
+
+ObjectiveName = Literal["vp-sde", "scaled-linear"]
+SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
+ReaderName = Literal["auto", "dali", "pillow"]
+PrecisionName = Literal["fp32", "bf16", "fp16"]
+
+
+def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
+    """A field that changes how a run is carried out or shown but not what it computes: free to differ on resuming."""
+    if "default_factory" not in kwargs:
+        kwargs["default"] = default
+    return field(metadata={"bookkeeping": True}, **kwargs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What is trained on."""
+
+    path: str = "digits"
+    """A folder with one sub-folder of images for each class (any folder of images when the model takes no
+    labels), or "digits" for the embedded handwritten digits."""
+    flip: bool = False
+    """Mirror half of the images."""
+    reader: ReaderName = bookkeeping("auto")
+    """Who decodes: NVIDIA DALI, or Pillow where DALI is not installed; "auto" takes DALI if it is there."""
+    num_threads: int = bookkeeping(0)
+    """Decoding threads for each process; 0: the cores divided among the processes of this host, at most 4."""
+    check_images: int = bookkeeping(20_000)
+    """How many images are decoded before training starts, to find broken ones early (spread evenly over the data)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; the learning rate rises linearly over the warm-up, then stays."""
+
+    learning_rate: float = 2e-4
+    """After the warm-up."""
+    beta1: float = 0.99
+    """Decay of the mean of gradients, per step."""
+    beta2: float = 0.999
+    """Decay of the mean of squared gradients, per step."""
+    weight_decay: float = 0.03
+    """Decoupled, on every parameter, as published."""
+    warmup_images: int = 320_000
+    """Length of the warm-up, in images."""
+    clip_grad_norm: float = 0.0
+    """Largest norm of the gradient; 0: no clipping."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights, per step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """The grids of samples made during training."""
+
+    sampler: SamplerName = bookkeeping("dpm-solver++")
+    """Which of diffusers' schedulers."""
+    steps: int = bookkeeping(50)
+    """Network evaluations for each image (two each with guidance)."""
+    guidance: float = bookkeeping(0.0)
+    """s in eps_c + s (eps_c - eps_u); 0: no guidance."""
+    num_images: int = bookkeeping(100)
+    """Images in a grid."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A training run. Progress is counted in images."""
+
+    run: Path = bookkeeping(Path("runs/default"))
+    """Run folder; running the same command again resumes it."""
+    total_images: int = bookkeeping(64_000_000)
+    """Images to train on in all; a larger number continues a finished run."""
+    images_per_step: int = 128
+    """Global batch: over all processes and accumulation steps."""
+    images_per_checkpoint: int = bookkeeping(1_280_000)
+    """How often a checkpoint is written."""
+    images_per_grid: int = bookkeeping(1_280_000)
+    """How often a grid of samples is made; 0: only at the end."""
+    images_per_log: int = bookkeeping(12_800)
+    """How often a line is logged; 0: every step."""
+    keep_checkpoints: int = bookkeeping(2)
+    """How many checkpoints are kept, at least 2."""
+    seed: int = 0
+    """Of the weights, the order of the data, flips, dropped labels, times and noise."""
+    skip_scale: SkipScaleName = "cs"
+    """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1), a shared learned gate, or one gate a skip."""
+    kappa: float = 0.5
+    """Of "cs", in (0, 1]."""
+    objective: ObjectiveName = "vp-sde"
+    """Noise prediction under the continuous VP-SDE, or under Stable Diffusion's discrete schedule."""
+    label_drop: float = 0.0
+    """Share of labels replaced by the null label, for guidance; 0: no null label."""
+    precision: PrecisionName = "fp32"
+    """fp32, or autocast to bf16 or fp16 with fp32 weights."""
+    zero_stage: Literal[0, 1, 2, 3] = bookkeeping(0)
+    """What DeepSpeed ZeRO shards: nothing, optimizer state, gradients too, parameters too."""
+    accumulation_steps: int = bookkeeping(1)
+    """Micro-batches that make one step on each process."""
+    model: UViTConfig
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+
+    def __post_init__(self):
+        positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
+        not_negative = ("images_per_grid", "images_per_log", "seed")
+        _check(self, positive, lambda v: v >= 1, "at least 1")
+        _check(self, not_negative, lambda v: v >= 0, "not negative")
+        _check(self, ("keep_checkpoints",), lambda v: v >= 2, "at least 2")
+        _check(self, ("label_drop",), lambda v: 0 <= v < 1, "in [0, 1)")
+        _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
+        _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
+        _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
+        _check(self.sample, ("steps", "num_images"), lambda v: v >= 1, "at least 1")
+        _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
+        _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2^63, got {self.seed}")
+        if self.label_drop and not self.model.num_classes:
+            raise ValueError("label_drop needs a model with labels (model.num_classes)")
+        if self.sample.guidance and not self.label_drop:
+            raise ValueError("sample.guidance needs label_drop above 0 in training")
+        if self.model.context_tokens or self.model.in_channels not in (1, 3):
+            raise ValueError("from a folder of images only models with 1 or 3 channels and no text can be trained")
+        self.make_skip_scale()
+
+    def make_skip_scale(self) -> SkipScale:
+        return make_skip_scale(self.skip_scale, self.kappa)
+
+    @property
+    def null_label(self) -> int | None:
+        """The label that stands for "no label", the last row of the embedding; None without guidance."""
+        return self.model.num_classes - 1 if self.label_drop else None
+
+    @property
+    def num_data_classes(self) -> int:
+        """Classes that the data must have; 0: labels are not used."""
+        return self.model.num_classes - (1 if self.label_drop else 0)
+
+
+def _check(config: Any, names: tuple[str, ...], holds: Any, what: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if not holds(value):
+            raise ValueError(f"{name} must be {what}, got {value}")
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """A JSON-able form of the configuration."""
+    return json.loads(json.dumps(asdict(config), default=str))
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """What ``config_to_dict`` wrote.
+
+    Raises:
+        UserError: a field that this version does not know.
+    """
+    values = dict(values)
+    parts = {"model": UViTConfig, "optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig}
+    try:
+        for name, part in parts.items():
+            values[name] = part(**values[name])
+        return TrainConfig(**{**values, "run": Path(values["run"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the run's config.json does not fit this version of scalelong: {error}") from error
+
+
+def config_differences(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """What the two compute differently, as "flag old -> new"; bookkeeping fields may differ freely."""
+    return _differences(old, new, "--")
+
+
+def _differences(old: Any, new: Any, prefix: str) -> list[str]:
+    found = []
+    for f in fields(old):
+        before, after = getattr(old, f.name), getattr(new, f.name)
+        flag = prefix + f.name.replace("_", "-")
+        if is_dataclass(before):
+            found += _differences(before, after, flag + ".")
+        elif before != after and not f.metadata.get("bookkeeping"):
+            found.append(f"{flag} {before} -> {after}")
+    return found
+
+
+SAMPLER_NAMES: tuple[str, ...] = get_args(SamplerName)

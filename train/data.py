@@ -1,0 +1,176 @@
+"""Where images come from: a ``Source`` gives the bytes, label and key of image number i.
+
+Everything random about a run's sample is decided elsewhere, by (seed, position) alone: see data_order.py.
+"""
+
+import hashlib
+import io
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from scalelong.train.errors import UserError
+
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+
+
+class Source(Protocol):
+    """Images by number, 0 to len - 1, in an order that does not depend on the machine."""
+
+    def __len__(self) -> int: ...
+
+    @property
+    def class_names(self) -> list[str]:
+        """Names of the classes, the label of each its place; empty when the source has no labels."""
+        ...
+
+    def read(self, index: int) -> bytes:
+        """The encoded image (PNG, JPEG, ...)."""
+        ...
+
+    def label(self, index: int) -> int: ...
+
+    def key(self, index: int) -> str:
+        """What to call the image in a message: its path."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when images are added, taken away, renamed or replaced by files of another size."""
+        ...
+
+
+class ImageFolder:
+    """Image files in class folders: ``root/<class>/**/*.png``, classes numbered in sorted order.
+
+    Without labels, every image below ``root``.
+
+    Raises:
+        UserError: no such folder, no images in it, or class folders missing although labels are wanted.
+    """
+
+    def __init__(self, root: str | Path, *, labelled: bool = True):
+        self.root = Path(root)
+        if not self.root.is_dir():
+            raise UserError(f"no such folder of images: {self.root}")
+        if labelled:
+            folders = sorted(p for p in self.root.iterdir() if p.is_dir() and not p.name.startswith("."))
+            found = [(folder.name, _image_files(folder)) for folder in folders]
+            found = [(name, paths) for name, paths in found if paths]
+            if not found and _image_files(self.root):
+                raise UserError(f"{self.root} has images but no class folders; a model with labels needs one per class")
+            self.class_names = [name for name, _ in found]
+            self._paths = [path for _, paths in found for path in paths]
+            self._labels = [label for label, (_, paths) in enumerate(found) for _ in paths]
+        else:
+            self.class_names = []
+            self._paths = _image_files(self.root)
+            self._labels = [0] * len(self._paths)
+        if not self._paths:
+            raise UserError(f"no images in {self.root} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def read(self, index: int) -> bytes:
+        return self._paths[index].read_bytes()
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def key(self, index: int) -> str:
+        return str(self._paths[index])
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for path in self._paths:
+            digest.update(f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\n".encode())
+        return digest.hexdigest()
+
+
+def _image_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+
+
+def open_source(path: str, num_classes: int, *, split: str = "train") -> Source:
+    """The source of a configuration.
+
+    Args:
+        path: a folder, or "digits".
+        num_classes: how many classes the model knows besides the null label; 0: labels are not used.
+        split: "train" or "test"; a folder of images has no "test".
+
+    Raises:
+        UserError: nothing to read there, or another number of classes than the model's.
+    """
+    if path == "digits":
+        from scalelong.train.data_digits import digits_folder
+
+        root = digits_folder() / split
+    elif not path:
+        raise UserError("this preset needs a folder of images: --data.path FOLDER")
+    else:
+        root = Path(path)
+    source = ImageFolder(root, labelled=num_classes > 0)
+    if num_classes and len(source.class_names) != num_classes:
+        raise UserError(
+            f"{root} has {len(source.class_names)} classes, the model {num_classes} (the null label not counted): "
+            f"set --model.num-classes to the classes of the data, plus 1 where --label-drop is above 0"
+        )
+    return source
+
+
+def decode_image(data: bytes, channels: int) -> Image.Image:
+    """The image upright, as grey (1 channel) or RGB (3).
+
+    Raises:
+        OSError, ValueError, SyntaxError: Pillow's errors for what is no whole image.
+    """
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    return ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """The shorter side to ``size`` pixels (antialiased, linear), then the centre square."""
+    width, height = image.size
+    scale = size / min(width, height)
+    if scale != 1:
+        image = image.resize((_round(width * scale), _round(height * scale)), Image.Resampling.BILINEAR)
+    left, top = _round((image.width - size) / 2), _round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+def _round(x: float) -> int:
+    # Halves up, as DALI's resize and crop round; Python's round would take the even neighbour.
+    return int(np.floor(x + 0.5))
+
+
+def find_broken_images(
+    source: Source, *, channels: int, at_most: int, num_threads: int, rank: int = 0, world_size: int = 1
+) -> list[str]:
+    """Decodes up to ``at_most`` images, spread evenly, each rank its share; says for each broken one which and why."""
+    count = min(at_most, len(source))
+    indices = np.linspace(0, len(source) - 1, count).astype(int)[rank::world_size] if count else []
+
+    def problem(index: int) -> str | None:
+        try:
+            decode_image(source.read(index), channels)
+        except (OSError, ValueError, SyntaxError) as error:
+            return f"{source.key(index)} ({_reason(error)})"
+        return None
+
+    with ThreadPoolExecutor(max(num_threads, 1)) as pool:
+        return [found for found in pool.map(problem, indices) if found]
+
+
+def _reason(error: Exception) -> str:
+    # Pillow names the in-memory file it read, which tells nobody anything.
+    return "no image format that Pillow knows" if "cannot identify image file" in str(error) else str(error)

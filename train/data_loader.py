@@ -1,0 +1,84 @@
+"""Training batches: images from a reader, and what (seed, position) decides about each of them."""
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from scalelong.train.config import TrainConfig
+from scalelong.train.data import Source
+from scalelong.train.data_order import BatchPlan, Order, draw_noise, draw_samples
+from scalelong.train.errors import UserError
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the training device."""
+
+    images_BCHW: Tensor
+    """fp32 in [-1, 1]."""
+    noise_BCHW: Tensor
+    """Standard normal."""
+    time_u_B: Tensor
+    """Uniform in [0, 1): the objective makes its time of it."""
+    labels_B: Tensor | None
+    """Dropped ones replaced by the null label; None for a model without labels."""
+
+
+def choose_reader(name: str) -> str:
+    """ "dali" or "pillow" for a configured reader.
+
+    Raises:
+        UserError: DALI is asked for and not installed.
+    """
+    has_dali = importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.dali") is not None
+    if name == "dali" and not has_dali:
+        raise UserError("--data.reader dali: NVIDIA DALI is not installed (pip install nvidia-dali-cuda130)")
+    return name if name != "auto" else ("dali" if has_dali else "pillow")
+
+
+def read_batches(
+    config: TrainConfig, source: Source, plan: BatchPlan, *, num_threads: int, device: torch.device
+) -> Iterator[Batch]:
+    """Endless micro-batches of this process, from ``plan.first_position`` on.
+
+    Raises:
+        UserError: an image that cannot be decoded, or a reader that is not installed.
+    """
+    order = Order(config.seed, len(source))
+    model = config.model
+    how = dict(img_size=model.img_size, channels=model.in_channels, flip=config.data.flip, num_threads=num_threads)
+    if choose_reader(config.data.reader) == "dali":
+        from scalelong.train.data_dali import read_with_dali
+
+        images = read_with_dali(source, order, plan, **how, device=device)
+    else:
+        from scalelong.train.data_pillow import read_with_pillow
+
+        images = read_with_pillow(source, order, plan, **how)
+    for number, images_BCHW in enumerate(images):
+        yield _with_draws(config, source, order, plan.positions(number), images_BCHW, device)
+
+
+def _with_draws(
+    config: TrainConfig, source: Source, order: Order, positions: range, images_BCHW: Tensor, device: torch.device
+) -> Batch:
+    draws = draw_samples(config.seed, positions)
+    noise = np.stack([draw_noise(config.seed, p, tuple(images_BCHW.shape[1:])) for p in positions])
+    labels_B = None
+    if config.model.num_classes:
+        dropped = draws.drops_label(config.label_drop)
+        labels = [
+            config.null_label if drop else source.label(order.index(p))
+            for p, drop in zip(positions, dropped, strict=True)
+        ]
+        labels_B = torch.tensor(labels).to(device)
+    return Batch(
+        images_BCHW=images_BCHW.to(device),
+        noise_BCHW=torch.from_numpy(noise).to(device),
+        time_u_B=torch.tensor(draws.time_u).to(device),
+        labels_B=labels_B,
+    )

@@ -1,0 +1,45 @@
+"""``python -m scalelong.train.export RUN --out DIR``: weights in safetensors with a JSON configuration.
+
+``UViT.from_pretrained(DIR)`` reads the folder.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from scalelong.train.command_line import parse, run_command
+from scalelong.train.errors import UserError
+from scalelong.train.run_folder import load_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportArguments:
+    """Export a run's model: safetensors weights and a JSON configuration, for ``UViT.from_pretrained``."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    out: Path
+    """Folder to write; must be new or empty."""
+    checkpoint: int | None = None
+    """Which one, by its images_seen; the newest if not given."""
+    weights: Literal["ema", "model"] = "ema"
+    """The averaged weights, or those of the last step."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``scalelong export``."""
+    arguments = parse(ExportArguments, argv, prog="scalelong export")
+    model, _ = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    try:
+        if arguments.out.exists() and any(arguments.out.iterdir()):
+            raise UserError(f"{arguments.out} is not empty")
+        model.save_pretrained(arguments.out)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error}") from error
+    print(f"{model.num_params():,} parameters -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,362 @@
+"""The training loop: ``train`` is one visible function; what it calls stands below it."""
+
+import json
+import math
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from scalelong.model.uvit import UViT
+from scalelong.train import engine as ds
+from scalelong.train.checkpoint import (
+    TrainState,
+    list_checkpoints,
+    newest_checkpoint,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from scalelong.train.config import TrainConfig, config_differences, config_to_dict
+from scalelong.train.data import Source, find_broken_images, open_source
+from scalelong.train.data_loader import Batch, choose_reader, read_batches
+from scalelong.train.data_order import BatchPlan
+from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
+from scalelong.train.ema import Ema
+from scalelong.train.errors import UserError
+from scalelong.train.host_memory import keep_freed_memory
+from scalelong.train.monitor import SkipMonitor
+from scalelong.train.processes import Processes, cores_per_process, join_processes
+from scalelong.train.report import QuietReport, Report, warn
+from scalelong.train.run_folder import read_config
+from scalelong.train.sample import default_labels, generate, grid_columns, save_grid
+from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL, StopSignals
+
+
+@dataclass
+class Run:
+    """A run in progress."""
+
+    config: TrainConfig
+    processes: Processes
+    data_fingerprint: str
+    engine: Any
+    ema: Ema
+    monitor: SkipMonitor
+    batches: Iterator[Batch]
+    images_seen: int
+    step: int
+
+
+def train(config: TrainConfig) -> int:
+    """Trains to ``config.total_images``, resuming from the run's newest whole checkpoint; returns the exit code.
+
+    Raises:
+        UserError: bad input, before anything is written; or a run that cannot go on, its last checkpoint intact.
+    """
+    processes = join_processes()
+    checkpoint, source, plan = processes.agree(lambda: check_before_training(config, processes))
+    if plan.first_position >= config.total_images:
+        if processes.is_main:
+            print(f"already trained to {plan.first_position:,} images; a larger --total-images goes on")
+            announce_results(config, plan.first_position)
+        return 0
+    run = start_run(config, processes, checkpoint, source, plan)
+    unchecked_losses, seconds, images_timed = [], 0.0, 0
+    with StopSignals() as signals, processes.agree(lambda: open_report(run)) as report:
+        report.say(describe(run))
+        while True:
+            step_began = time.perf_counter()
+            previous, now = run.images_seen, run.images_seen + config.images_per_step
+            last = now >= config.total_images
+            logs = last or config.images_per_log == 0 or passes(previous, now, config.images_per_log)
+            saves = last or passes(previous, now, config.images_per_checkpoint)
+
+            ds.set_learning_rate(run.engine, learning_rate(config, run.images_seen))
+            loss, measured = train_step(run, measures=logs)
+            unchecked_losses.append(loss)
+            run.images_seen, run.step = now, run.step + 1
+            stops = processes.any(signals.received is not None)
+            if logs or saves or stops or processes.device.type == "cpu":
+                # Elsewhere the loss is left on the GPU, so that no step waits for it.
+                losses = check_losses(run, unchecked_losses)
+                unchecked_losses.clear()
+            run.ema.update()
+            seconds, images_timed = seconds + time.perf_counter() - step_began, images_timed + config.images_per_step
+
+            if logs:
+                report.log(
+                    {
+                        "images_seen": run.images_seen,
+                        "step": run.step,
+                        "loss": losses[-1],
+                        "images_per_second": images_timed / seconds,
+                        **measured,
+                    }
+                )
+                seconds, images_timed = 0.0, 0
+            if last or passes(previous, now, config.images_per_grid):
+                make_grid(run)
+            if saves or stops:
+                save(run)
+            if last or stops:
+                break
+    if processes.is_main:
+        if last:
+            announce_results(config, run.images_seen)
+        else:
+            print(f"{signals.received}: saved at {run.images_seen:,} images; to go on, run the same command again:")
+            print(f"  {command_to_resume()}", flush=True)
+    return 0 if last else EXIT_SAVED_AFTER_SIGNAL
+
+
+def train_step(run: Run, *, measures: bool) -> tuple[Tensor, dict[str, float]]:
+    """One optimizer step over this rank's micro-batches: their mean loss and, if asked for, what there is to log."""
+    engine, config = run.engine, run.config
+    run.monitor.active = measures
+    losses, measured = [], {}
+    for micro_batch in range(config.accumulation_steps):
+        batch = next(run.batches)
+        loss = noise_prediction_loss(
+            engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.labels_B
+        )
+        losses.append(loss.detach())
+        engine.backward(loss)
+        if micro_batch < config.accumulation_steps - 1:
+            engine.step()
+    if measures:
+        scale = ds.loss_scale(engine)
+        before = ds.gradient_norm(engine) if config.zero_stage == 0 else None
+        ds.take_step(engine)
+        norm = (ds.gradient_norm(engine) if before is None else before) / scale
+        measured = {"grad_norm": norm, "learning_rate": learning_rate(config, run.images_seen), **run.monitor.take()}
+        if config.precision == "fp16":
+            measured["loss_scale"] = scale
+    else:
+        ds.take_step(engine)
+    return torch.stack(losses).mean(), measured
+
+
+def check_losses(run: Run, losses: list[Tensor]) -> list[float]:
+    """The losses of the last steps, averaged over all ranks.
+
+    Raises:
+        UserError: one that is not finite, naming its step.
+    """
+    mean = torch.stack(losses)
+    if run.processes.world_size > 1:
+        dist.all_reduce(mean)
+        mean /= run.processes.world_size
+    values = mean.tolist()
+    for step, value in enumerate(values, start=run.step - len(values) + 1):
+        if not math.isfinite(value):
+            raise UserError(
+                f"the loss is {value} at step {step} ({step * run.config.images_per_step:,} images); "
+                f"nothing was saved after it. A lower --optimizer.learning-rate or --optimizer.clip-grad-norm 1 may help"
+            )
+    return values
+
+
+def learning_rate(config: TrainConfig, images_seen: int) -> float:
+    """Linear from 0 over the warm-up, then constant."""
+    warmup = config.optimizer.warmup_images
+    return config.optimizer.learning_rate * (min(images_seen / warmup, 1.0) if warmup else 1.0)
+
+
+def passes(previous: int, now: int, every: int) -> bool:
+    """Whether a multiple of ``every`` lies in (previous, now]; never for 0."""
+    return every > 0 and now // every > previous // every
+
+
+def check_before_training(config: TrainConfig, processes: Processes) -> tuple[Path | None, Source, BatchPlan]:
+    """Everything that can be wrong with the input, before anything is written.
+
+    Returns:
+        The checkpoint to resume from, the images, and which of them this rank takes.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    ds.check_engine_config(config)
+    choose_reader(config.data.reader)
+    checkpoint = find_checkpoint(config)
+    state = read_state(checkpoint) if checkpoint is not None else None
+    try:
+        plan = BatchPlan(
+            first_position=state.images_seen if state is not None else 0,
+            images_per_step=config.images_per_step,
+            accumulation_steps=config.accumulation_steps,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    source = open_source(config.data.path, config.num_data_classes)
+    if state is not None and state.data_fingerprint != source.fingerprint():
+        raise UserError(
+            f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "
+            f"removed or changed); take another --run"
+        )
+    broken = find_broken_images(
+        source,
+        channels=config.model.in_channels,
+        at_most=config.data.check_images,
+        num_threads=num_reader_threads(config),
+        rank=processes.rank,
+        world_size=processes.world_size,
+    )
+    if broken:
+        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
+        raise UserError(f"cannot decode {', '.join(broken[:3])}{more}")
+    return checkpoint, source, plan
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from; None for a new run.
+
+    Raises:
+        UserError: the folder holds another run, or something else, or no checkpoint that is whole.
+    """
+    if not config.run.exists():
+        return None
+    if not (config.run / "config.json").is_file():
+        if not config.run.is_dir() or any(config.run.iterdir()):
+            raise UserError(f"{config.run} exists and is no run folder; take another --run")
+        return None
+    differences = config_differences(read_config(config.run), config)
+    if differences:
+        raise UserError(
+            f"{config.run} was made with another configuration: {', '.join(differences)}; take another --run"
+        )
+    checkpoint = newest_checkpoint(config.run, warn)
+    if checkpoint is None and list_checkpoints(config.run):
+        raise UserError(f"{config.run} has no checkpoint that is whole; remove its checkpoints to start again")
+    return checkpoint
+
+
+def start_run(
+    config: TrainConfig, processes: Processes, checkpoint: Path | None, source: Source, plan: BatchPlan
+) -> Run:
+    """Builds the model and the engine, and puts back what the checkpoint holds."""
+    if processes.device.type == "cpu":
+        keep_freed_memory()
+    processes.agree(lambda: write_config(config) if processes.is_main else None)
+    torch.manual_seed(config.seed)
+    model = UViT(config.model, skip_scale=config.make_skip_scale())
+    if checkpoint is not None:
+        model.load_state_dict(read_tensors(checkpoint, "model"))
+    monitor = SkipMonitor(model)
+    engine = ds.make_engine(model, config, processes, plan.micro_batch)
+    ema = Ema(engine.module, config.optimizer.ema_decay)
+    step = 0
+    if checkpoint is not None:
+        state = read_state(checkpoint)
+        step = state.step
+        ema.restore(read_tensors(checkpoint, "ema"))
+        ds.restore_optimizer(engine, read_tensors(checkpoint, "optimizer"), state.optimizer_steps)
+        ds.restore_scaler(engine, state.grad_scaler)
+    threads = num_reader_threads(config)
+    batches = read_batches(config, source, plan, num_threads=threads, device=processes.device)
+    return Run(
+        config=config,
+        processes=processes,
+        data_fingerprint=source.fingerprint(),
+        engine=engine,
+        ema=ema,
+        monitor=monitor,
+        batches=batches,
+        images_seen=plan.first_position,
+        step=step,
+    )
+
+
+def num_reader_threads(config: TrainConfig) -> int:
+    return config.data.num_threads or min(4, cores_per_process())
+
+
+def write_config(config: TrainConfig) -> None:
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+        staging = config.run / ".config.json.writing"
+        staging.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
+        staging.rename(config.run / "config.json")
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {config.run}: {error.strerror}") from error
+
+
+def open_report(run: Run) -> QuietReport:
+    if not run.processes.is_main:
+        return QuietReport()
+    return Report(run.config.run, run.images_seen, run.config.total_images)
+
+
+def describe(run: Run) -> str:
+    c, p = run.config, run.processes
+    skips = f"{c.skip_scale} (kappa {c.kappa})" if c.skip_scale == "cs" else c.skip_scale
+    parameters = sum(getattr(x, "ds_numel", x.numel()) for x in run.engine.module.parameters())
+    start = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
+    return (
+        f"{start}: {parameters:,} parameters, skips {skips}, {c.precision}, ZeRO {c.zero_stage}, "
+        f"{p.world_size} x {p.device.type}, images by {choose_reader(c.data.reader)} from {c.data.path}"
+    )
+
+
+def save(run: Run) -> None:
+    state = TrainState(
+        images_seen=run.images_seen,
+        step=run.step,
+        optimizer_steps=ds.optimizer_step_count(run.engine),
+        data_fingerprint=run.data_fingerprint,
+        grad_scaler=ds.scaler_state(run.engine),
+    )
+    save_checkpoint(run.config.run, state, run.engine, run.ema, run.processes, keep=run.config.keep_checkpoints)
+
+
+def make_grid(run: Run) -> None:
+    """Draws samples with the averaged weights; the same noise and labels each time, so that grids can be compared."""
+    weights = dict(ds.whole_tensors(run.engine.module, run.ema.shards))
+    run.processes.agree(lambda: _draw_grid(run, weights) if run.processes.is_main else None)
+
+
+def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
+    config, sample = run.config, run.config.sample
+    model = UViT(config.model, skip_scale=config.make_skip_scale())
+    model.load_state_dict(weights)
+    images = generate(
+        model.to(run.processes.device).eval(),
+        PROCESSES[config.objective],
+        default_labels(sample.num_images, config.num_data_classes),
+        num_images=sample.num_images,
+        null_label=config.null_label,
+        sampler=sample.sampler,
+        steps=sample.steps,
+        guidance=sample.guidance,
+        seed=config.seed,
+    )
+    path = grid_path(config, run.images_seen)
+    try:
+        save_grid(images, path, columns=grid_columns(sample.num_images, config.num_data_classes))
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+def grid_path(config: TrainConfig, images_seen: int) -> Path:
+    return config.run / "samples" / f"{images_seen}.png"
+
+
+def announce_results(config: TrainConfig, images_seen: int) -> None:
+    print(f"run folder: {config.run}")
+    print(f"samples to look at: {grid_path(config, images_seen)}", flush=True)
+
+
+def command_to_resume() -> str:
+    program = "python -m scalelong.train" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
+    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
+    return f"{program} {shlex.join(arguments)}"

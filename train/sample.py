@@ -1,0 +1,271 @@
+"""Sampling through the schedulers of diffusers, and the command ``python -m scalelong.train.sample RUN``.
+
+Classifier-free guidance is eps_c + s (eps_c - eps_u) (Ho and Salimans, arXiv:2207.12598, with s = w; s = 0 is none).
+
+Shapes: B batch, C channels, H height, W width.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import tyro
+from PIL import Image
+from torch import Tensor
+
+from scalelong.model.uvit import UViT
+from scalelong.train.command_line import parse, run_command
+from scalelong.train.config import SAMPLER_NAMES, SamplerName
+from scalelong.train.data_order import Stream, draw_noise, generator
+from scalelong.train.diffusion import NUM_TIMES, PROCESSES, Process, ScaledLinear
+from scalelong.train.errors import UserError
+from scalelong.train.run_folder import load_model
+
+Denoiser = Callable[[Tensor, Tensor], Tensor]
+
+
+def make_scheduler(sampler: str, process: Process):
+    """diffusers' scheduler for a sampler, with the process's ᾱ on the grid n = 1 .. 1000.
+
+    Raises:
+        UserError: an unknown sampler, or Euler-Maruyama for a process that is no SDE.
+    """
+    import diffusers
+
+    n = torch.arange(1, NUM_TIMES + 1, dtype=torch.float64)
+    alpha_bar = process.alpha_bar(process.grid_time(n))
+    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
+    grid = {"num_train_timesteps": NUM_TIMES, "trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
+    if sampler == "dpm-solver++":
+        return diffusers.DPMSolverMultistepScheduler(**grid, algorithm_type="dpmsolver++", solver_order=2)
+    if sampler == "ddim":
+        return diffusers.DDIMScheduler(**grid, clip_sample=False)
+    if sampler == "euler":
+        return diffusers.EulerDiscreteScheduler(**grid)
+    if sampler == "euler-ancestral":
+        return diffusers.EulerAncestralDiscreteScheduler(**grid)
+    if sampler == "euler-maruyama":
+        if isinstance(process, ScaledLinear):
+            raise UserError("the sampler euler-maruyama needs a run with --objective vp-sde")
+        # From its own file: the package beside it imports transformers, which nothing here needs.
+        from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
+
+        return ScoreSdeVpScheduler()
+    raise UserError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLER_NAMES)}")
+
+
+def denoise(
+    denoiser: Denoiser,
+    process: Process,
+    noise_BCHW: Tensor,
+    *,
+    sampler: str,
+    steps: int,
+    generators: list[torch.Generator] | None = None,
+) -> Tensor:
+    """Solves the reverse process from pure noise.
+
+    Args:
+        denoiser: (x_BCHW, network time, a scalar) -> predicted noise.
+        noise_BCHW: standard normal.
+        steps: network evaluations.
+        generators: of the noise that stochastic samplers add, one for each image.
+
+    Returns:
+        (B, C, H, W), not clamped.
+    """
+    scheduler = make_scheduler(sampler, process)
+    if sampler == "euler-maruyama":
+        return _euler_maruyama(denoiser, process, scheduler, noise_BCHW, steps, generators)
+    scheduler.set_timesteps(steps, device=noise_BCHW.device)
+    stochastic = {"generator": generators} if sampler in ("euler-ancestral", "ddim") else {}
+    x_BCHW = noise_BCHW * scheduler.init_noise_sigma
+    for k in scheduler.timesteps:
+        # diffusers counts its grid from 0.
+        t = process.network_time(process.grid_time(k.to(x_BCHW.dtype) + 1))
+        predicted = denoiser(scheduler.scale_model_input(x_BCHW, k), t)
+        x_BCHW = scheduler.step(predicted, k, x_BCHW, **stochastic).prev_sample
+    return x_BCHW
+
+
+def _euler_maruyama(
+    denoiser: Denoiser,
+    process: Process,
+    scheduler,
+    x_BCHW: Tensor,
+    steps: int,
+    generators: list[torch.Generator] | None,
+) -> Tensor:
+    """The reverse SDE of arXiv:2011.13456, eq. 6, on t from 1 to 10⁻³; the last step takes the mean."""
+    scheduler.set_timesteps(steps, device=x_BCHW.device)
+    mean_BCHW = x_BCHW
+    for t in scheduler.timesteps:
+        predicted = denoiser(x_BCHW, process.network_time(t))
+        x_BCHW, mean_BCHW = scheduler.step_pred(predicted, x_BCHW, t, generator=generators)
+    return mean_BCHW
+
+
+def guided(model: UViT, labels_B: Tensor | None, null_label: int | None, guidance: float) -> Denoiser:
+    """The model's noise prediction for the labels, with classifier-free guidance of strength s = ``guidance``."""
+
+    def predict(x_BCHW: Tensor, t: Tensor) -> Tensor:
+        t_B = t.to(x_BCHW.dtype).expand(len(x_BCHW))
+        if guidance == 0 or labels_B is None:
+            return model(x_BCHW, t_B, labels_B)
+        null_B = torch.full_like(labels_B, null_label)
+        # One pass over both halves: the batch is doubled, the launches are not.
+        both = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([labels_B, null_B]))
+        conditional, unconditional = both.chunk(2)
+        return conditional + guidance * (conditional - unconditional)
+
+    return predict
+
+
+@torch.inference_mode()
+def generate(
+    model: UViT,
+    process: Process,
+    labels: list[int] | None,
+    *,
+    num_images: int,
+    null_label: int | None,
+    sampler: str,
+    steps: int,
+    guidance: float,
+    seed: int = 0,
+    batch_size: int = 256,
+) -> np.ndarray:
+    """Images (N, H, W, C) in uint8; image n depends on (seed, n), its label and the settings, not on the batches.
+
+    Args:
+        labels: one for each image; None for a model without labels.
+    """
+    config = model.config
+    device = model.pos_embed.device
+    shape = (config.in_channels, config.img_size, config.img_size)
+    images = []
+    for first in range(0, num_images, batch_size):
+        numbers = range(first, min(first + batch_size, num_images))
+        noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in numbers])
+        labels_B = None if labels is None else torch.tensor([labels[n] for n in numbers], device=device)
+        x_BCHW = denoise(
+            guided(model, labels_B, null_label, guidance),
+            process,
+            torch.from_numpy(noise).to(device),
+            sampler=sampler,
+            steps=steps,
+            generators=[_torch_generator(seed, n) for n in numbers],
+        )
+        images.append(to_uint8(x_BCHW))
+    return np.concatenate(images)
+
+
+def _torch_generator(seed: int, number: int) -> torch.Generator:
+    """Of the noise that a stochastic sampler adds to image ``number``."""
+    # Hashed down to 32 bits, all that torch's CPU generator makes use of.
+    return torch.Generator().manual_seed(int(generator(seed, Stream.SAMPLER, number).integers(2**32)))
+
+
+def to_uint8(x_BCHW: Tensor) -> np.ndarray:
+    """(B, H, W, C): [-1, 1] to 0 .. 255, rounded and clamped."""
+    return ((x_BCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def default_labels(num_images: int, num_classes: int) -> list[int] | None:
+    """Every class in turn; None for a model without labels."""
+    return [n % num_classes for n in range(num_images)] if num_classes else None
+
+
+def save_grid(images_NHWC: np.ndarray, path: Path, *, columns: int, tile: int = 48) -> None:
+    """A PNG with the images row by row, small ones enlarged by a whole factor to about ``tile`` pixels."""
+    count, height, width, channels = images_NHWC.shape
+    factor, gap = max(1, tile // height), 2
+    rows = math.ceil(count / columns)
+    cell_h, cell_w = height * factor + gap, width * factor + gap
+    canvas = np.full((rows * cell_h + gap, columns * cell_w + gap, channels), 255, dtype=np.uint8)
+    for n, image in enumerate(images_NHWC):
+        top, left = n // columns * cell_h + gap, n % columns * cell_w + gap
+        enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
+        canvas[top : top + enlarged.shape[0], left : left + enlarged.shape[1]] = enlarged
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Written aside first, so that a viewer never meets half a picture.
+    staging = path.with_name(f".{path.name}.writing")
+    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(staging, "PNG")
+    staging.rename(path)
+
+
+def grid_columns(num_images: int, num_classes: int) -> int:
+    """One column for each class if that makes a sensible grid, else a square."""
+    if 2 <= num_classes <= 16 and num_images >= num_classes:
+        return num_classes
+    return max(1, math.ceil(math.sqrt(num_images)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments:
+    """Draw samples from a run and save them as one picture."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    out: Path = Path("grid.png")
+    """The PNG to write."""
+    num_images: int = 100
+    """How many."""
+    label: tuple[int, ...] = ()
+    """Which classes, in turn; all of them if not given."""
+    guidance: float | None = None
+    """s in eps_c + s (eps_c - eps_u); 0: none. The run's own if not given."""
+    sampler: SamplerName | None = None
+    """The run's own if not given."""
+    steps: int | None = None
+    """Network evaluations for each image. The run's own if not given."""
+    seed: int = 0
+    """Of the noise."""
+    checkpoint: int | None = None
+    """Which one, by its images_seen; the newest if not given."""
+    weights: Literal["ema", "model"] = "ema"
+    """The averaged weights, or those of the last step."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``scalelong sample``."""
+    arguments = parse(SampleArguments, argv, prog="scalelong sample")
+    if arguments.num_images < 1 or (arguments.steps is not None and arguments.steps < 1):
+        raise UserError("--num-images and --steps must be at least 1")
+    model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    num_classes = config.num_data_classes
+    unknown = [label for label in arguments.label if not 0 <= label < num_classes]
+    if unknown:
+        known = f"0 to {num_classes - 1}" if num_classes else "none: it was trained without labels"
+        raise UserError(f"--label {unknown[0]}: the run's labels are {known}")
+    guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
+    if guidance and config.null_label is None:
+        raise UserError("--guidance needs a run that was trained with --label-drop above 0")
+    labels = default_labels(arguments.num_images, num_classes)
+    if arguments.label:
+        labels = [arguments.label[n % len(arguments.label)] for n in range(arguments.num_images)]
+    images = generate(
+        model,
+        PROCESSES[config.objective],
+        labels,
+        num_images=arguments.num_images,
+        null_label=config.null_label,
+        sampler=arguments.sampler or config.sample.sampler,
+        steps=arguments.steps or config.sample.steps,
+        guidance=guidance,
+        seed=arguments.seed,
+    )
+    columns = grid_columns(arguments.num_images, len(set(labels)) if labels else 0)
+    try:
+        save_grid(images, arguments.out, columns=columns)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error}") from error
+    print(f"{arguments.num_images} samples -> {arguments.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
