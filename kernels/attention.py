@@ -44,7 +44,8 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"attention: unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
     if backend == "reference":
         return attention_ref(qkv, num_heads)
-    return _join_heads(F.scaled_dot_product_attention(*_split_heads(qkv, num_heads)))
+    q_BHTE, k_BHTE, v_BHTE = _split_heads(qkv, num_heads)
+    return _join_heads(F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE))
 
 
 def _split_heads(qkv_BT3D: Tensor, num_heads: int) -> tuple[Tensor, ...]:

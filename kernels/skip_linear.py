@@ -1,4 +1,4 @@
-"""The projection of a scaled long skip: linear(cat([x, scale * s], -1)) (U-ViT, arXiv:2209.12152; ScaleLong, 2310.13545).
+"""The projection of a scaled long skip: linear(cat([x, scale * s], -1)) (arXiv:2209.12152 and 2310.13545).
 
 Shapes: B batch, T tokens, D1 width of the stream x, D2 width of the skip s, O width of the output.
 """

@@ -32,7 +32,7 @@ def _output_and_grads(f: Callable[..., Tensor], inputs: Mapping[str, Tensor]) ->
     output = f(*leaves.values())
     # Drawn in bf16, so that every dtype is sent back the same numbers.
     generator = torch.Generator().manual_seed(1)
-    d_output = torch.randn(output.shape, generator=generator, dtype=torch.bfloat16).to(output.dtype)
+    d_output = torch.randn(output.shape, generator=generator, dtype=torch.bfloat16).to(output)
     grads = torch.autograd.grad(output, list(leaves.values()), d_output)
     return {"output": output.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scalelong.train.config import TrainConfig
 from scalelong.train.presets import PRESETS
+from scalelong.train.processes import RANK_VARIABLES
 
 SMALL = [
     *("--model.width", "32"),
@@ -37,7 +38,9 @@ def small_config(run: Path, **changes) -> TrainConfig:
 def environment() -> dict[str, str]:
     source = str(Path(__file__).parent.parent / "src")
     path = os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH")) if p)
-    return {**os.environ, "PYTHONPATH": path, "COLUMNS": "80"}
+    # A run in this process has left its rank and port behind.
+    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+    return {**inherited, "PYTHONPATH": path, "COLUMNS": "80"}
 
 
 def command(*arguments: object, module: str = "scalelong.train") -> list[str]:

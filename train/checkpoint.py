@@ -1,15 +1,15 @@
 """Checkpoints that are whole or do not count, and that load on any number of processes and any ZeRO stage.
 
 A checkpoint is a folder ``checkpoints/<images_seen>/`` of whole (unsharded) tensors: model.safetensors,
-ema.safetensors, optimizer.safetensors, state.json and, written last, manifest.json with a SHA-256 of each. It is written
-aside, synced and renamed; a folder without a manifest that matches is passed over. Nothing in it can run code.
+ema.safetensors, optimizer.safetensors, state.json and, written last, manifest.json with a SHA-256 of each. It is
+written aside, synced and renamed; a folder without a manifest that matches is passed over. Nothing in it can run code.
 """
 
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,7 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     return final
 
 
-def _write(final: Path, state: TrainState, tensors: dict[str, Iterable[tuple[str, Tensor]]], keep: int) -> str | None:
+def _write(final: Path, state: TrainState, tensors: dict[str, Iterator[tuple[str, Tensor]]], keep: int) -> str | None:
     staging = final.with_name(f".{final.name}.writing")
     remaining = iter(tensors.items())
     try:

@@ -27,8 +27,7 @@ class DataConfig:
     """What is trained on."""
 
     path: str = "digits"
-    """A folder with one sub-folder of images for each class (any folder of images when the model takes no
-    labels), or "digits" for the embedded handwritten digits."""
+    """A folder with one sub-folder of images for each class, or "digits" for the embedded handwritten digits."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")
@@ -122,7 +121,8 @@ class TrainConfig:
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
-        _check(self.sample, ("steps", "num_images"), lambda v: v >= 1, "at least 1")
+        _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
+        _check(self.sample, ("steps",), lambda v: 1 <= v <= 1000, "in 1 .. 1000")
         _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         if self.seed >= 2**63:
@@ -167,9 +167,9 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: a field that this version does not know.
     """
-    values = dict(values)
     parts = {"model": UViTConfig, "optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig}
     try:
+        values = dict(values)
         for name, part in parts.items():
             values[name] = part(**values[name])
         return TrainConfig(**{**values, "run": Path(values["run"])})

@@ -5,6 +5,7 @@ Everything random about a run's sample is decided elsewhere, by (seed, position)
 
 import hashlib
 import io
+import struct
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +16,8 @@ from PIL import Image, ImageOps
 
 from scalelong.train.errors import UserError
 
+# What Pillow raises for a file that is no whole image, or too large a one.
+IMAGE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -96,7 +99,11 @@ class ImageFolder:
 
 
 def _image_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+    def counts(path: Path) -> bool:
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        return path.suffix.lower() in IMAGE_SUFFIXES and not hidden and path.is_file()
+
+    return sorted(path for path in folder.rglob("*") if counts(path))
 
 
 def open_source(path: str, num_classes: int, *, split: str = "train") -> Source:
@@ -131,10 +138,13 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     """The image upright, as grey (1 channel) or RGB (3).
 
     Raises:
-        OSError, ValueError, SyntaxError: Pillow's errors for what is no whole image.
+        IMAGE_ERRORS: what is no whole image.
     """
     image = Image.open(io.BytesIO(data))
     image.load()
+    if image.mode.startswith("I"):
+        # 16 bits to 8, as DALI does; Pillow's convert would cut off at 255.
+        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
     return ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
 
 
@@ -160,17 +170,21 @@ def find_broken_images(
     count = min(at_most, len(source))
     indices = np.linspace(0, len(source) - 1, count).astype(int)[rank::world_size] if count else []
 
-    def problem(index: int) -> str | None:
-        try:
-            decode_image(source.read(index), channels)
-        except (OSError, ValueError, SyntaxError) as error:
-            return f"{source.key(index)} ({_reason(error)})"
-        return None
-
     with ThreadPoolExecutor(max(num_threads, 1)) as pool:
-        return [found for found in pool.map(problem, indices) if found]
+        problems = pool.map(lambda index: find_image_problem(source, int(index), channels), indices)
+        return [problem for problem in problems if problem]
 
 
-def _reason(error: Exception) -> str:
+def find_image_problem(source: Source, index: int, channels: int) -> str | None:
+    """Which image it is and why it cannot be decoded, or None."""
+    try:
+        decode_image(source.read(index), channels)
+    except IMAGE_ERRORS as error:
+        return describe_image_error(source, index, error)
+    return None
+
+
+def describe_image_error(source: Source, index: int, error: Exception) -> str:
     # Pillow names the in-memory file it read, which tells nobody anything.
-    return "no image format that Pillow knows" if "cannot identify image file" in str(error) else str(error)
+    unknown = "cannot identify image file" in str(error)
+    return f"{source.key(index)} ({'no image format that Pillow knows' if unknown else error})"

@@ -5,12 +5,13 @@ DALI is fed sample by sample through a callback that knows nothing but positions
 
 from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.data import Source, find_broken_images
+from scalelong.train.data import Source, find_image_problem
 from scalelong.train.data_order import BatchPlan, Order, draw_samples
 from scalelong.train.errors import RankError
 
@@ -33,7 +34,10 @@ def read_with_dali(
     Raises:
         RankError: an image that cannot be decoded, naming it.
     """
-    from nvidia.dali import fn, pipeline_def, types
+    from nvidia.dali import fn, pipeline_def
+    from nvidia.dali import types as dali_types
+
+    types: Any = dali_types  # its members are made at run time
 
     on_gpu = device.type == "cuda"
 
@@ -49,10 +53,10 @@ def read_with_dali(
     @pipeline_def(
         batch_size=plan.micro_batch,
         num_threads=num_threads,
-        device_id=(device.index or 0) if on_gpu else None,
+        device_id=cast(int, device.index or 0 if on_gpu else None),  # None: DALI needs no driver
         prefetch_queue_depth=PREFETCH_BATCHES,
     )
-    def pipeline():
+    def pipeline() -> Any:
         data, mirror = fn.external_source(sample, num_outputs=2, batch=False, dtype=[types.UINT8, types.INT32])
         image = fn.decoders.image(
             data, device="mixed" if on_gpu else "cpu", output_type=types.GRAY if channels == 1 else types.RGB
@@ -61,7 +65,7 @@ def read_with_dali(
             image, size=[img_size, img_size], mode="not_smaller", interp_type=types.INTERP_LINEAR, antialias=True
         )
         return fn.crop_mirror_normalize(
-            image,
+            cast(Any, image),
             crop=(img_size, img_size),
             mirror=mirror,
             mean=127.5,
@@ -76,7 +80,7 @@ def read_with_dali(
     while True:
         try:
             (images,) = built.run()
-        except RuntimeError as error:
+        except (RuntimeError, OSError) as error:
             raise _decoding_error(source, order, plan, batch, channels, error) from error
         # Copied, because DALI writes the next batch into the same memory.
         yield torch.from_dlpack(images.as_tensor()).clone()
@@ -84,31 +88,11 @@ def read_with_dali(
 
 
 def _decoding_error(
-    source: Source, order: Order, plan: BatchPlan, batch: int, channels: int, error: RuntimeError
+    source: Source, order: Order, plan: BatchPlan, batch: int, channels: int, error: Exception
 ) -> RankError:
-    """DALI reports a batch; find the image in it, or in those that were read ahead."""
+    """DALI reports a batch; find the images in it, or in those that were read ahead."""
     positions = [p for ahead in range(PREFETCH_BATCHES + 1) for p in plan.positions(batch + ahead)]
-    suspects = _Subset(source, [order.index(p) for p in positions])
-    broken = find_broken_images(suspects, channels=channels, at_most=len(suspects), num_threads=4)
-    named = ", ".join(broken[:3]) or str(error).strip().splitlines()[-1]
+    indices = dict.fromkeys(order.index(p) for p in positions)
+    broken = [problem for index in indices if (problem := find_image_problem(source, index, channels))]
+    named = ", ".join(broken[:3]) or "an image: " + " ".join(str(error).split())
     return RankError(f"cannot decode {named}")
-
-
-class _Subset:
-    def __init__(self, source: Source, indices: list[int]):
-        self.source, self.indices, self.class_names = source, indices, source.class_names
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def read(self, index: int) -> bytes:
-        return self.source.read(self.indices[index])
-
-    def label(self, index: int) -> int:
-        return self.source.label(self.indices[index])
-
-    def key(self, index: int) -> str:
-        return self.source.key(self.indices[index])
-
-    def fingerprint(self) -> str:
-        return self.source.fingerprint()

@@ -19,7 +19,7 @@ HELD_OUT_EVERY = 5
 
 def cache_folder() -> Path:
     """$SCALELONG_CACHE, else scalelong/ in $XDG_CACHE_HOME or ~/.cache."""
-    if "SCALELONG_CACHE" in os.environ:
+    if os.environ.get("SCALELONG_CACHE"):
         return Path(os.environ["SCALELONG_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalelong"
 

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -50,7 +51,12 @@ def read_batches(
     """
     order = Order(config.seed, len(source))
     model = config.model
-    how = dict(img_size=model.img_size, channels=model.in_channels, flip=config.data.flip, num_threads=num_threads)
+    how: Any = {
+        "img_size": model.img_size,
+        "channels": model.in_channels,
+        "flip": config.data.flip,
+        "num_threads": num_threads,
+    }
     if choose_reader(config.data.reader) == "dali":
         from scalelong.train.data_dali import read_with_dali
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.data import Source, decode_image, resize_and_crop
+from scalelong.train.data import IMAGE_ERRORS, Source, decode_image, describe_image_error, resize_and_crop
 from scalelong.train.data_order import BatchPlan, Order, draw_samples
 from scalelong.train.errors import RankError
 
@@ -24,8 +24,8 @@ def read_with_pillow(
     def pixels(index: int, mirror: bool) -> np.ndarray:
         try:
             image = resize_and_crop(decode_image(source.read(index), channels), img_size)
-        except (OSError, ValueError, SyntaxError) as error:
-            raise RankError(f"cannot decode {source.key(index)}: {error}") from error
+        except IMAGE_ERRORS as error:
+            raise RankError(f"cannot decode {describe_image_error(source, index, error)}") from error
         array = np.asarray(image, dtype=np.float32).reshape(img_size, img_size, channels).transpose(2, 0, 1)
         if mirror:
             array = array[:, :, ::-1]

@@ -5,7 +5,7 @@ replicated under ZeRO 0 to 2, sharded under ZeRO 3.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +51,7 @@ def check_engine_config(config: TrainConfig) -> None:
         raise UserError("--precision fp16 cannot clip gradients under ZeRO: take bf16, or --zero-stage 0")
 
 
-def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, micro_batch: int):
+def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, micro_batch: int) -> Any:
     """A DeepSpeed engine with AdamW over all parameters."""
     import deepspeed
 
@@ -108,9 +108,12 @@ def optimizer_state(engine) -> Iterator[tuple[str, Tensor]]:
     """("exp_avg.<parameter>", whole tensor on the CPU), ... Every rank must iterate to the end."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    untouched = optimizer_step_count(engine) == 0  # every step so far overflowed in fp16: there is no state yet
     for name, parameter in engine.module.named_parameters():
         for key in OPTIMIZER_STATES:
-            if engine.zero_optimization_stage() == 0:
+            if untouched:
+                value = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
+            elif engine.zero_optimization_stage() == 0:
                 value = engine.optimizer.state[parameter][key]
             else:
                 value = safe_get_full_optimizer_state(parameter, key)
@@ -182,16 +185,17 @@ def _grad_scaler(engine) -> torch.amp.GradScaler | None:
 def _gather_shard(parameter: nn.Parameter, shard: Tensor) -> Tensor:
     if not hasattr(parameter, "ds_tensor"):
         return shard
+    sharded = cast(Any, parameter)
     world_size = torch.distributed.get_world_size()
     parts = [torch.empty_like(shard) for _ in range(world_size)]
     torch.distributed.all_gather(parts, shard.contiguous())
-    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    return torch.cat(parts)[: sharded.ds_numel].view(sharded.ds_shape)
 
 
 def _cut_shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     if not hasattr(parameter, "ds_tensor"):
         return whole
-    size = parameter.ds_tensor.numel()
+    size = cast(Any, parameter).ds_tensor.numel()
     padded = whole.new_zeros(size * torch.distributed.get_world_size())
     padded[: whole.numel()] = whole.flatten()
     return padded[size * torch.distributed.get_rank() :][:size]

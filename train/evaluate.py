@@ -22,7 +22,7 @@ from scalelong.train.data_order import Stream, generator
 from scalelong.train.diffusion import PROCESSES
 from scalelong.train.errors import UserError
 from scalelong.train.run_folder import load_model
-from scalelong.train.sample import default_labels, generate
+from scalelong.train.sample import check_sampling, default_labels, generate
 
 NUM_FEATURES = 32
 HELD_OUT_SHARE = 0.2
@@ -121,6 +121,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     Raises:
         UserError: no such run, checkpoint or data.
     """
+    check_sampling(arguments.steps, arguments.seed)
     model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
     real = read_real_images(config, arguments.max_real_images)
     judge = Judge(real)
@@ -149,9 +150,9 @@ def evaluate(arguments: EvaluateArguments) -> dict:
             seed=arguments.seed,
         )
         pixels = images.reshape(len(images), -1) / 255
-        score = {"guidance": strength, "distance": judge.distance(pixels, real.held_out)}
-        score["accuracy"] = judge.accuracy(pixels, np.array(labels)) if labels is not None else None
-        scores["samples"].append(score)
+        accuracy = judge.accuracy(pixels, np.array(labels)) if labels is not None else None
+        distance = judge.distance(pixels, real.held_out)
+        scores["samples"].append({"guidance": strength, "accuracy": accuracy, "distance": distance})
     return scores
 
 

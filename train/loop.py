@@ -159,7 +159,7 @@ def check_losses(run: Run, losses: list[Tensor]) -> list[float]:
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {step} ({step * run.config.images_per_step:,} images); "
-                f"nothing was saved after it. A lower --optimizer.learning-rate or --optimizer.clip-grad-norm 1 may help"
+                f"nothing was saved after it; a lower --optimizer.learning-rate may help"
             )
     return values
 

@@ -5,20 +5,21 @@ The recipes are those of https://github.com/baofff/U-ViT with the skips scaled; 
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from scalelong.model.presets import MODEL_PRESETS
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 _DIGITS = TrainConfig(
     run=Path("runs/digits-uvit"),
-    total_images=256_000,
-    images_per_step=128,
-    images_per_checkpoint=64_000,
-    images_per_grid=64_000,
+    total_images=192_000,
+    images_per_step=64,
+    images_per_checkpoint=48_000,
+    images_per_grid=48_000,
     images_per_log=0,
     label_drop=0.1,
     model=MODEL_PRESETS["digits-uvit"],
-    optimizer=OptimizerConfig(learning_rate=1e-3, beta1=0.9, beta2=0.99, warmup_images=12_800, ema_decay=0.995),
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, beta1=0.9, beta2=0.99, warmup_images=12_800, ema_decay=0.997),
     data=DataConfig(path="digits"),
     sample=SampleConfig(steps=30, guidance=1.0, num_images=100),
 )
@@ -41,10 +42,10 @@ def _published(name: str, *, batch: int, steps: int, learning_rate: float, beta2
     )
 
 
-_IMAGENET64 = dict(batch=1024, steps=300_000, learning_rate=3e-4, beta2=0.99, warmup=5_000)
-_PUBLISHED = {
-    "cifar10-uvit-s2": dict(batch=128, steps=500_000, learning_rate=2e-4, beta2=0.999, warmup=2_500),
-    "celeba64-uvit-s4": dict(batch=128, steps=500_000, learning_rate=2e-4, beta2=0.99, warmup=5_000),
+_IMAGENET64 = {"batch": 1024, "steps": 300_000, "learning_rate": 3e-4, "beta2": 0.99, "warmup": 5_000}
+_PUBLISHED: dict[str, Any] = {
+    "cifar10-uvit-s2": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.999, "warmup": 2_500},
+    "celeba64-uvit-s4": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.99, "warmup": 5_000},
     "imagenet64-uvit-m4": _IMAGENET64,
     "imagenet64-uvit-l4": _IMAGENET64,
 }

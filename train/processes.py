@@ -87,8 +87,9 @@ def join_processes() -> Processes:
     """Sets up DeepSpeed's communication, if that has not been done, and returns who we are."""
     if not all(name in os.environ for name in RANK_VARIABLES):
         # Without these DeepSpeed looks for mpi4py and fails.
-        alone = dict(zip(RANK_VARIABLES, ("0", "1", "0", "127.0.0.1", str(_free_port())), strict=True))
-        os.environ.update(alone)
+        alone = ("0", "1", "0", "127.0.0.1", str(_free_port()))
+        for name, value in zip(RANK_VARIABLES, alone, strict=True):
+            os.environ[name] = value
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -1,6 +1,7 @@
-"""What a run tells while it goes: log.jsonl and TensorBoard, and a progress bar on a terminal, plain lines elsewhere."""
+"""What a run tells as it goes: log.jsonl and TensorBoard; a progress bar on a terminal, plain lines elsewhere."""
 
 import json
+import math
 import sys
 import time
 from pathlib import Path
@@ -81,7 +82,8 @@ class Report(QuietReport):
         """Writes a row, which has at least images_seen, loss and images_per_second, to the log, and shows it."""
         images_seen = int(row["images_seen"])
         try:
-            self._log.write(json.dumps(row) + "\n")
+            # JSON knows no NaN and no infinity (the gradient of a step that overflowed in fp16).
+            self._log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
             self._log.flush()
             for name, value in row.items():
                 if name != "images_seen":

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import torch
+
 from scalelong.model.uvit import UViT
 from scalelong.train.checkpoint import checkpoints_folder, find_problem, newest_checkpoint, read_tensors
 from scalelong.train.config import TrainConfig, config_from_dict
@@ -25,7 +27,9 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[UViT, TrainConfig]:
-    """The model of a run in evaluation mode, from a checkpoint that is whole, and the run's configuration.
+    """The model of a run in evaluation mode, on a GPU if there is one, and the run's configuration.
+
+    The weights are those of a checkpoint that is whole.
 
     Args:
         checkpoint: its images_seen; the newest whole one if not given.
@@ -46,4 +50,4 @@ def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema"
             raise UserError(f"cannot use the checkpoint {folder}: {problem}")
     model = UViT(config.model, skip_scale=config.make_skip_scale())
     model.load_state_dict(read_tensors(folder, weights))
-    return model.eval(), config
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config

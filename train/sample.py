@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -43,7 +43,9 @@ def make_scheduler(sampler: str, process: Process):
     if sampler == "dpm-solver++":
         return diffusers.DPMSolverMultistepScheduler(**grid, algorithm_type="dpmsolver++", solver_order=2)
     if sampler == "ddim":
-        return diffusers.DDIMScheduler(**grid, clip_sample=False)
+        # DDIM is DPM-Solver++ of order 1 (arXiv:2211.01095, section 4). diffusers' own DDIMScheduler steps back by
+        # 1000 // steps whatever the grid, which is wrong where steps does not divide 1000.
+        return diffusers.DPMSolverMultistepScheduler(**grid, algorithm_type="dpmsolver++", solver_order=1)
     if sampler == "euler":
         return diffusers.EulerDiscreteScheduler(**grid)
     if sampler == "euler-ancestral":
@@ -77,12 +79,17 @@ def denoise(
 
     Returns:
         (B, C, H, W), not clamped.
+
+    Raises:
+        UserError: more steps than the grid has points, or a sampler that does not fit the process.
     """
-    scheduler = make_scheduler(sampler, process)
+    if not 1 <= steps <= NUM_TIMES:
+        raise UserError(f"a sampler takes 1 to {NUM_TIMES} steps, not {steps}")
+    scheduler: Any = make_scheduler(sampler, process)
     if sampler == "euler-maruyama":
         return _euler_maruyama(denoiser, process, scheduler, noise_BCHW, steps, generators)
     scheduler.set_timesteps(steps, device=noise_BCHW.device)
-    stochastic = {"generator": generators} if sampler in ("euler-ancestral", "ddim") else {}
+    stochastic = {"generator": generators} if sampler == "euler-ancestral" else {}
     x_BCHW = noise_BCHW * scheduler.init_noise_sigma
     for k in scheduler.timesteps:
         # diffusers counts its grid from 0.
@@ -116,6 +123,7 @@ def guided(model: UViT, labels_B: Tensor | None, null_label: int | None, guidanc
         t_B = t.to(x_BCHW.dtype).expand(len(x_BCHW))
         if guidance == 0 or labels_B is None:
             return model(x_BCHW, t_B, labels_B)
+        assert null_label is not None, "guidance needs a null label"
         null_B = torch.full_like(labels_B, null_label)
         # One pass over both halves: the batch is doubled, the launches are not.
         both = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([labels_B, null_B]))
@@ -173,6 +181,18 @@ def _torch_generator(seed: int, number: int) -> torch.Generator:
 def to_uint8(x_BCHW: Tensor) -> np.ndarray:
     """(B, H, W, C): [-1, 1] to 0 .. 255, rounded and clamped."""
     return ((x_BCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
+
+
+def check_sampling(steps: int | None, seed: int) -> None:
+    """Refuses what the samplers cannot take, given on a command line.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if steps is not None and not 1 <= steps <= NUM_TIMES:
+        raise UserError(f"--steps must be in 1 .. {NUM_TIMES}, got {steps}")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"--seed must be in 0 .. 2^63 - 1, got {seed}")
 
 
 def default_labels(num_images: int, num_classes: int) -> list[int] | None:
@@ -234,8 +254,9 @@ class SampleArguments:
 def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong sample``."""
     arguments = parse(SampleArguments, argv, prog="scalelong sample")
-    if arguments.num_images < 1 or (arguments.steps is not None and arguments.steps < 1):
-        raise UserError("--num-images and --steps must be at least 1")
+    if arguments.num_images < 1:
+        raise UserError("--num-images must be at least 1")
+    check_sampling(arguments.steps, arguments.seed)
     model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
     num_classes = config.num_data_classes
     unknown = [label for label in arguments.label if not 0 <= label < num_classes]

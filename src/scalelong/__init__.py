@@ -9,7 +9,7 @@ _PUBLIC = {
     "UViTConfig": "scalelong.model.uvit",
     "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
 }
-__all__ = ["__version__", *_PUBLIC]
+__all__ = ["UViT", "UViTConfig", "__version__", "load_uvit_checkpoint"]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):
