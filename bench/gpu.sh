@@ -20,6 +20,6 @@ part() {
 
 part 180 "operators and models" "$PYTHON" -m pytest -q -p no:cacheprovider \
     tests/test_attention.py tests/test_skip_linear.py tests/test_skip_scale.py tests/test_uvit.py tests/test_uvit_checkpoint.py
-part 120 "on the GPU" "$PYTHON" -m pytest -q -p no:cacheprovider -m gpu tests
+part 120 "on the GPU" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py
 part 240 "benchmarks" "$PYTHON" -m pytest bench -o python_files='bench_*.py' --benchmark-only -q
 exit $failed

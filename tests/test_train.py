@@ -177,8 +177,9 @@ def test_a_finished_run_says_so_and_changes_nothing(straight, capsys):
     assert {p: p.stat().st_mtime_ns for p in straight.rglob("*")} == before
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path):
-    config = small_config(tmp_path / "run", total_images=20 * STEP, images_per_checkpoint=2 * STEP)
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, stage):
+    config = small_config(tmp_path / "run", total_images=20 * STEP, images_per_checkpoint=2 * STEP, zero_stage=stage)
     config = replace(config, optimizer=replace(config.optimizer, learning_rate=1e30))
     with pytest.raises(UserError, match=r"at step [34] ") as caught:
         train(config)

@@ -6,7 +6,9 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
@@ -15,6 +17,18 @@ from scalelong.train.processes import is_main_process
 
 T = TypeVar("T")
 EXIT_USER_ERROR = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunArguments:
+    """What every command on a run takes."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    checkpoint: int | None = None
+    """Which one, by its images_seen; the newest if not given."""
+    weights: Literal["ema", "model"] = "ema"
+    """The averaged weights, or those of the last step."""
 
 
 def parse(kind: type[T], argv: list[str] | None, *, prog: str, default: T | None = None) -> T:
@@ -83,3 +97,7 @@ def run_command(main: Callable[[], None]) -> None:
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
+    except BrokenPipeError:
+        # Whoever read our output, `| head` say, has seen enough; nothing may be flushed to them at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -70,14 +70,22 @@ def set_learning_rate(engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def take_step(engine) -> None:
-    """The optimizer's step, at the end of the last micro-batch."""
+def take_step(engine) -> bool:
+    """The optimizer's step, at the end of the last micro-batch.
+
+    Returns:
+        False if ZeRO left it out because a gradient is not finite, unless that is fp16 finding its loss scale.
+    """
     engine.step()
+    if engine.was_step_applied():
+        return True
     scaler = _grad_scaler(engine)
-    if scaler is not None and not engine.was_step_applied():
-        # Under ZeRO, DeepSpeed 0.19.8 skips a step that overflowed without telling the scaler, which would then
-        # never lower its scale.
-        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+    if scaler is None:
+        return False
+    # Under ZeRO, DeepSpeed 0.19.8 skips a step that overflowed without telling the scaler, which would then never
+    # lower its scale.
+    scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+    return True
 
 
 def gradient_norm(engine) -> float:

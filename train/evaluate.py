@@ -10,46 +10,29 @@ Two measures that need no downloaded network, meant for small images:
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import numpy as np
-import tyro
 
 from scalelong.train.command_line import parse, run_command
-from scalelong.train.config import SamplerName, TrainConfig
+from scalelong.train.config import TrainConfig
 from scalelong.train.data import Source, decode_image, open_source, resize_and_crop
 from scalelong.train.data_order import Stream, generator
 from scalelong.train.diffusion import PROCESSES
 from scalelong.train.errors import UserError
-from scalelong.train.run_folder import load_model
-from scalelong.train.sample import check_sampling, default_labels, generate
+from scalelong.train.sample import SamplingArguments, default_labels, generate, load_sampling
 
 NUM_FEATURES = 32
 HELD_OUT_SHARE = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateArguments:
+class EvaluateArguments(SamplingArguments):
     """Score a run's samples, with guidance and without, against real images."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
     num_images: int = 1000
     """Samples, spread evenly over the classes."""
     max_real_images: int = 10_000
     """At most so many real images are read."""
-    sampler: SamplerName | None = None
-    """The run's own if not given."""
-    steps: int | None = None
-    """Network evaluations for each image. The run's own if not given."""
-    guidance: float | None = None
-    """Strength of the guided samples. The run's own if not given."""
-    seed: int = 1
-    """Of the samples' noise."""
-    checkpoint: int | None = None
-    """Which one, by its images_seen; the newest if not given."""
-    weights: Literal["ema", "model"] = "ema"
-    """The averaged weights, or those of the last step."""
     out: Path | None = None
     """Where to write the scores as JSON; RUN/evaluation.json if not given."""
 
@@ -121,34 +104,22 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     Raises:
         UserError: no such run, checkpoint or data.
     """
-    check_sampling(arguments.steps, arguments.seed)
-    model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    sampling = load_sampling(arguments)
+    config, settings = sampling.config, sampling.settings
     real = read_real_images(config, arguments.max_real_images)
     judge = Judge(real)
     labels = default_labels(arguments.num_images, config.num_data_classes)
-    sampler, steps = arguments.sampler or config.sample.sampler, arguments.steps or config.sample.steps
-    guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
-    if guidance and config.null_label is None:
-        raise UserError("--guidance needs a run that was trained with --label-drop above 0")
+    shown = f"{settings['sampler']}, {settings['steps']} steps, {arguments.weights} weights, seed {arguments.seed}"
     scores = {
-        "settings": f"{arguments.num_images} samples, {sampler}, {steps} steps, {arguments.weights} weights",
+        "settings": f"{arguments.num_images} samples, {shown}",
         "held_out_from_training": real.held_out_from_training,
         "real_accuracy": judge.accuracy(real.held_out, real.held_out_labels),
         "real_distance": _distance_of_halves(judge, real.held_out),
         "samples": [],
     }
-    for strength in sorted({0.0, guidance}, reverse=True):
-        images = generate(
-            model,
-            PROCESSES[config.objective],
-            labels,
-            num_images=arguments.num_images,
-            null_label=config.null_label,
-            sampler=sampler,
-            steps=steps,
-            guidance=strength,
-            seed=arguments.seed,
-        )
+    for strength in sorted({0.0, settings["guidance"]}, reverse=True):
+        process, how = PROCESSES[config.objective], {**settings, "guidance": strength}
+        images = generate(sampling.model, process, labels, num_images=arguments.num_images, **how)
         pixels = images.reshape(len(images), -1) / 255
         accuracy = judge.accuracy(pixels, np.array(labels)) if labels is not None else None
         distance = judge.distance(pixels, real.held_out)

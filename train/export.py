@@ -5,27 +5,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
-import tyro
-
-from scalelong.train.command_line import parse, run_command
+from scalelong.train.command_line import RunArguments, parse, run_command
 from scalelong.train.errors import UserError
 from scalelong.train.run_folder import load_model
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportArguments:
+class ExportArguments(RunArguments):
     """Export a run's model: safetensors weights and a JSON configuration, for ``UViT.from_pretrained``."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
     out: Path
     """Folder to write; must be new or empty."""
-    checkpoint: int | None = None
-    """Which one, by its images_seen; the newest if not given."""
-    weights: Literal["ema", "model"] = "ema"
-    """The averaged weights, or those of the last step."""
 
 
 def main(argv: list[str] | None = None) -> None:

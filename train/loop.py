@@ -86,7 +86,7 @@ def train(config: TrainConfig) -> int:
             stops = processes.any(signals.received is not None)
             if logs or saves or stops or processes.device.type == "cpu":
                 # Elsewhere the loss is left on the GPU, so that no step waits for it.
-                losses = check_losses(run, unchecked_losses)
+                losses = check_losses(run, unchecked_losses, run.step)
                 unchecked_losses.clear()
             run.ema.update()
             seconds, images_timed = seconds + time.perf_counter() - step_began, images_timed + config.images_per_step
@@ -131,21 +131,25 @@ def train_step(run: Run, *, measures: bool) -> tuple[Tensor, dict[str, float]]:
         engine.backward(loss)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
+    # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
+    scale = ds.loss_scale(engine) if measures else 1.0
+    norm = ds.gradient_norm(engine) if measures and config.zero_stage == 0 else None
+    is_finite = ds.take_step(engine)
     if measures:
-        scale = ds.loss_scale(engine)
-        before = ds.gradient_norm(engine) if config.zero_stage == 0 else None
-        ds.take_step(engine)
-        norm = (ds.gradient_norm(engine) if before is None else before) / scale
-        measured = {"grad_norm": norm, "learning_rate": learning_rate(config, run.images_seen), **run.monitor.take()}
+        norm = ds.gradient_norm(engine) if norm is None else norm
+        rate = learning_rate(config, run.images_seen)
+        measured = {"grad_norm": norm / scale, "learning_rate": rate, **run.monitor.take()}
         if config.precision == "fp16":
             measured["loss_scale"] = scale
-    else:
-        ds.take_step(engine)
-    return torch.stack(losses).mean(), measured
+    loss = torch.stack(losses).mean()
+    if not is_finite:
+        check_losses(run, [loss], run.step + 1)
+        raise UserError(f"the gradient is not finite at step {run.step + 1}; nothing was saved after it")
+    return loss, measured
 
 
-def check_losses(run: Run, losses: list[Tensor]) -> list[float]:
-    """The losses of the last steps, averaged over all ranks.
+def check_losses(run: Run, losses: list[Tensor], last_step: int) -> list[float]:
+    """The losses of the steps up to ``last_step``, averaged over all ranks.
 
     Raises:
         UserError: one that is not finite, naming its step.
@@ -155,7 +159,7 @@ def check_losses(run: Run, losses: list[Tensor]) -> list[float]:
         dist.all_reduce(mean)
         mean /= run.processes.world_size
     values = mean.tolist()
-    for step, value in enumerate(values, start=run.step - len(values) + 1):
+    for step, value in enumerate(values, start=last_step - len(values) + 1):
         if not math.isfinite(value):
             raise UserError(
                 f"the loss is {value} at step {step} ({step * run.config.images_per_step:,} images); "

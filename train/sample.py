@@ -9,17 +9,16 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 from torch import Tensor
 
 from scalelong.model.uvit import UViT
-from scalelong.train.command_line import parse, run_command
-from scalelong.train.config import SAMPLER_NAMES, SamplerName
+from scalelong.train.command_line import RunArguments, parse, run_command
+from scalelong.train.config import SAMPLER_NAMES, SamplerName, TrainConfig
 from scalelong.train.data_order import Stream, draw_noise, generator
 from scalelong.train.diffusion import NUM_TIMES, PROCESSES, Process, ScaledLinear
 from scalelong.train.errors import UserError
@@ -183,18 +182,6 @@ def to_uint8(x_BCHW: Tensor) -> np.ndarray:
     return ((x_BCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def check_sampling(steps: int | None, seed: int) -> None:
-    """Refuses what the samplers cannot take, given on a command line.
-
-    Raises:
-        UserError: naming the flag.
-    """
-    if steps is not None and not 1 <= steps <= NUM_TIMES:
-        raise UserError(f"--steps must be in 1 .. {NUM_TIMES}, got {steps}")
-    if not 0 <= seed < 2**63:
-        raise UserError(f"--seed must be in 0 .. 2^63 - 1, got {seed}")
-
-
 def default_labels(num_images: int, num_classes: int) -> list[int] | None:
     """Every class in turn; None for a model without labels."""
     return [n % num_classes for n in range(num_images)] if num_classes else None
@@ -226,17 +213,9 @@ def grid_columns(num_images: int, num_classes: int) -> int:
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleArguments:
-    """Draw samples from a run and save them as one picture."""
+class SamplingArguments(RunArguments):
+    """What every command that draws samples takes."""
 
-    run: Annotated[Path, tyro.conf.Positional]
-    """Run folder."""
-    out: Path = Path("grid.png")
-    """The PNG to write."""
-    num_images: int = 100
-    """How many."""
-    label: tuple[int, ...] = ()
-    """Which classes, in turn; all of them if not given."""
     guidance: float | None = None
     """s in eps_c + s (eps_c - eps_u); 0: none. The run's own if not given."""
     sampler: SamplerName | None = None
@@ -245,10 +224,52 @@ class SampleArguments:
     """Network evaluations for each image. The run's own if not given."""
     seed: int = 0
     """Of the noise."""
-    checkpoint: int | None = None
-    """Which one, by its images_seen; the newest if not given."""
-    weights: Literal["ema", "model"] = "ema"
-    """The averaged weights, or those of the last step."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A run's model and how to sample from it."""
+
+    model: UViT
+    config: TrainConfig
+    settings: dict[str, Any]
+    """Keyword arguments of ``generate``: null_label, sampler, steps, guidance, seed."""
+
+
+def load_sampling(arguments: SamplingArguments) -> Sampling:
+    """The model of a run, and its own settings where the command line gives no others.
+
+    Raises:
+        UserError: no such run or checkpoint, or settings that do not fit it, naming the flag.
+    """
+    if arguments.steps is not None and not 1 <= arguments.steps <= NUM_TIMES:
+        raise UserError(f"--steps must be in 1 .. {NUM_TIMES}, got {arguments.steps}")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed must be in 0 .. 2^63 - 1, got {arguments.seed}")
+    model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
+    if guidance and config.null_label is None:
+        raise UserError("--guidance needs a run that was trained with --label-drop above 0")
+    settings = {
+        "null_label": config.null_label,
+        "sampler": arguments.sampler or config.sample.sampler,
+        "steps": arguments.steps or config.sample.steps,
+        "guidance": guidance,
+        "seed": arguments.seed,
+    }
+    return Sampling(model, config, settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(SamplingArguments):
+    """Draw samples from a run and save them as one picture."""
+
+    out: Path = Path("grid.png")
+    """The PNG to write."""
+    num_images: int = 100
+    """How many."""
+    label: tuple[int, ...] = ()
+    """Which classes, in turn; all of them if not given."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -256,30 +277,18 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(SampleArguments, argv, prog="scalelong sample")
     if arguments.num_images < 1:
         raise UserError("--num-images must be at least 1")
-    check_sampling(arguments.steps, arguments.seed)
-    model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    sampling = load_sampling(arguments)
+    config = sampling.config
     num_classes = config.num_data_classes
     unknown = [label for label in arguments.label if not 0 <= label < num_classes]
     if unknown:
         known = f"0 to {num_classes - 1}" if num_classes else "none: it was trained without labels"
         raise UserError(f"--label {unknown[0]}: the run's labels are {known}")
-    guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
-    if guidance and config.null_label is None:
-        raise UserError("--guidance needs a run that was trained with --label-drop above 0")
     labels = default_labels(arguments.num_images, num_classes)
     if arguments.label:
         labels = [arguments.label[n % len(arguments.label)] for n in range(arguments.num_images)]
-    images = generate(
-        model,
-        PROCESSES[config.objective],
-        labels,
-        num_images=arguments.num_images,
-        null_label=config.null_label,
-        sampler=arguments.sampler or config.sample.sampler,
-        steps=arguments.steps or config.sample.steps,
-        guidance=guidance,
-        seed=arguments.seed,
-    )
+    process = PROCESSES[config.objective]
+    images = generate(sampling.model, process, labels, num_images=arguments.num_images, **sampling.settings)
     columns = grid_columns(arguments.num_images, len(set(labels)) if labels else 0)
     try:
         save_grid(images, arguments.out, columns=columns)
