@@ -112,8 +112,10 @@ def train(config: TrainConfig) -> int:
         if last:
             announce_results(config, run.images_seen)
         else:
-            print(f"{signals.received}: saved at {run.images_seen:,} images; to go on, run the same command again:")
-            print(f"  {command_to_resume()}", flush=True)
+            cause = signals.received or "a signal to another process"
+            print(f"{cause}: saved at {run.images_seen:,} images; to go on, run the same command again:")
+            # What a launcher was told is not known here.
+            print(f"  {'deepspeed ...' if processes.world_size > 1 else command_to_resume()}", flush=True)
     return 0 if last else EXIT_SAVED_AFTER_SIGNAL
 
 
