@@ -114,6 +114,16 @@ def test_resuming_passes_over_a_damaged_checkpoint(straight, tmp_path, capsys):
     assert losses(tmp_path / "run") == losses(straight)
 
 
+def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
+    config = small_config(tmp_path / "run", images_per_checkpoint=2 * STEP, keep_checkpoints=3)
+    train(replace(config, total_images=6 * STEP))
+    for damaged in (128, 192):
+        (config.run / "checkpoints" / str(damaged) / "model.safetensors").write_bytes(b"")
+    train(replace(config, total_images=3 * STEP, keep_checkpoints=2))
+    left = {p.name for p in (config.run / "checkpoints").iterdir()}
+    assert {"64", "96"} <= left
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_mixed_precision_trains_and_resumes_exactly(tmp_path, precision, stage):

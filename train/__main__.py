@@ -3,7 +3,7 @@
 import difflib
 import sys
 
-from scalelong.train.command_line import parse, run_command
+from scalelong.train.command_line import parse, run_command, without_local_rank
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.presets import DESCRIPTIONS, PRESETS
@@ -29,7 +29,7 @@ def parse_train_arguments(argv: list[str]) -> TrainConfig:
     Raises:
         UserError: an unknown preset (the presets are listed) or field, or a value that does not fit.
     """
-    argv = _without_local_rank(argv)
+    argv = without_local_rank(argv)
     if argv and argv[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0)
@@ -59,18 +59,6 @@ def usage() -> str:
             f"{PROGRAM} PRESET --help lists the fields of a preset and their values.",
         ]
     )
-
-
-def _without_local_rank(argv: list[str]) -> list[str]:
-    kept, skip_next = [], False
-    for argument in argv:
-        if skip_next:
-            skip_next = False
-        elif argument in ("--local_rank", "--local-rank"):
-            skip_next = True
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
-            kept.append(argument)
-    return kept
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ from scalelong.train.errors import UserError
 from scalelong.train.processes import Processes
 
 MANIFEST = "manifest.json"
-WEIGHTS = ("ema", "model")
 
 
 @dataclass(frozen=True)
@@ -147,12 +146,16 @@ def _write(final: Path, state: TrainState, tensors: dict[str, Iterator[tuple[str
         whole = [c for c in list_checkpoints(final.parent.parent) if find_problem(c) is None]
         kept = f"the last good checkpoint is {whole[0]}" if whole else "there is no earlier checkpoint"
         return f"cannot write the checkpoint {final}: {error}; {kept}"
-    _prune(final.parent.parent, keep)
+    _prune(final, keep)
     return None
 
 
-def _prune(run: Path, keep: int) -> None:
-    for old in list_checkpoints(run)[keep:]:
+def _prune(newest: Path, keep: int) -> None:
+    """Removes all but the ``keep`` checkpoints up to ``newest``, the one just written."""
+    run = newest.parent.parent
+    # Those with a higher number were passed over as damaged when the run resumed: they must not push out whole ones.
+    counted = [c for c in list_checkpoints(run) if int(c.name) <= int(newest.name)]
+    for old in counted[keep:]:
         # The manifest goes first, so that half a removal never looks whole.
         (old / MANIFEST).unlink(missing_ok=True)
         shutil.rmtree(old, ignore_errors=True)

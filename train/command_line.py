@@ -87,6 +87,19 @@ def _first_paragraph(boxed: str) -> str:
     return message or boxed.strip()
 
 
+def without_local_rank(argv: list[str]) -> list[str]:
+    """The arguments without the ``--local_rank`` that the deepspeed launcher puts among them."""
+    kept, skip_next = [], False
+    for argument in argv:
+        if skip_next:
+            skip_next = False
+        elif argument in ("--local_rank", "--local-rank"):
+            skip_next = True
+        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+            kept.append(argument)
+    return kept
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function; errors that a user can act on become one line and exit code 2."""
     try:

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from scalelong.model.skip_scale import SkipScale, SkipScaleName, make_skip_scale
 from scalelong.model.uvit import UViTConfig
+from scalelong.train.diffusion import NUM_TIMES
 from scalelong.train.errors import UserError
 
 ObjectiveName = Literal["vp-sde", "scaled-linear"]
@@ -27,7 +28,7 @@ class DataConfig:
     """What is trained on."""
 
     path: str = "digits"
-    """A folder with one sub-folder of images for each class, or "digits" for the embedded handwritten digits."""
+    """A folder with a sub-folder of images for each class (any folder, for a model without labels), or "digits"."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")
@@ -122,7 +123,7 @@ class TrainConfig:
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
-        _check(self.sample, ("steps",), lambda v: 1 <= v <= 1000, "in 1 .. 1000")
+        _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         if self.seed >= 2**63:

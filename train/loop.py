@@ -24,6 +24,7 @@ from scalelong.train.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
+from scalelong.train.command_line import without_local_rank
 from scalelong.train.config import TrainConfig, config_differences, config_to_dict
 from scalelong.train.data import Source, find_broken_images, open_source
 from scalelong.train.data_loader import Batch, choose_reader, read_batches
@@ -364,5 +365,4 @@ def announce_results(config: TrainConfig, images_seen: int) -> None:
 
 def command_to_resume() -> str:
     program = "python -m scalelong.train" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
-    arguments = [a for a in sys.argv[1:] if not a.startswith("--local_rank")]
-    return f"{program} {shlex.join(arguments)}"
+    return f"{program} {shlex.join(without_local_rank(sys.argv[1:]))}"

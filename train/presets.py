@@ -3,7 +3,6 @@
 The recipes are those of https://github.com/baofff/U-ViT with the skips scaled; steps are given in images.
 """
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +63,3 @@ PRESETS: dict[str, TrainConfig] = {
 }
 
 assert PRESETS.keys() == DESCRIPTIONS.keys()
-
-
-def preset(name: str, **changes) -> TrainConfig:
-    """A preset with top-level fields changed."""
-    return replace(PRESETS[name], **changes)

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalelong.train.errors import UserError
+from scalelong.train.processes import is_main_process
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -115,7 +116,9 @@ class Report(QuietReport):
 
 
 def warn(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr, flush=True)
+    """A line on standard error, once for all processes."""
+    if is_main_process():
+        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
