@@ -6,26 +6,35 @@ BIN := $(VENV)/bin
 # Further flags for the command: make train ARGS="--skip-scale ls --run runs/ls"
 ARGS ?=
 
-.PHONY: help install train test test-fast lint format bench gpu clean
+.PHONY: help install train test test-fast test-all lint format bench gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
+	@echo "make test-all   also the exhaustive ones, which take minutes and tens of gigabytes"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
 	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network"
 	@echo "make install    only set up $(VENV)"
 
-install: $(VENV)/.installed
+# Builds the native library again only where its sources are newer.
+NATIVE := kernels/native/libscalelong_native.so
+NATIVE_SOURCES := CMakeLists.txt $(wildcard kernels/native/*.h kernels/native/*.cpp)
+
+install: $(VENV)/.installed $(NATIVE)
+
+$(NATIVE): $(NATIVE_SOURCES) | $(VENV)/.installed
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
 
 # torch first, at exactly the tested version: a looser request pulls whatever is newest.
 $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "ScaleLong needs Python 3.11 or newer; name one: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt --upgrade pip setuptools wheel
+	$(BIN)/python -m pip install -q -c constraints.txt --upgrade pip setuptools wheel cmake
 	$(BIN)/python -m pip install -q -c constraints.txt torch==2.13.0
 	$(BIN)/python -m pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
 	@touch $@
@@ -37,7 +46,10 @@ test: install
 	$(BIN)/python -m pytest $(ARGS)
 
 test-fast: install
-	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(ARGS)
+
+test-all: install
+	$(BIN)/python -m pytest -m "" $(ARGS)
 
 lint: install
 	$(BIN)/ruff check .
@@ -57,4 +69,4 @@ gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info
+	rm -rf $(VENV) build dist *.egg-info src/*.egg-info $(NATIVE)

@@ -1,0 +1,412 @@
+"""GroupNorm + activation over a scaled skip concatenation that is never written to memory (arXiv:2310.13545).
+
+y = act((normalised(cat([h, scale * s], 1)) * weight + bias) * (1 + gain) + shift)
+
+Eager PyTorch writes the scaled skip, the concatenation, the normalised and the activated tensor, and keeps three of
+them for backward; here forward reads h and s and writes y, and backward recomputes from h, s and fp32 statistics.
+
+Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensions.
+"""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalelong.kernels import group_norm_native, group_norm_triton
+from scalelong.kernels.backend import get_backend
+
+Scale = Tensor | float | None
+
+ACTIVATIONS = ("silu", "gelu", None)
+_LAUNCHERS = {"triton": group_norm_triton, "native": group_norm_native}
+
+
+def group_norm_ref(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    shift: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str | None = "silu",
+) -> Tensor:
+    """The specification of ``group_norm``, in plain PyTorch; fp64 included."""
+    weight, bias, gain, shift = (None if p is None else p.to(x.dtype) for p in (weight, bias, gain, shift))
+    over_space = (..., *[None] * (x.dim() - 2))
+    if x.numel() > 0:
+        y = F.group_norm(x, groups, weight, bias, eps)
+    else:  # which torch refuses to normalise
+        y = x if weight is None or bias is None else x * weight[over_space] + bias[over_space]
+    if gain is not None:
+        y = y * (1 + gain[over_space])
+    if shift is not None:
+        y = y + shift[over_space]
+    return F.silu(y) if act == "silu" else F.gelu(y) if act == "gelu" else y
+
+
+def skip_group_norm_ref(
+    h: Tensor,
+    s: Tensor,
+    scale: Scale,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    shift: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str | None = "silu",
+) -> Tensor:
+    """The specification of ``skip_group_norm``: scale the skip, concatenate, normalise, activate."""
+    x = torch.cat([h, s if scale is None else _scaled(s, scale)], dim=1)
+    return group_norm_ref(x, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
+
+
+def group_norm(
+    x: Tensor,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    shift: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str | None = "silu",
+) -> Tensor:
+    """``act((normalised(x) * weight + bias) * (1 + gain) + shift)``, normalised over each of ``groups`` of channels.
+
+    Args:
+        x: (N, C, *), fp32, bf16 or fp16, contiguous or channels_last; fp64 runs the reference.
+        groups: divides C.
+        weight, bias: (C,), both or neither; any floating dtype.
+        shift, gain: (N, C) or None: the adaptive form of ADM (arXiv:2105.05233).
+        eps: added to the variance.
+        act: "silu", "gelu" (the exact one) or None.
+
+    Returns:
+        The shape, dtype and layout of x. Differentiable once in every tensor argument; statistics are fp32; two runs
+        give the same bits. Backward keeps x and fp32 statistics of (N, groups).
+
+    Raises:
+        ValueError: arguments that do not fit, naming their shapes.
+    """
+    _check_norm("group_norm", x, None, groups, weight, bias, shift, gain, eps, act)
+    return _run(x, None, None, groups, weight, bias, shift, gain, eps, act)
+
+
+def skip_group_norm(
+    h: Tensor,
+    s: Tensor,
+    scale: Scale,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    shift: Tensor | None = None,
+    gain: Tensor | None = None,
+    eps: float = 1e-5,
+    act: str | None = "silu",
+) -> Tensor:
+    """``group_norm(cat([h, scale * s], 1), ...)`` without the concatenation.
+
+    A group may hold channels of both. Under autocast, h and s of different dtypes are promoted as by torch.cat.
+
+    Args:
+        h: (N, Ch, *), the hidden stream.
+        s: (N, Cs, *), the long skip, of the dtype and device of h. In another layout than h, it is copied.
+        scale: None for 1, a float, a scalar tensor, one factor a channel (Cs,) or (N, Cs), or one a sample (N, 1).
+        groups, weight, bias, shift, gain, eps, act: as for ``group_norm``, with C = Ch + Cs.
+
+    Returns:
+        (N, Ch + Cs, *) in the dtype and layout of h. Differentiable once in every tensor argument, ``scale`` included.
+
+    Raises:
+        ValueError: arguments that do not fit, naming their shapes.
+    """
+    if h.dtype != s.dtype and torch.is_autocast_enabled(h.device.type):
+        dtype = torch.promote_types(h.dtype, s.dtype)
+        h, s = h.to(dtype), s.to(dtype)
+    _check_norm("skip_group_norm", h, s, groups, weight, bias, shift, gain, eps, act)
+    if isinstance(scale, Tensor):
+        _check_scale(scale, h, s)
+    return _run(h, s, scale, groups, weight, bias, shift, gain, eps, act)
+
+
+def _run(
+    h: Tensor,
+    s: Tensor | None,
+    scale: Scale,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> Tensor:
+    backend = get_backend(h)
+    if backend == "reference":
+        if s is None:
+            return group_norm_ref(h, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
+        return skip_group_norm_ref(h, s, scale, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
+    if isinstance(scale, Tensor):
+        tensor_scale, float_scale = scale, 1.0
+    else:
+        tensor_scale, float_scale = None, 1.0 if scale is None else float(scale)
+    tensors = (h, s, tensor_scale, weight, bias, gain, shift)
+    if torch.compiler.is_compiling():
+        return torch.ops.scalelong.skip_group_norm(*tensors, float_scale, groups, eps, act)[0]
+    # Without the dispatcher and the Python of torch.library around it, an eager call costs half as much.
+    return _SkipGroupNorm.apply(*tensors, float_scale, groups, eps, act, backend)
+
+
+class _SkipGroupNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        *arguments, backend = arguments
+        y, mean, rstd = _forward(*arguments, backend)
+        ctx.save_for_backward(*arguments[:7], mean, rstd)
+        ctx.options = (*arguments[7:], backend)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        grads = _backward(dy, *ctx.saved_tensors, *ctx.options)
+        return *grads, None, None, None, None, None
+
+
+def _forward(
+    h: Tensor,
+    s: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    float_scale: float,
+    groups: int,
+    eps: float,
+    act: str | None,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """y, and the mean and rstd of each group, (N, G), in fp32 (fp64 for fp64)."""
+    y, mean, rstd = _empty_outputs(h, s, groups)
+    if y.numel() == 0:
+        return y, mean.zero_(), rstd.zero_()
+    if backend == "reference":
+        x = h if s is None else torch.cat([h, _scaled(s, float_scale if scale is None else scale)], dim=1)
+        y.copy_(group_norm_ref(x, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act))
+        var, mean = torch.var_mean(x.to(mean.dtype).unflatten(1, (groups, -1)).flatten(2), dim=2, correction=0)
+        return y, mean, (var + eps).rsqrt()
+    channels_last = is_channels_last(h)
+    h, s = as_layout(h, channels_last), None if s is None else as_layout(s, channels_last)
+    _LAUNCHERS[backend].forward(
+        h, s, scale, float_scale, weight, bias, gain, shift, groups, eps, act, channels_last, y, mean, rstd
+    )
+    return y, mean, rstd
+
+
+def _backward(
+    dy: Tensor,
+    h: Tensor,
+    s: Tensor | None,
+    scale: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gain: Tensor | None,
+    shift: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    float_scale: float,
+    groups: int,
+    eps: float,
+    act: str | None,
+    backend: str,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of h, s, scale, weight, bias, gain and shift; None for what is None."""
+    tensors = (h, s, scale, weight, bias, gain, shift)
+    if dy.numel() == 0:
+        return tuple(None if x is None else torch.zeros_like(x) for x in tensors)
+    if backend == "reference":
+        return _backward_of_reference(dy, tensors, float_scale, groups, eps, act)
+    channels_last = is_channels_last(h)
+    dy, h, s = (None if x is None else as_layout(x, channels_last) for x in (dy, h, s))
+    dh, ds = (None if x is None else torch.empty_like(x) for x in (h, s))
+    grads = _LAUNCHERS[backend].backward(
+        dy, h, s, scale, float_scale, weight, bias, gain, shift, mean, rstd, groups, act, channels_last, dh, ds
+    )
+    small = (_as_gradient(grad, x) for grad, x in zip(grads, tensors[2:], strict=True))
+    return dh, ds, *small
+
+
+def _backward_of_reference(
+    dy: Tensor, tensors: tuple[Tensor | None, ...], float_scale: float, groups: int, eps: float, act: str | None
+) -> tuple[Tensor | None, ...]:
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_() for x in tensors]
+        h, s, scale, weight, bias, gain, shift = leaves
+        x = h if s is None else torch.cat([h, _scaled(s, float_scale if scale is None else scale)], dim=1)
+        y = group_norm_ref(x, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
+        grads = iter(torch.autograd.grad(y, [x for x in leaves if x is not None], dy))
+    return tuple(None if x is None else next(grads) for x in leaves)
+
+
+def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+    """Of the shape and dtype of x; sums where x was broadcast."""
+    if x is None or grad is None:
+        return None
+    if grad.shape != x.shape:
+        grad = grad.sum() if x.dim() == 0 else grad.sum_to_size(x.shape)
+    return grad.to(x.dtype)
+
+
+def _scaled(s: Tensor, scale: Tensor | float) -> Tensor:
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        scale = scale[(..., *[None] * (s.dim() - 2))]
+    return (s * scale).to(s.dtype)
+
+
+def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
+    N, C, *spatial = h.shape
+    C += 0 if s is None else s.shape[1]
+    if is_channels_last(h):
+        y = h.new_empty((N, *spatial, C)).movedim(-1, 1)
+    else:
+        y = h.new_empty((N, C, *spatial))
+    dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
+    return y, h.new_empty((N, groups), dtype=dtype), h.new_empty((N, groups), dtype=dtype)
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """Dense with the channels innermost; a tensor that is contiguous as well counts as contiguous."""
+    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+
+
+def as_layout(x: Tensor, channels_last: bool) -> Tensor:
+    """x itself where it has that layout already."""
+    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+
+
+_ARGUMENTS = (
+    "Tensor h, Tensor? s, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, "
+    "{}float float_scale, int groups, float eps, str? act"
+)
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define("scalelong::skip_group_norm", f"({_ARGUMENTS.format('')}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+# Returns an empty tensor for what is None: a schema has no optional results.
+torch.library.define(
+    "scalelong::skip_group_norm_backward",
+    f"(Tensor dy, {_ARGUMENTS.format('Tensor mean, Tensor rstd, ')}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("scalelong::skip_group_norm", "default")
+def _(h: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return _forward(h, *arguments, get_backend(h))
+
+
+@torch.library.impl("scalelong::skip_group_norm_backward", "default")
+def _(dy: Tensor, h: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    grads = _backward(dy, h, *arguments, get_backend(h))
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@torch.library.register_fake("scalelong::skip_group_norm")
+def _(h, s, scale, weight, bias, gain, shift, float_scale, groups, eps, act):
+    return _empty_outputs(h, s, groups)
+
+
+@torch.library.register_fake("scalelong::skip_group_norm_backward")
+def _(dy, h, s, scale, weight, bias, gain, shift, mean, rstd, float_scale, groups, eps, act):
+    channels_last = is_channels_last(h)
+    large = (None if x is None else torch.empty_like(as_layout(x, channels_last)) for x in (h, s))
+    small = (None if x is None else x.new_empty(x.shape) for x in (scale, weight, bias, gain, shift))
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in (*large, *small))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, mean, rstd = output
+    ctx.save_for_backward(*inputs[:7], mean, rstd)
+    ctx.options = inputs[7:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_operator(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 11
+    grads = torch.ops.scalelong.skip_group_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
+    grads = (None if x is None else grad for x, grad in zip(ctx.saved_tensors, grads, strict=False))
+    return *grads, None, None, None, None
+
+
+torch.library.register_autograd("scalelong::skip_group_norm", _backward_of_operator, setup_context=_setup_context)
+
+
+def _check_norm(
+    op: str,
+    h: Tensor,
+    s: Tensor | None,
+    groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    shift: Tensor | None,
+    gain: Tensor | None,
+    eps: float,
+    act: str | None,
+) -> None:
+    if h.dim() < 2 or not h.is_floating_point():
+        raise ValueError(f"{op}: needs a floating (N, C, *), got {_described(h)}")
+    N, C = h.shape[:2]
+    if s is not None:
+        if s.dim() != h.dim() or s.shape[0] != N or s.shape[2:] != h.shape[2:]:
+            raise ValueError(f"{op}: h {tuple(h.shape)} and s {tuple(s.shape)} may differ in their channels only")
+        if s.dtype != h.dtype or s.device != h.device:
+            raise ValueError(f"{op}: h is {_described(h)} but s is {_described(s)}")
+        C += s.shape[1]
+    if groups < 1 or C % groups != 0:
+        channels = f"the {C} channels of {tuple(h.shape)}"
+        if s is not None:
+            channels = f"the {C} channels of h {tuple(h.shape)} and s {tuple(s.shape)}"
+        raise ValueError(f"{op}: {channels} do not divide into {groups} groups")
+    if (weight is None) != (bias is None):
+        raise ValueError(f"{op}: {'weight' if bias is None else 'bias'} without {'bias' if bias is None else 'weight'}")
+    for name, x, shape in (
+        ("weight", weight, (C,)),
+        ("bias", bias, (C,)),
+        ("gain", gain, (N, C)),
+        ("shift", shift, (N, C)),
+    ):
+        if x is None:
+            continue
+        if tuple(x.shape) != shape:
+            raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, but {C} channels need {shape}")
+        if x.device != h.device or not x.is_floating_point():
+            raise ValueError(f"{op}: {name} is {_described(x)}, but the input is {_described(h)}")
+    if act not in ACTIVATIONS:
+        raise ValueError(f"{op}: act {act!r} is none of {', '.join(map(repr, ACTIVATIONS))}")
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"{op}: eps must be a finite number from 0 up, got {eps}")
+
+
+def _check_scale(scale: Tensor, h: Tensor, s: Tensor) -> None:
+    N, Cs = s.shape[:2]
+    shapes = ((), (Cs,), (N, Cs), (N, 1))
+    if tuple(scale.shape) not in shapes:
+        raise ValueError(
+            f"skip_group_norm: scale has shape {tuple(scale.shape)}, but s {tuple(s.shape)} takes a scalar, "
+            f"{', '.join(map(str, shapes[1:]))}"
+        )
+    if scale.device != h.device or not scale.is_floating_point():
+        raise ValueError(f"skip_group_norm: scale is {_described(scale)}, but h is {_described(h)}")
+
+
+def _described(x: Tensor) -> str:
+    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

@@ -1,0 +1,225 @@
+// The operators scalelong_native::group_norm_forward and _backward: threads, scratch memory and the choice of the
+// instruction set around the kernels. Written against torch's stable ABI, so that one build runs on later versions.
+
+#include "group_norm.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string_view>
+
+namespace {
+
+using namespace scalelong;
+using torch::stable::Tensor;
+using torch::headeronly::ScalarType;
+
+// Less work than this is not worth waking another thread (elements).
+constexpr int64_t GRAIN = 16384;
+// Outputs from this size on are written past the caches.
+constexpr int64_t STREAM_BYTES = 4 << 20;
+// What a walk over images in channels last reads: small enough to be found in the last cache the second time.
+constexpr int64_t WALK_BYTES = 8 << 20;
+// Beyond this, backward computes dz twice rather than hold a group of it.
+constexpr int64_t MAX_SCRATCH_BYTES = 8 << 20;
+constexpr int64_t MIN_ROWS_PER_BLOCK = 32, MAX_BLOCKS = 16;
+constexpr int64_t WIDEST_VECTOR = 16;
+
+// SCALELONG_ISA=baseline or avx2 chooses less than the machine has.
+FindKernels find_kernels() {
+#if defined(__x86_64__)
+  const char* asked = std::getenv("SCALELONG_ISA");
+  const std::string_view limit = asked ? asked : "avx512";
+  __builtin_cpu_init();
+  const bool has_avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (has_avx512 && limit == "avx512") return avx512::find_group_norm;
+  if (has_avx2 && limit != "baseline") return avx2::find_group_norm;
+#endif
+  return baseline::find_group_norm;
+}
+
+Type type_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return Type::bfloat16;
+    case ScalarType::Half: return Type::float16;
+    default: return Type::float32;
+  }
+}
+
+int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
+
+const float* floats(const std::optional<Tensor>& x) {
+  return x.has_value() ? static_cast<const float*>(x->data_ptr()) : nullptr;
+}
+
+float* mutable_floats(const std::optional<Tensor>& x) {
+  return x.has_value() ? static_cast<float*>(x->data_ptr()) : nullptr;
+}
+
+struct Parameters {
+  const std::optional<Tensor>&s, &scale, &weight, &bias, &gain, &shift;
+};
+
+GroupNorm describe(const Tensor& h, const Parameters& parameters, double float_scale, int64_t groups, int64_t act,
+                   const Tensor& mean, const Tensor& rstd) {
+  GroupNorm norm{};
+  norm.N = h.size(0);
+  norm.Ch = h.size(1);
+  norm.Cs = parameters.s.has_value() ? parameters.s->size(1) : 0;
+  norm.P = h.numel() / std::max<int64_t>(1, norm.N * norm.Ch);
+  norm.G = groups;
+  norm.type = type_of(h);
+  norm.act = static_cast<Act>(act);
+  norm.h = h.data_ptr();
+  norm.s = parameters.s.has_value() ? parameters.s->data_ptr() : nullptr;
+  norm.float_scale = static_cast<float>(float_scale);
+  norm.scale = floats(parameters.scale);
+  if (parameters.scale.has_value()) {
+    norm.scale_stride_n = parameters.scale->stride(0);
+    norm.scale_stride_c = parameters.scale->stride(1);
+  }
+  norm.weight = floats(parameters.weight);
+  norm.bias = floats(parameters.bias);
+  norm.gain = floats(parameters.gain);
+  norm.shift = floats(parameters.shift);
+  norm.mean = static_cast<float*>(mean.data_ptr());
+  norm.rstd = static_cast<float*>(rstd.data_ptr());
+  norm.streams = norm.N * (norm.Ch + norm.Cs) * norm.P * size_of(norm.type) >= STREAM_BYTES;
+  return norm;
+}
+
+template <class F>
+void in_parallel(int64_t num_units, int64_t elements_per_unit, const F& f) {
+  torch::stable::parallel_for(0, num_units, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_unit)), f);
+}
+
+// Kept by each thread, because mapping fresh pages at every call costs more than filling them.
+float* scratch_of_thread(int64_t size) {
+  thread_local std::unique_ptr<float[]> memory;
+  thread_local int64_t capacity = 0;
+  if (capacity < size) {
+    memory.reset();
+    memory.reset(new float[size]);
+    capacity = size;
+  }
+  return memory.get();
+}
+
+// Calls walk_images(walk, num_images) for images that together read at most about WALK_BYTES, one at least.
+template <class F>
+void each_walk(const GroupNorm& norm, int64_t bytes_per_element, const F& walk_images) {
+  const int64_t C = norm.Ch + norm.Cs;
+  Walk walk{};
+  // From the shape alone, so that the number of threads does not change a bit of the result.
+  walk.rows_per_block = std::max(MIN_ROWS_PER_BLOCK, (norm.P + MAX_BLOCKS - 1) / MAX_BLOCKS);
+  walk.num_blocks = (norm.P + walk.rows_per_block - 1) / walk.rows_per_block;
+  walk.channel_stride = C + WIDEST_VECTOR;
+  const int64_t images = std::clamp<int64_t>(WALK_BYTES / (C * norm.P * bytes_per_element), 1, norm.N);
+  const std::unique_ptr<float[]> partials(new float[images * walk.num_blocks * NUM_PARTIALS * walk.channel_stride]);
+  const std::unique_ptr<float[]> values(new float[images * NUM_CHANNEL_VALUES * walk.channel_stride]);
+  const std::unique_ptr<GroupSums[]> group_sums(new GroupSums[images * norm.G]);
+  walk.partials = partials.get();
+  walk.group_sums = group_sums.get();
+  walk.channel_values = values.get();
+  for (walk.first_n = 0; walk.first_n < norm.N; walk.first_n += images) {
+    walk_images(walk, std::min(images, norm.N - walk.first_n));
+  }
+}
+
+void run_step(GroupNormKernels::WalkStep step, const GroupNorm& norm, const Walk& walk, int64_t num_units,
+              int64_t elements_per_unit) {
+  in_parallel(num_units, elements_per_unit, [&](int64_t begin, int64_t end) { step(norm, walk, begin, end); });
+}
+
+void forward(const GroupNorm& norm, bool channels_last) {
+  static const FindKernels find = find_kernels();
+  const GroupNormKernels kernels = find(norm.type, norm.act);
+  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
+  if (!channels_last) {
+    in_parallel(norm.N * norm.G, D * norm.P, [&](int64_t begin, int64_t end) { kernels.forward(norm, begin, end); });
+    return;
+  }
+  each_walk(norm, size_of(norm.type), [&](const Walk& walk, int64_t images) {
+    const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * C;
+    run_step(kernels.moments_B, norm, walk, num_blocks, block_size);
+    run_step(kernels.statistics_G, norm, walk, images * norm.G, D * walk.num_blocks);
+    run_step(kernels.activate_B, norm, walk, num_blocks, block_size);
+  });
+}
+
+void backward(const GroupNorm& norm, bool channels_last) {
+  static const FindKernels find = find_kernels();
+  const GroupNormKernels kernels = find(norm.type, norm.act);
+  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
+  if (channels_last) {
+    each_walk(norm, 2 * size_of(norm.type), [&](const Walk& walk, int64_t images) {
+      const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * C;
+      run_step(kernels.load_statistics_G, norm, walk, images * norm.G, D);
+      run_step(kernels.sums_B, norm, walk, num_blocks, block_size);
+      run_step(kernels.group_sums_G, norm, walk, images * norm.G, D * walk.num_blocks);
+      run_step(kernels.gradients_B, norm, walk, num_blocks, block_size);
+      if (norm.dscale) run_step(kernels.sum_dscale_N, norm, walk, images, norm.Cs * walk.num_blocks);
+    });
+  } else {
+    const bool keeps_dz = norm.act != Act::none && D * norm.P * 4 <= MAX_SCRATCH_BYTES;
+    in_parallel(norm.N * norm.G, D * norm.P, [&](int64_t begin, int64_t end) {
+      kernels.backward(norm, begin, end, keeps_dz ? scratch_of_thread(D * norm.P) : nullptr);
+    });
+  }
+  in_parallel(C, norm.N, [&](int64_t begin, int64_t end) { kernels.parameters_C(norm, begin, end); });
+}
+
+void group_norm_forward(Tensor y, Tensor mean, Tensor rstd, Tensor h, std::optional<Tensor> s,
+                        std::optional<Tensor> scale, double float_scale, std::optional<Tensor> weight,
+                        std::optional<Tensor> bias, std::optional<Tensor> gain, std::optional<Tensor> shift,
+                        int64_t groups, double eps, int64_t act, bool channels_last) {
+  GroupNorm norm = describe(h, {s, scale, weight, bias, gain, shift}, float_scale, groups, act, mean, rstd);
+  norm.eps = static_cast<float>(eps);
+  norm.y = y.data_ptr();
+  forward(norm, channels_last);
+}
+
+void group_norm_backward(Tensor dh, std::optional<Tensor> ds, std::optional<Tensor> dscale,
+                         std::optional<Tensor> dweight, std::optional<Tensor> dbias, Tensor dgain, Tensor dshift,
+                         Tensor dy, Tensor h, std::optional<Tensor> s, std::optional<Tensor> scale, double float_scale,
+                         std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> gain,
+                         std::optional<Tensor> shift, Tensor mean, Tensor rstd, int64_t groups, int64_t act,
+                         bool channels_last) {
+  GroupNorm norm = describe(h, {s, scale, weight, bias, gain, shift}, float_scale, groups, act, mean, rstd);
+  norm.dy = dy.data_ptr();
+  norm.dh = dh.data_ptr();
+  norm.ds = ds.has_value() ? ds->data_ptr() : nullptr;
+  norm.dscale = mutable_floats(dscale);
+  norm.dweight = mutable_floats(dweight);
+  norm.dbias = mutable_floats(dbias);
+  norm.sum_dz_xhat = static_cast<float*>(dgain.data_ptr());
+  norm.sum_dz = static_cast<float*>(dshift.data_ptr());
+  backward(norm, channels_last);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(scalelong_native, library) {
+  library.def(
+      "group_norm_forward(Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd, Tensor h, Tensor? s, Tensor? scale, "
+      "float float_scale, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, int groups, float eps, int act, "
+      "bool channels_last) -> ()");
+  library.def(
+      "group_norm_backward(Tensor(a!) dh, Tensor(b!)? ds, Tensor(c!)? dscale, Tensor(d!)? dweight, Tensor(e!)? dbias, "
+      "Tensor(f!) dgain, Tensor(g!) dshift, Tensor dy, Tensor h, Tensor? s, Tensor? scale, float float_scale, "
+      "Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, "
+      "Tensor mean, Tensor rstd, int groups, int act, bool channels_last) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(scalelong_native, CPU, library) {
+  library.impl("group_norm_forward", TORCH_BOX(&group_norm_forward));
+  library.impl("group_norm_backward", TORCH_BOX(&group_norm_backward));
+}

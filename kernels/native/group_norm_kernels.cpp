@@ -1,0 +1,46 @@
+// Compiled once for each instruction set.
+
+#include "group_norm_channels_last.h"
+#include "group_norm_contiguous.h"
+
+namespace scalelong::SCALELONG_ISA {
+
+namespace {
+
+template <class T, class Activation>
+GroupNormKernels kernels() {
+  return {
+      contiguous::forward<T, Activation>,
+      contiguous::backward<T, Activation>,
+      channels_last::moments<T>,
+      channels_last::statistics<Activation>,
+      channels_last::activate_blocks<T, Activation>,
+      channels_last::load_statistics<Activation>,
+      channels_last::sums<T, Activation>,
+      channels_last::group_sums<Activation>,
+      channels_last::gradients<T, Activation>,
+      channels_last::sum_dscale,
+      finish_parameters,
+  };
+}
+
+template <class T>
+GroupNormKernels find(Act act) {
+  switch (act) {
+    case Act::silu: return kernels<T, Silu>();
+    case Act::gelu: return kernels<T, Gelu>();
+    default: return kernels<T, Identity>();
+  }
+}
+
+}  // namespace
+
+GroupNormKernels find_group_norm(Type type, Act act) {
+  switch (type) {
+    case Type::bfloat16: return find<BFloat16>(act);
+    case Type::float16: return find<Float16>(act);
+    default: return find<float>(act);
+  }
+}
+
+}  // namespace scalelong::SCALELONG_ISA

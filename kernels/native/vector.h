@@ -1,0 +1,259 @@
+// A vector of WIDTH floats on the compiler's vector extensions, and what the operators compute with it.
+//
+// Every file that includes this is compiled once for each instruction set. All names lie in a namespace of that set and
+// nothing of the C++ library is used: two sets must not share a function, or the linker would keep either one for both.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define SCALELONG_ISA avx512
+#define SCALELONG_WIDTH 16
+#elif defined(__AVX2__)
+#define SCALELONG_ISA avx2
+#define SCALELONG_WIDTH 8
+#else
+#define SCALELONG_ISA baseline
+#define SCALELONG_WIDTH 4
+#endif
+
+namespace scalelong::SCALELONG_ISA {
+
+constexpr int WIDTH = SCALELONG_WIDTH;
+
+typedef float Floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t Ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t Words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t Halves __attribute__((vector_size(2 * WIDTH)));
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+inline Floats splat(float x) { return x - Floats{}; }
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+template <class V>
+inline V load_bytes(const void* p) {
+  V v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline Words widened(Halves h) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  return (Words)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, Words);
+#endif
+}
+
+// Of values below 2^16.
+inline Halves narrowed(Words w) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  const __m256i packed = _mm256_packus_epi32((__m256i)w, (__m256i)w);
+  return (Halves)_mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0b1000));
+#else
+  return __builtin_convertvector(w, Halves);
+#endif
+}
+
+inline Floats from_bfloat16(Halves h) { return (Floats)(widened(h) << 16); }
+
+// To the nearest, ties to even. A NaN stays one: of those that arithmetic makes, none is all ones below.
+inline Halves to_bfloat16(Floats x) {
+  const Words bits = (Words)x;
+  return narrowed((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+#if defined(__AVX512F__)
+inline Floats from_float16(Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
+inline Halves to_float16(Floats x) {
+  return (Halves)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+#elif defined(__F16C__)
+inline Floats from_float16(Halves h) { return (Floats)_mm256_cvtph_ps((__m128i)h); }
+inline Halves to_float16(Floats x) { return (Halves)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT); }
+#else
+// Multiplying by 2^112 or 2^-112 moves the exponent between the two biases; the hardware does the subnormals.
+inline Floats from_float16(Halves h) {
+  const Words wide = __builtin_convertvector(h, Words);
+  const Floats magnitude = (Floats)((wide & 0x7fff) << 13) * 0x1p112f;
+  const Words special = (Words)magnitude | 0x7f800000;  // infinity and NaN
+  const Words bits = (wide & 0x7c00) == 0x7c00 ? special : (Words)magnitude;
+  return (Floats)(bits | (wide & 0x8000) << 16);
+}
+inline Halves to_float16(Floats x) {
+  const Words sign = (Words)x & 0x80000000u, bits = (Words)x ^ sign;
+  // Below the smallest normal, adding 0.5 lines the last bit of a half up with the last bit of the float.
+  const Words subnormal = (Words)((Floats)bits + 0.5f) - 0x3f000000u;
+  const Words normal = (bits - 0x38000000u + 0xfff + ((bits >> 13) & 1)) >> 13;
+  const Words infinity = Words{} + 0x7c00, nan = Words{} + 0x7e00;
+  Words half = bits < 0x38800000u ? subnormal : normal;
+  half = bits >= 0x477ff000u ? infinity : half;  // 65520 and above round up to infinity
+  half = bits > 0x7f800000u ? nan : half;
+  return __builtin_convertvector(half | sign >> 16, Halves);
+}
+#endif
+
+inline Floats load(const float* p) { return load_bytes<Floats>(p); }
+inline Floats load(const BFloat16* p) { return from_bfloat16(load_bytes<Halves>(p)); }
+inline Floats load(const Float16* p) { return from_float16(load_bytes<Halves>(p)); }
+
+inline float to_float(float x) { return x; }
+inline float to_float(BFloat16 x) { return from_bfloat16(Halves{} + x.bits)[0]; }
+inline float to_float(Float16 x) { return from_float16(Halves{} + x.bits)[0]; }
+
+inline Floats encoded(Floats x, float) { return x; }
+inline Halves encoded(Floats x, BFloat16) { return to_bfloat16(x); }
+inline Halves encoded(Floats x, Float16) { return to_float16(x); }
+
+// Asks memory for the next ``vectors`` vectors from p on, which need not be there.
+template <int vectors, class T>
+inline void prefetch(const T* p) {
+  constexpr int64_t LINE = 64;
+  for (int64_t byte = 0; byte < int64_t(vectors * WIDTH * sizeof(T)); byte += LINE) __builtin_prefetch((const char*)p + byte);
+}
+
+template <class V>
+inline void stream_bytes(void* p, V v) {
+#if defined(__x86_64__)
+  if constexpr (sizeof(V) == 8) {
+    _mm_stream_si64((long long*)p, (long long)v);
+  } else if constexpr (sizeof(V) == 16) {
+    _mm_stream_si128((__m128i*)p, (__m128i)v);
+  }
+#if defined(__AVX2__)
+  if constexpr (sizeof(V) == 32) _mm256_stream_si256((__m256i*)p, (__m256i)v);
+#endif
+#if defined(__AVX512F__)
+  if constexpr (sizeof(V) == 64) _mm512_stream_si512((__m512i*)p, (__m512i)v);
+#endif
+#else
+  memcpy(p, &v, sizeof v);
+#endif
+}
+
+// STREAM goes past the caches; p must then be aligned to the vector.
+template <bool STREAM, class T>
+inline void store(T* p, Floats x) {
+  const auto v = encoded(x, T{});
+  if constexpr (STREAM) {
+    stream_bytes(p, v);
+  } else {
+    memcpy(p, &v, sizeof v);
+  }
+}
+
+// The first n of WIDTH elements; the others are 0.
+template <class T>
+inline Floats load_first(const T* p, int64_t n) {
+  T buffer[WIDTH] = {};
+  memcpy(buffer, p, n * sizeof(T));
+  return load(buffer);
+}
+
+template <class T>
+inline void store_first(T* p, Floats x, int64_t n) {
+  const auto v = encoded(x, T{});
+  memcpy(p, &v, n * sizeof(T));
+}
+
+inline Floats first_lanes(int64_t n) {
+  Floats lanes{};
+  for (int i = 0; i < WIDTH; ++i) lanes[i] = i < n ? 1.0f : 0.0f;
+  return lanes;
+}
+
+inline double sum_of_lanes(Floats x) {
+  double sum = 0;
+  for (int i = 0; i < WIDTH; ++i) sum += x[i];
+  return sum;
+}
+
+inline bool is_aligned(const void* p, int64_t bytes) { return (uintptr_t)p % bytes == 0; }
+
+// --- functions -------------------------------------------------------------------------------------------------------
+
+// The nearest value of [-limit, limit]; NaN stays NaN, which is why it is the second operand.
+inline Floats clamp(Floats x, float limit) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps(_mm512_set1_ps(limit), _mm512_max_ps(_mm512_set1_ps(-limit), (__m512)x));
+#elif defined(__AVX2__)
+  return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), _mm256_max_ps(_mm256_set1_ps(-limit), (__m256)x));
+#else
+  x = x > limit ? splat(limit) : x;
+  return x < -limit ? splat(-limit) : x;
+#endif
+}
+
+// 2^x for |x| <= 126, and beyond that the value there; within 1.5 units in the last place.
+inline Floats exp2(Floats x) {
+  x = clamp(x, 126.0f);
+  const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
+  const Floats shifted = x + magic;
+  const Floats f = x - (shifted - magic);
+  // Minimax over [-1/2, 1/2], relative error 9e-8, exact at 0.
+  Floats p = 0x1.5bba14p-10f * f + 0x1.3cea88p-7f;
+  p = p * f + 0x1.c6b752p-5f;
+  p = p * f + 0x1.ebf9bcp-3f;
+  p = p * f + 0x1.62e42ap-1f;
+  p = p * f + 1.0f;
+  return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+constexpr float LOG2_E = 0x1.715476p0f, LN_2 = 0x1.62e43p-1f;
+
+// The distribution function of the normal distribution; Chebyshev fit of erfc from Numerical Recipes, section 6.2.
+inline Floats normal_cdf(Floats z) {
+  const Floats x = (Floats)((Ints)z & 0x7fffffff) * 0x1.6a09e6p-1f;  // |z| / sqrt(2)
+  const Floats t = 1.0f / (1.0f + 0.5f * x);
+  Floats p = 0.17087277f * t - 0.82215223f;
+  p = p * t + 1.48851587f;
+  p = p * t - 1.13520398f;
+  p = p * t + 0.27886807f;
+  p = p * t - 0.18628806f;
+  p = p * t + 0.09678418f;
+  p = p * t + 0.37409196f;
+  p = p * t + 1.00002368f;
+  p = p * t - 1.26551223f;
+  const Floats half_erfc = 0.5f * t * exp2((p - x * x) * LOG2_E);
+  return z > 0.0f ? 1.0f - half_erfc : half_erfc;
+}
+
+// An activation takes z * FACTOR: the kernels fold FACTOR into the affine parameters before it.
+struct Identity {
+  static constexpr float FACTOR = 1.0f;
+  static Floats value(Floats z) { return z; }
+  static Floats derivative(Floats) { return splat(1.0f); }
+};
+
+struct Silu {
+  static constexpr float FACTOR = -LOG2_E;
+  static Floats value(Floats t) { return t * -LN_2 / (1.0f + exp2(t)); }
+  static Floats derivative(Floats t) {
+    const Floats sigma = 1.0f / (1.0f + exp2(t));
+    const Floats y = t * -LN_2 * sigma;
+    return sigma + y - y * sigma;
+  }
+};
+
+struct Gelu {
+  static constexpr float FACTOR = 1.0f;
+  static Floats value(Floats z) { return z * normal_cdf(z); }
+  static Floats derivative(Floats z) {
+    const Floats density = 0.3989422804f * exp2(z * z * (-0.5f * LOG2_E));
+    return normal_cdf(z) + z * density;
+  }
+};
+
+}  // namespace scalelong::SCALELONG_ISA
