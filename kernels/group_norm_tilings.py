@@ -58,11 +58,13 @@ TABLES: Mapping[tuple[str, bool, int], Table] = {
     ("backward", False, 4): Table(_COMPILED, resident=_SMALL_BACKWARD, looped=Tile(8192, 8), split=Tile(4096, 8)),
     ("backward", True, 2): Table(
         _COMPILED,
-        resident=(*_SMALL_BACKWARD, Tile(16384, 8, spill_bytes=136)),
+        resident=(*_SMALL_BACKWARD, Tile(16384, 8, spill_bytes=272)),
         looped=Tile(8192, 8),
         split=Tile(4096, 8),
     ),
-    ("backward", True, 4): Table(_COMPILED, resident=_SMALL_BACKWARD, looped=Tile(8192, 8), split=Tile(4096, 8)),
+    ("backward", True, 4): Table(
+        _COMPILED, resident=_SMALL_BACKWARD, looped=Tile(8192, 8, spill_bytes=32), split=Tile(4096, 8)
+    ),
 }
 
 # What the looped form may keep in use at once, and what a step of the split form may read, so that the second read

@@ -7,6 +7,8 @@ because the batch is walked a few images at a time. Which form and tile a shape 
 A tile has the axis that is contiguous in memory last: (channels, positions), or (positions, channels) with
 CHANNELS_LAST. Vectors over its channels are (BLOCK_C,). N images, C = Ch + Cs channels, P positions, G groups of D.
 """
+# pyright: reportGeneralTypeIssues=false
+# (to a type checker, a call of one jitted function by another never returns)
 
 import math
 from collections.abc import Callable
@@ -634,7 +636,9 @@ def backward(
     partial, means = None, (None, None)
     if tiling.form == "split":
         partial, means = empty(tiling.images, tiling.num_chunks, 2, C), (empty(N, groups), empty(N, groups))
-    dscale = None if scale is None or s is None else empty(N, tiling.num_chunks, shape.Cs)
+    dscale = None
+    if scale is not None:
+        dscale = empty(N, shape.Cs) if tiling.num_chunks == 1 else empty(N, tiling.num_chunks, shape.Cs)
 
     tensors = (dy, h, s, scale, weight, bias, gain, shift, mean, rstd, partial, *sums, *means, dh, ds, dscale)
     numbers = (float_scale, tiling.block_channels, *sizes, *strides)
@@ -652,8 +656,8 @@ def backward(
             tensors = (*sums, weight, bias, gain, dweight, dbias, dgain)
             params = _launcher(_skip_group_norm_bwd_params_kernel, *tensors, N, C, *strides[2:4], 64, 16)
             params(triton.cdiv(C, 16))
-        if dscale is not None:
-            dscale = dscale.sum(1) if tiling.num_chunks > 1 else dscale[:, 0]
+        if dscale is not None and tiling.num_chunks > 1:
+            dscale = dscale.sum(1)
     return dscale, dweight, dbias, None if gain is None else dgain, None if shift is None else dshift
 
 

@@ -27,7 +27,7 @@ constexpr int64_t STREAM_BYTES = 4 << 20;
 constexpr int64_t WALK_BYTES = 8 << 20;
 // Beyond this, backward computes dz twice rather than hold a group of it.
 constexpr int64_t MAX_SCRATCH_BYTES = 8 << 20;
-constexpr int64_t MIN_ROWS_PER_BLOCK = 32, MAX_BLOCKS = 16;
+constexpr int64_t MIN_ROWS_PER_BLOCK = 64, MAX_BLOCKS = 16;
 constexpr int64_t WIDEST_VECTOR = 16;
 
 // SCALELONG_ISA=baseline or avx2 chooses less than the machine has.
@@ -121,7 +121,7 @@ void each_walk(const GroupNorm& norm, int64_t bytes_per_element, const F& walk_i
   // From the shape alone, so that the number of threads does not change a bit of the result.
   walk.rows_per_block = std::max(MIN_ROWS_PER_BLOCK, (norm.P + MAX_BLOCKS - 1) / MAX_BLOCKS);
   walk.num_blocks = (norm.P + walk.rows_per_block - 1) / walk.rows_per_block;
-  walk.channel_stride = C + WIDEST_VECTOR;
+  walk.channel_stride = (norm.Ch + norm.Cs + 2 * (WIDEST_VECTOR - 1)) / WIDEST_VECTOR * WIDEST_VECTOR;
   const int64_t images = std::clamp<int64_t>(WALK_BYTES / (C * norm.P * bytes_per_element), 1, norm.N);
   const std::unique_ptr<float[]> partials(new float[images * walk.num_blocks * NUM_PARTIALS * walk.channel_stride]);
   const std::unique_ptr<float[]> values(new float[images * NUM_CHANNEL_VALUES * walk.channel_stride]);
@@ -149,8 +149,11 @@ void forward(const GroupNorm& norm, bool channels_last) {
   }
   each_walk(norm, size_of(norm.type), [&](const Walk& walk, int64_t images) {
     const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * C;
+      const int64_t num_vectors = images * walk.channel_stride / kernels.width;
+      const int64_t merge_size = kernels.width * walk.num_blocks;
     run_step(kernels.moments_B, norm, walk, num_blocks, block_size);
-    run_step(kernels.statistics_G, norm, walk, images * norm.G, D * walk.num_blocks);
+    run_step(kernels.merge_moments_V, norm, walk, num_vectors, merge_size);
+    run_step(kernels.statistics_G, norm, walk, images * norm.G, D);
     run_step(kernels.activate_B, norm, walk, num_blocks, block_size);
   });
 }
@@ -162,11 +165,17 @@ void backward(const GroupNorm& norm, bool channels_last) {
   if (channels_last) {
     each_walk(norm, 2 * size_of(norm.type), [&](const Walk& walk, int64_t images) {
       const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * C;
+      const int64_t num_vectors = images * walk.channel_stride / kernels.width;
+      const int64_t merge_size = kernels.width * walk.num_blocks;
       run_step(kernels.load_statistics_G, norm, walk, images * norm.G, D);
       run_step(kernels.sums_B, norm, walk, num_blocks, block_size);
-      run_step(kernels.group_sums_G, norm, walk, images * norm.G, D * walk.num_blocks);
+      run_step(kernels.merge_sums_V, norm, walk, num_vectors, merge_size);
+      run_step(kernels.group_sums_G, norm, walk, images * norm.G, D);
       run_step(kernels.gradients_B, norm, walk, num_blocks, block_size);
-      if (norm.dscale) run_step(kernels.sum_dscale_N, norm, walk, images, norm.Cs * walk.num_blocks);
+      if (norm.dscale) {
+        run_step(kernels.merge_sums_V, norm, walk, num_vectors, merge_size);
+        run_step(kernels.sum_dscale_N, norm, walk, images, norm.Cs);
+      }
     });
   } else {
     const bool keeps_dz = norm.act != Act::none && D * norm.P * 4 <= MAX_SCRATCH_BYTES;

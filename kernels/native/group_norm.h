@@ -42,7 +42,7 @@ struct GroupSums {
 // Channels last only: the images that are walked together, and what is known of them between two steps.
 struct Walk {
   int64_t first_n, rows_per_block, num_blocks;  // blocks of an image
-  int64_t channel_stride;                       // C, and room for a vector to reach beyond it
+  int64_t channel_stride;                       // the channels of h and s, each in whole vectors
   float* partials;                              // (images, num_blocks, NUM_PARTIALS, channel_stride)
   float* channel_values;                        // (images, NUM_CHANNEL_VALUES, channel_stride)
   GroupSums* group_sums;                        // (images, G)
@@ -59,9 +59,10 @@ struct GroupNormKernels {
   // ``scratch`` holds the dz of one group, or is null to compute it twice.
   void (*backward)(const GroupNorm&, int64_t begin, int64_t end, float* scratch);
 
-  // Channels last, in this order. A unit is a block of rows (B), a group (G) or an image (N) of the walk.
-  WalkStep moments_B, statistics_G, activate_B;
-  WalkStep load_statistics_G, sums_B, group_sums_G, gradients_B, sum_dscale_N;
+  // Channels last, in this order. A unit is a block of rows (B), a vector of channels (V), a group (G) or an image (N).
+  WalkStep moments_B, merge_moments_V, statistics_G, activate_B;
+  WalkStep load_statistics_G, sums_B, merge_sums_V, group_sums_G, gradients_B, sum_dscale_N;
+  int64_t width;  // of a vector
 
   // Either layout, after all others. A unit is a channel.
   Step parameters_C;

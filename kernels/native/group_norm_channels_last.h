@@ -8,22 +8,27 @@
 
 namespace scalelong::SCALELONG_ISA::channels_last {
 
-// Rows are walked in strips of so many channels: their parameters and sums stay in the first cache, and memory still
+// Rows are walked in strips of so many channels: what is known of a channel stays in the first cache, and memory still
 // sees long runs.
 constexpr int64_t STRIP = 256, ROWS = 16;
-// Rows whose mean is near enough to that of their block.
-constexpr int64_t SAMPLE = 8;
+// Rows that go side by side, so that what is known of a channel is loaded once for them.
+constexpr int64_t TOGETHER = 4;
 // How many rows ahead memory is asked for a strip.
 constexpr int64_t AHEAD = 4;
+// Rows whose mean is near enough to that of their block.
+constexpr int64_t SAMPLE = 8;
 
 // The channels of h, or those of s behind them.
 struct Segment {
   int64_t first, size;
+  int64_t first_vector;  // records of s begin behind those of h, each segment's last vector may be partly filled
 };
 
+inline int64_t vectors_of(int64_t num_channels) { return (num_channels + WIDTH - 1) / WIDTH; }
+
 inline int64_t segments_of(const GroupNorm& norm, Segment (&segments)[2]) {
-  segments[0] = {0, norm.Ch};
-  segments[1] = {norm.Ch, norm.Cs};
+  segments[0] = {0, norm.Ch, 0};
+  segments[1] = {norm.Ch, norm.Cs, vectors_of(norm.Ch)};
   return norm.Cs > 0 ? 2 : 1;
 }
 
@@ -42,17 +47,47 @@ inline T* source_of(const GroupNorm& norm, Pointer h, Pointer s, const Segment& 
   return (T*)(segment.first == 0 ? h : s) + (block.n * norm.P + block.first_row) * segment.size;
 }
 
-// Which of an image's channel_values hold what.
+// Element (first_row, first channel of the segment) of a tensor of all channels.
+template <class T, class Pointer>
+inline T* joint_of(const GroupNorm& norm, Pointer p, const Segment& segment, const Block& block) {
+  const int64_t C = norm.Ch + norm.Cs;
+  return (T*)p + (block.n * norm.P + block.first_row) * C + segment.first;
+}
+
+// What is known of the channels lies in records, one a vector of channels, so that one pointer reaches all of it.
+// SIZE counts the vectors of a record; of which one, a name says.
+template <int SIZE>
+struct Records {
+  float* begin;
+
+  Floats get(int64_t vector, int which) const { return load(begin + (vector * SIZE + which) * WIDTH); }
+  void set(int64_t vector, int which, Floats x) const { store<false>(begin + (vector * SIZE + which) * WIDTH, x); }
+
+  // One channel.
+  float& at(const GroupNorm& norm, int64_t c, int which) const {
+    const int64_t k = c < norm.Ch ? c : c - norm.Ch + vectors_of(norm.Ch) * WIDTH;
+    return begin[(k / WIDTH * SIZE + which) * WIDTH + k % WIDTH];
+  }
+};
+
 // A and B turn scale * x - mean into the argument of the activation.
 enum { SCALE, MEAN, A, B, FROM_DZ, FROM_X, CONSTANT };
 static_assert(CONSTANT + 1 == NUM_CHANNEL_VALUES);
+using Values = Records<NUM_CHANNEL_VALUES>;
 
-inline float* channel_row(const Walk& walk, int64_t n, int64_t which) {
-  return walk.channel_values + ((n - walk.first_n) * NUM_CHANNEL_VALUES + which) * walk.channel_stride;
+inline Values values_of(const Walk& walk, int64_t n) {
+  return {walk.channel_values + (n - walk.first_n) * NUM_CHANNEL_VALUES * walk.channel_stride};
 }
 
-inline float* partial_row(const Walk& walk, int64_t unit, int64_t which) {
-  return walk.partials + (unit * NUM_PARTIALS + which) * walk.channel_stride;
+// Sums over the rows of a block, three of them.
+using Partials = Records<NUM_PARTIALS>;
+
+inline Partials partials_of(const Walk& walk, int64_t unit) {
+  return {walk.partials + unit * NUM_PARTIALS * walk.channel_stride};
+}
+
+inline void clear(const Walk& walk, const Partials& partials) {
+  memset(partials.begin, 0, NUM_PARTIALS * walk.channel_stride * sizeof(float));
 }
 
 // How much of a vector of channels is there.
@@ -60,22 +95,6 @@ struct Whole {};
 struct First {
   int64_t size;
 };
-
-// Calls f(row, c, Whole or First) for each vector of a segment's channels in each row.
-template <class F>
-inline void each_vector(const Segment& segment, int64_t num_rows, const F& f) {
-  for (int64_t first_row = 0; first_row < num_rows; first_row += ROWS) {
-    const int64_t last_row = first_row + ROWS < num_rows ? first_row + ROWS : num_rows;
-    for (int64_t strip = 0; strip < segment.size; strip += STRIP) {
-      const int64_t last = strip + STRIP < segment.size ? strip + STRIP : segment.size;
-      for (int64_t row = first_row; row < last_row; ++row) {
-        int64_t c = strip;
-        for (; c + WIDTH <= last; c += WIDTH) f(row, c, Whole{});
-        if (c < last) f(row, c, First{last - c});
-      }
-    }
-  }
-}
 
 template <class T>
 inline Floats load(const T* p, Whole) {
@@ -95,105 +114,146 @@ inline void store(T* p, Floats x, First first) {
   store_first(p, x, first.size);
 }
 
-inline Floats load(const float* p) { return SCALELONG_ISA::load(p); }
+template <int64_t NUM>
+struct Rows {
+  static constexpr int64_t num = NUM;
+};
 
-inline void clear(float* p, int64_t size) { memset(p, 0, size * sizeof(float)); }
+// Calls f(row, rows, c, vector, part) for each vector of a segment's channels in each ``rows.num`` rows.
+template <class F>
+INLINED inline void each_vector(const Segment& segment, int64_t num_rows, const F& f) {
+  const auto strip_of_rows = [&](int64_t row, auto rows, int64_t strip, int64_t last) INLINED {
+    int64_t c = strip, vector = segment.first_vector + strip / WIDTH;
+    for (; c + WIDTH <= last; c += WIDTH) f(row, rows, c, vector++, Whole{});
+    if (c < last) f(row, rows, c, vector, First{last - c});
+  };
+  for (int64_t first_row = 0; first_row < num_rows; first_row += ROWS) {
+    const int64_t last_row = first_row + ROWS < num_rows ? first_row + ROWS : num_rows;
+    for (int64_t strip = 0; strip < segment.size; strip += STRIP) {
+      const int64_t last = strip + STRIP < segment.size ? strip + STRIP : segment.size;
+      int64_t row = first_row;
+      for (; row + TOGETHER <= last_row; row += TOGETHER) strip_of_rows(row, Rows<TOGETHER>{}, strip, last);
+      for (; row < last_row; ++row) strip_of_rows(row, Rows<1>{}, strip, last);
+    }
+  }
+}
 
-// partials: mean and sum of squared distances from it, for each channel of each block, before scaling.
+// Partials of a channel before scaling: its mean is ORIGIN + DISTANCE, and SQUARES the sum of squared distances from it.
+enum { ORIGIN, DISTANCE, SQUARES };
+
 template <class T>
 void moments(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   Segment segments[2];
   const int64_t num_segments = segments_of(norm, segments);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(norm, walk, unit);
+    const Partials partials = partials_of(walk, unit);
+    clear(walk, partials);
     for (int64_t k = 0; k < num_segments; ++k) {
-      const Segment segment = segments[k];
-      const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
-      float* sums = partial_row(walk, unit, 0) + segment.first;
-      float* squares = partial_row(walk, unit, 1) + segment.first;
-      float* origins = partial_row(walk, unit, 2) + segment.first;
-      clear(sums, segment.size);
-      clear(squares, segment.size);
-      clear(origins, segment.size);
+      const int64_t size = segments[k].size;
+      const T* x = source_of<const T>(norm, norm.h, norm.s, segments[k], block);
       // Distances from the mean of a few rows lose no digits to a mean that is far from zero, nor to one outlier.
       const int64_t few = block.num_rows < SAMPLE ? block.num_rows : SAMPLE;
-      each_vector(segment, few, [=](int64_t row, int64_t c, auto part) {
-        store<false>(origins + c, load(origins + c, part) + load(x + row * segment.size + c, part), part);
+      each_vector(segments[k], few, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+        Floats origin = partials.get(vector, ORIGIN);
+        for (int64_t r = row; r < row + rows.num; ++r) origin += load(x + r * size + c, part) / float(few);
+        partials.set(vector, ORIGIN, origin);
       });
-      each_vector(segment, 1, [=](int64_t, int64_t c, auto part) {
-        store<false>(origins + c, load(origins + c, part) / float(few), part);
+      each_vector(segments[k], block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+        const Floats origin = partials.get(vector, ORIGIN);
+        Floats sum = partials.get(vector, DISTANCE), squares = partials.get(vector, SQUARES);
+        for (int64_t r = row; r < row + rows.num; ++r) {
+          prefetch<1>(x + (r + AHEAD) * size + c);
+          const Floats distance = load(x + r * size + c, part) - origin;
+          sum += distance;
+          squares += distance * distance;
+        }
+        partials.set(vector, DISTANCE, sum);
+        partials.set(vector, SQUARES, squares);
       });
-      each_vector(segment, block.num_rows, [=](int64_t row, int64_t c, auto part) {
-        prefetch<1>(x + (row + AHEAD) * segment.size + c);
-        const Floats distance = load(x + row * segment.size + c, part) - load(origins + c, part);
-        store<false>(sums + c, load(sums + c, part) + distance, part);
-        store<false>(squares + c, load(squares + c, part) + distance * distance, part);
-      });
-      each_vector(segment, 1, [=](int64_t, int64_t c, auto part) {
-        const Floats sum = load(sums + c, part), distance = sum / float(block.num_rows);
-        store<false>(squares + c, load(squares + c, part) - sum * distance, part);
-        store<false>(sums + c, load(origins + c, part) + distance, part);
+      each_vector(segments[k], 1, [=](int64_t, auto, int64_t, int64_t vector, auto) {
+        const Floats sum = partials.get(vector, DISTANCE), distance = sum / float(block.num_rows);
+        partials.set(vector, DISTANCE, distance);
+        partials.set(vector, SQUARES, partials.get(vector, SQUARES) - sum * distance);
       });
     }
   }
 }
 
-inline int64_t rows_in_block(const GroupNorm& norm, const Walk& walk, int64_t b) {
-  const int64_t left = norm.P - b * walk.rows_per_block;
-  return left < walk.rows_per_block ? left : walk.rows_per_block;
+// The moments of all rows of an image, into the partials of its first block. A unit is a vector of an image's channels.
+inline void merge_moments(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
+  const int64_t num_vectors = walk.channel_stride / WIDTH;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first_block = unit / num_vectors * walk.num_blocks, vector = unit % num_vectors;
+    const Partials merged = partials_of(walk, first_block);
+    const auto rows_of = [&](int64_t b) { return float(block_of(norm, walk, b).num_rows); };
+    const auto distance_of = [&](int64_t b) {  // from the first block's origin
+      const Partials partials = partials_of(walk, first_block + b);
+      return (partials.get(vector, ORIGIN) - merged.get(vector, ORIGIN)) + partials.get(vector, DISTANCE);
+    };
+    Floats distance{}, squares{};
+    for (int64_t b = 0; b < walk.num_blocks; ++b) distance += distance_of(b) * rows_of(b);
+    distance /= float(norm.P);
+    for (int64_t b = 0; b < walk.num_blocks; ++b) {
+      const Floats off = distance_of(b) - distance;
+      squares += partials_of(walk, first_block + b).get(vector, SQUARES) + off * off * rows_of(b);
+    }
+    merged.set(vector, DISTANCE, distance);
+    merged.set(vector, SQUARES, squares);
+  }
 }
 
 template <class Activation>
 void statistics(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
-  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
+  const int64_t D = (norm.Ch + norm.Cs) / norm.G;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G, first_block = (n - walk.first_n) * walk.num_blocks;
-    const auto each = [&](const auto& f) {
-      for (int64_t b = 0; b < walk.num_blocks; ++b) {
-        const float *means = partial_row(walk, first_block + b, 0), *squares = partial_row(walk, first_block + b, 1);
-        const double rows = double(rows_in_block(norm, walk, b));
-        for (int64_t c = g * D; c < (g + 1) * D; ++c) f(rows, double(scale_of(norm, n, c)), means[c], squares[c]);
-      }
+    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G;
+    const Partials partials = partials_of(walk, (n - walk.first_n) * walk.num_blocks);
+    const auto mean_of = [&](int64_t c) {
+      return scale_of(norm, n, c) * (double(partials.at(norm, c, ORIGIN)) + partials.at(norm, c, DISTANCE));
     };
     double sum = 0, total = 0;
-    each([&](double rows, double scale, double mean, double) { sum += rows * scale * mean; });
-    const double mean = sum / double(D * norm.P);
-    each([&](double rows, double scale, double block_mean, double squares) {
-      const double distance = scale * block_mean - mean;
-      total += scale * scale * squares + rows * distance * distance;
-    });
+    for (int64_t c = g * D; c < (g + 1) * D; ++c) sum += mean_of(c);
+    const double mean = sum / double(D);
+    for (int64_t c = g * D; c < (g + 1) * D; ++c) {
+      const double scale = scale_of(norm, n, c), distance = mean_of(c) - mean;
+      total += scale * scale * partials.at(norm, c, SQUARES) + double(norm.P) * distance * distance;
+    }
     const float rstd = float(1.0 / __builtin_sqrt(total / double(D * norm.P) + norm.eps));
     norm.mean[n * norm.G + g] = float(mean);
     norm.rstd[n * norm.G + g] = rstd;
+    const Values values = values_of(walk, n);
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const Affine affine = affine_of(norm, n, c);
       const double a = double(affine.a) * rstd;
-      channel_row(walk, n, SCALE)[c] = scale_of(norm, n, c);
-      channel_row(walk, n, MEAN)[c] = float(mean);
-      channel_row(walk, n, A)[c] = float(a * Activation::FACTOR);
+      values.at(norm, c, SCALE) = scale_of(norm, n, c);
+      values.at(norm, c, MEAN) = float(mean);
+      values.at(norm, c, A) = float(a * Activation::FACTOR);
       // What the mean loses by rounding goes into the constant, where it costs nothing.
-      channel_row(walk, n, B)[c] = float((affine.b - (mean - float(mean)) * a) * Activation::FACTOR);
+      values.at(norm, c, B) = float((affine.b - (mean - float(mean)) * a) * Activation::FACTOR);
     }
   }
 }
 
 template <class T, class Activation, bool STREAM>
 inline void activate(const GroupNorm& norm, const Walk& walk, int64_t unit) {
-  const int64_t C = norm.Ch + norm.Cs;
   const Block block = block_of(norm, walk, unit);
-  const float *scales = channel_row(walk, block.n, SCALE), *means = channel_row(walk, block.n, MEAN);
-  const float *as = channel_row(walk, block.n, A), *bs = channel_row(walk, block.n, B);
+  const Values values = values_of(walk, block.n);
+  const int64_t C = norm.Ch + norm.Cs;
   Segment segments[2];
   const int64_t num_segments = segments_of(norm, segments);
   for (int64_t k = 0; k < num_segments; ++k) {
-    const Segment segment = segments[k];
-    const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
-    T* y = (T*)norm.y + (block.n * norm.P + block.first_row) * C + segment.first;
-    each_vector(segment, block.num_rows, [=](int64_t row, int64_t c, auto part) {
-      const int64_t i = segment.first + c;
-      prefetch<1>(x + (row + AHEAD) * segment.size + c);
-      const Floats xhat = load(x + row * segment.size + c, part) * load(scales + i) - load(means + i);
-      store<STREAM>(y + row * C + c, Activation::value(xhat * load(as + i) + load(bs + i)), part);
+    const int64_t size = segments[k].size;
+    const T* x = source_of<const T>(norm, norm.h, norm.s, segments[k], block);
+    T* y = joint_of<T>(norm, norm.y, segments[k], block);
+    each_vector(segments[k], block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+      const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
+      const Floats a = values.get(vector, A), b = values.get(vector, B);
+      for (int64_t r = row; r < row + rows.num; ++r) {
+        prefetch<1>(x + (r + AHEAD) * size + c);
+        const Floats xhat = load(x + r * size + c, part) * scale - mean;
+        store<STREAM>(y + r * C + c, Activation::value(xhat * a + b), part);
+      }
     });
   }
 }
@@ -218,17 +278,20 @@ void load_statistics(const GroupNorm& norm, const Walk& walk, int64_t begin, int
   const int64_t D = (norm.Ch + norm.Cs) / norm.G;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G;
+    const Values values = values_of(walk, n);
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const Affine affine = affine_of(norm, n, c);
-      channel_row(walk, n, SCALE)[c] = scale_of(norm, n, c);
-      channel_row(walk, n, MEAN)[c] = norm.mean[n * norm.G + g];
-      channel_row(walk, n, A)[c] = affine.a * norm.rstd[n * norm.G + g] * Activation::FACTOR;
-      channel_row(walk, n, B)[c] = affine.b * Activation::FACTOR;
+      values.at(norm, c, SCALE) = scale_of(norm, n, c);
+      values.at(norm, c, MEAN) = norm.mean[n * norm.G + g];
+      values.at(norm, c, A) = affine.a * norm.rstd[n * norm.G + g] * Activation::FACTOR;
+      values.at(norm, c, B) = affine.b * Activation::FACTOR;
     }
   }
 }
 
-// partials: the sums over a block's rows of dz = dy * act'(z) and of dz * xhat, still without rstd.
+// Partials: of dz = dy * act'(z) and of dz * xhat, still without rstd.
+enum { SUM_DZ, SUM_DZ_XHAT };
+
 template <class T, class Activation>
 void sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t C = norm.Ch + norm.Cs;
@@ -236,24 +299,41 @@ void sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t num_segments = segments_of(norm, segments);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(norm, walk, unit);
-    const float *scales = channel_row(walk, block.n, SCALE), *means = channel_row(walk, block.n, MEAN);
-    const float *as = channel_row(walk, block.n, A), *bs = channel_row(walk, block.n, B);
-    float *sums_dz = partial_row(walk, unit, 0), *sums_dz_xhat = partial_row(walk, unit, 1);
-    clear(sums_dz, C);
-    clear(sums_dz_xhat, C);
+    const Values values = values_of(walk, block.n);
+    const Partials partials = partials_of(walk, unit);
+    clear(walk, partials);
     for (int64_t k = 0; k < num_segments; ++k) {
-      const Segment segment = segments[k];
-      const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
-      const T* dy = (const T*)norm.dy + (block.n * norm.P + block.first_row) * C + segment.first;
-      each_vector(segment, block.num_rows, [=](int64_t row, int64_t c, auto part) {
-        const int64_t i = segment.first + c;
-        prefetch<1>(x + (row + AHEAD) * segment.size + c);
-        prefetch<1>(dy + (row + AHEAD) * C + c);
-        const Floats xhat = load(x + row * segment.size + c, part) * load(scales + i) - load(means + i);
-        const Floats dz = load(dy + row * C + c, part) * Activation::derivative(xhat * load(as + i) + load(bs + i));
-        store<false>(sums_dz + i, load(sums_dz + i, part) + dz, part);
-        store<false>(sums_dz_xhat + i, load(sums_dz_xhat + i, part) + dz * xhat, part);
+      const int64_t size = segments[k].size;
+      const T* x = source_of<const T>(norm, norm.h, norm.s, segments[k], block);
+      const T* dy = joint_of<const T>(norm, norm.dy, segments[k], block);
+      each_vector(segments[k], block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+        const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
+        const Floats a = values.get(vector, A), b = values.get(vector, B);
+        Floats sum = partials.get(vector, SUM_DZ), sum_xhat = partials.get(vector, SUM_DZ_XHAT);
+        for (int64_t r = row; r < row + rows.num; ++r) {
+          prefetch<1>(x + (r + AHEAD) * size + c);
+          prefetch<1>(dy + (r + AHEAD) * C + c);
+          const Floats xhat = load(x + r * size + c, part) * scale - mean;
+          const Floats dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
+          sum += dz;
+          sum_xhat += dz * xhat;
+        }
+        partials.set(vector, SUM_DZ, sum);
+        partials.set(vector, SUM_DZ_XHAT, sum_xhat);
       });
+    }
+  }
+}
+
+// The sums over all rows of an image, into the partials of its first block. A unit is a vector of an image's channels.
+inline void merge_sums(const GroupNorm&, const Walk& walk, int64_t begin, int64_t end) {
+  const int64_t num_vectors = walk.channel_stride / WIDTH;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t first_block = unit / num_vectors * walk.num_blocks, vector = unit % num_vectors;
+    for (int which = 0; which < NUM_PARTIALS; ++which) {
+      Floats sum{};
+      for (int64_t b = 0; b < walk.num_blocks; ++b) sum += partials_of(walk, first_block + b).get(vector, which);
+      partials_of(walk, first_block).set(vector, which, sum);
     }
   }
 }
@@ -262,60 +342,62 @@ template <class Activation>
 void group_sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G, first_block = (n - walk.first_n) * walk.num_blocks;
+    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G;
+    const Partials partials = partials_of(walk, (n - walk.first_n) * walk.num_blocks);
     const float mean = norm.mean[n * norm.G + g], rstd = norm.rstd[n * norm.G + g];
     GroupSums& group = walk.group_sums[unit];
     group = {};
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-      double dz = 0, dz_xhat = 0;
-      for (int64_t b = 0; b < walk.num_blocks; ++b) {
-        dz += partial_row(walk, first_block + b, 0)[c];
-        dz_xhat += partial_row(walk, first_block + b, 1)[c];
-      }
+      const double dz = partials.at(norm, c, SUM_DZ), dz_xhat = partials.at(norm, c, SUM_DZ_XHAT);
       norm.sum_dz[n * C + c] = float(dz);
       norm.sum_dz_xhat[n * C + c] = float(dz_xhat * rstd);
       add_channel(group, affine_of(norm, n, c).a, dz, dz_xhat * rstd);
     }
     divide(group, double(D * norm.P));
+    const Values values = values_of(walk, n);
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const Gradient gradient = gradient_of(group, affine_of(norm, n, c).a, scale_of(norm, n, c), mean, rstd);
-      channel_row(walk, n, FROM_DZ)[c] = gradient.from_dz;
-      channel_row(walk, n, FROM_X)[c] = gradient.from_x;
-      channel_row(walk, n, CONSTANT)[c] = gradient.constant;
+      values.at(norm, c, FROM_DZ) = gradient.from_dz;
+      values.at(norm, c, FROM_X) = gradient.from_x;
+      values.at(norm, c, CONSTANT) = gradient.constant;
     }
   }
 }
 
-// partials: the sums over a block's rows of s, s * xhat (without rstd) and s * dz, which make the gradient of scale.
+// Partials: of s, s * xhat (without rstd) and s * dz, which make the gradient of scale.
+enum { SUM_S, SUM_S_XHAT, SUM_S_DZ };
+
 template <class T, class Activation, bool STREAM, bool DSCALE>
 inline void gradients_of(const GroupNorm& norm, const Walk& walk, int64_t unit, const Segment& segment) {
-  const int64_t C = norm.Ch + norm.Cs;
+  const int64_t C = norm.Ch + norm.Cs, size = segment.size;
   const Block block = block_of(norm, walk, unit);
-  const auto values_of = [&](int which) { return channel_row(walk, block.n, which) + segment.first; };
-  const float *scales = values_of(SCALE), *means = values_of(MEAN), *as = values_of(A), *bs = values_of(B);
-  const float *from_dzs = values_of(FROM_DZ), *from_xs = values_of(FROM_X), *constants = values_of(CONSTANT);
-  const auto sums_of = [&](int which) { return partial_row(walk, unit, which) + segment.first; };
-  float *sums = sums_of(0), *sums_xhat = sums_of(1), *sums_dz = sums_of(2);
+  const Values values = values_of(walk, block.n);
+  const Partials partials = partials_of(walk, unit);
   const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
-  const T* dy = (const T*)norm.dy + (block.n * norm.P + block.first_row) * C + segment.first;
+  const T* dy = joint_of<const T>(norm, norm.dy, segment, block);
   T* dx = source_of<T>(norm, norm.dh, norm.ds, segment, block);
-  if constexpr (DSCALE) {
-    clear(sums, segment.size);
-    clear(sums_xhat, segment.size);
-    clear(sums_dz, segment.size);
-  }
-  each_vector(segment, block.num_rows, [=](int64_t row, int64_t c, auto part) {
-    prefetch<1>(x + (row + AHEAD) * segment.size + c);
-    prefetch<1>(dy + (row + AHEAD) * C + c);
-    const Floats v = load(x + row * segment.size + c, part), xhat = v * load(scales + c) - load(means + c);
-    const Floats dz = load(dy + row * C + c, part) * Activation::derivative(xhat * load(as + c) + load(bs + c));
-    if constexpr (DSCALE) {
-      store<false>(sums + c, load(sums + c, part) + v, part);
-      store<false>(sums_xhat + c, load(sums_xhat + c, part) + v * xhat, part);
-      store<false>(sums_dz + c, load(sums_dz + c, part) + v * dz, part);
+  if constexpr (DSCALE) clear(walk, partials);
+  each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+    const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
+    const Floats a = values.get(vector, A), b = values.get(vector, B);
+    const Floats from_dz = values.get(vector, FROM_DZ), from_x = values.get(vector, FROM_X);
+    const Floats constant = values.get(vector, CONSTANT);
+    Floats sum{}, sum_xhat{}, sum_dz{};
+    for (int64_t r = row; r < row + rows.num; ++r) {
+      prefetch<1>(x + (r + AHEAD) * size + c);
+      prefetch<1>(dy + (r + AHEAD) * C + c);
+      const Floats v = load(x + r * size + c, part), xhat = v * scale - mean;
+      const Floats dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
+      store<STREAM>(dx + r * size + c, dz * from_dz + (v * from_x + constant), part);
+      sum += v;
+      sum_xhat += v * xhat;
+      sum_dz += v * dz;
     }
-    const Floats gradient = dz * load(from_dzs + c) + (v * load(from_xs + c) + load(constants + c));
-    store<STREAM>(dx + row * segment.size + c, gradient, part);
+    if constexpr (DSCALE) {
+      partials.set(vector, SUM_S, partials.get(vector, SUM_S) + sum);
+      partials.set(vector, SUM_S_XHAT, partials.get(vector, SUM_S_XHAT) + sum_xhat);
+      partials.set(vector, SUM_S_DZ, partials.get(vector, SUM_S_DZ) + sum_dz);
+    }
   });
 }
 
@@ -340,17 +422,12 @@ inline void sum_dscale(const GroupNorm& norm, const Walk& walk, int64_t begin, i
   const int64_t D = (norm.Ch + norm.Cs) / norm.G;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = walk.first_n + unit;
+    const Partials partials = partials_of(walk, unit * walk.num_blocks);
     for (int64_t k = 0; k < norm.Cs; ++k) {
       const int64_t c = norm.Ch + k, g = c / D;
-      double x = 0, x_xhat = 0, x_dz = 0;
-      for (int64_t b = 0; b < walk.num_blocks; ++b) {
-        x += partial_row(walk, unit * walk.num_blocks + b, 0)[c];
-        x_xhat += partial_row(walk, unit * walk.num_blocks + b, 1)[c];
-        x_dz += partial_row(walk, unit * walk.num_blocks + b, 2)[c];
-      }
-      const double rstd = norm.rstd[n * norm.G + g];
-      norm.dscale[n * norm.Cs + k] =
-          dscale_of(walk.group_sums[unit * norm.G + g], affine_of(norm, n, c).a, rstd, x, x_xhat * rstd, x_dz);
+      const double rstd = norm.rstd[n * norm.G + g], s_xhat = partials.at(norm, c, SUM_S_XHAT) * rstd;
+      norm.dscale[n * norm.Cs + k] = dscale_of(walk.group_sums[unit * norm.G + g], affine_of(norm, n, c).a, rstd,
+                                               partials.at(norm, c, SUM_S), s_xhat, partials.at(norm, c, SUM_S_DZ));
     }
   }
 }

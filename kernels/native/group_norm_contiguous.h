@@ -139,7 +139,7 @@ inline void first_sweep(const T* x, const T* dy, float* scratch, int64_t size, T
   Floats sum = {}, sum_xhat = {};
   const auto step = [&](Floats v, Floats d) {
     const Floats xhat = v * t.scale - t.mean;
-    const Floats dz = d * Activation::derivative(xhat * t.a + t.b);
+    const Floats dz = Activation::times_derivative(d, xhat * t.a + t.b);
     sum += dz;
     sum_xhat += dz * xhat;
     return dz;
@@ -169,7 +169,9 @@ inline void second_sweep(const T* x, const T* dy, const float* scratch, T* dx, i
     }
     return dz * g.from_dz + (v * g.from_x + g.constant);
   };
-  const auto dz_of = [&](Floats v, Floats d) { return d * Activation::derivative((v * t.scale - t.mean) * t.a + t.b); };
+  const auto dz_of = [&](Floats v, Floats d) {
+    return Activation::times_derivative(d, (v * t.scale - t.mean) * t.a + t.b);
+  };
   int64_t i = 0;
   for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
     for (int k = 0; k < 2; ++k) {

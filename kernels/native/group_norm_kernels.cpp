@@ -13,13 +13,16 @@ GroupNormKernels kernels() {
       contiguous::forward<T, Activation>,
       contiguous::backward<T, Activation>,
       channels_last::moments<T>,
+      channels_last::merge_moments,
       channels_last::statistics<Activation>,
       channels_last::activate_blocks<T, Activation>,
       channels_last::load_statistics<Activation>,
       channels_last::sums<T, Activation>,
+      channels_last::merge_sums,
       channels_last::group_sums<Activation>,
       channels_last::gradients<T, Activation>,
       channels_last::sum_dscale,
+      WIDTH,
       finish_parameters,
   };
 }

@@ -22,6 +22,9 @@
 #define SCALELONG_WIDTH 4
 #endif
 
+// Where a call, or a closure kept in memory, would cost more than the work.
+#define INLINED __attribute__((always_inline))
+
 namespace scalelong::SCALELONG_ISA {
 
 constexpr int WIDTH = SCALELONG_WIDTH;
@@ -196,9 +199,9 @@ inline Floats clamp(Floats x, float limit) {
 #endif
 }
 
-// 2^x for |x| <= 126, and beyond that the value there; within 1.5 units in the last place.
-inline Floats exp2(Floats x) {
-  x = clamp(x, 126.0f);
+// 2^x for |x| <= limit <= 126, and beyond that the value there; within 1.5 units in the last place.
+inline Floats exp2(Floats x, float limit = 126.0f) {
+  x = clamp(x, limit);
   const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
   const Floats shifted = x + magic;
   const Floats f = x - (shifted - magic);
@@ -230,29 +233,31 @@ inline Floats normal_cdf(Floats z) {
   return z > 0.0f ? 1.0f - half_erfc : half_erfc;
 }
 
-// An activation takes z * FACTOR: the kernels fold FACTOR into the affine parameters before it.
+// An activation takes z * FACTOR: the kernels fold FACTOR into the affine parameters before it. times_derivative is the
+// gradient of z, given that of y.
 struct Identity {
   static constexpr float FACTOR = 1.0f;
   static Floats value(Floats z) { return z; }
-  static Floats derivative(Floats) { return splat(1.0f); }
+  static Floats times_derivative(Floats dy, Floats) { return dy; }
 };
 
 struct Silu {
   static constexpr float FACTOR = -LOG2_E;
   static Floats value(Floats t) { return t * -LN_2 / (1.0f + exp2(t)); }
-  static Floats derivative(Floats t) {
-    const Floats sigma = 1.0f / (1.0f + exp2(t));
-    const Floats y = t * -LN_2 * sigma;
-    return sigma + y - y * sigma;
+  // sigma + z * sigma * (1 - sigma) with sigma = 1 / (1 + e), e = exp(-z): one division, at the end. Within the limit
+  // its square is finite, and beyond it the result is 1 or next to 0.
+  static Floats times_derivative(Floats dy, Floats t) {
+    const Floats e = exp2(t, 60.0f), d = 1.0f + e;
+    return dy * (d + t * -LN_2 * e) / (d * d);
   }
 };
 
 struct Gelu {
   static constexpr float FACTOR = 1.0f;
   static Floats value(Floats z) { return z * normal_cdf(z); }
-  static Floats derivative(Floats z) {
+  static Floats times_derivative(Floats dy, Floats z) {
     const Floats density = 0.3989422804f * exp2(z * z * (-0.5f * LOG2_E));
-    return normal_cdf(z) + z * density;
+    return dy * (normal_cdf(z) + z * density);
   }
 };
 
