@@ -24,7 +24,7 @@ def forward(
     rstd: Tensor,
 ) -> None:
     """Fills y, and mean and rstd of (N, G)."""
-    parameters = (_factors(scale, s), float_scale, _floats(weight), _floats(bias), _floats(gain), _floats(shift))
+    parameters = (_floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain), _floats(shift))
     torch.ops.scalelong_native.group_norm_forward.default(
         y, mean, rstd, h, s, *parameters, groups, eps, _ACTS[act], channels_last
     )
@@ -48,21 +48,18 @@ def backward(
     dh: Tensor,
     ds: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
-    """Fills dh and ds; returns, in fp32, dscale of (N, Cs), dweight and dbias of (C,), dgain and dshift of (N, C)."""
-    N, C = dy.shape[:2]
-    dscale = None if s is None or scale is None else mean.new_empty(s.shape[:2])
-    dweight, dbias = (None if x is None else mean.new_empty(C) for x in (weight, bias))
-    dgain, dshift = mean.new_empty((N, C)), mean.new_empty((N, C))
-    torch.ops.scalelong_native.group_norm_backward.default(
-        *(dh, ds, dscale, dweight, dbias, dgain, dshift, dy, h, s, _factors(scale, s), float_scale),
-        *(_floats(weight), _floats(bias), _floats(gain), _floats(shift), mean, rstd, groups, _ACTS[act], channels_last),
+    """Fills dh and ds; returns the gradients of scale, weight, bias, gain and shift, in fp32."""
+    grads = tuple(
+        None if x is None else torch.empty(x.shape, dtype=torch.float32) for x in (scale, weight, bias, gain, shift)
     )
-    return dscale, dweight, dbias, dgain, dshift
+    torch.ops.scalelong_native.group_norm_backward.default(
+        *(dh, ds, *grads, dy, h, s, _floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain)),
+        *(_floats(shift), mean, rstd, groups, _ACTS[act], channels_last),
+    )
+    return grads
 
 
 def _floats(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.to(torch.float32).contiguous()
-
-
-def _factors(scale: Tensor | None, s: Tensor | None) -> Tensor | None:
-    return None if scale is None or s is None else scale.to(torch.float32).expand(s.shape[:2])
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(torch.float32).contiguous()

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <string_view>
 
@@ -82,9 +83,11 @@ GroupNorm describe(const Tensor& h, const Parameters& parameters, double float_s
   norm.s = parameters.s.has_value() ? parameters.s->data_ptr() : nullptr;
   norm.float_scale = static_cast<float>(float_scale);
   norm.scale = floats(parameters.scale);
-  if (parameters.scale.has_value()) {
-    norm.scale_stride_n = parameters.scale->stride(0);
-    norm.scale_stride_c = parameters.scale->stride(1);
+  if (parameters.scale.has_value()) {  // (), (Cs), (N, Cs) or (N, 1), contiguous
+    const Tensor& scale = *parameters.scale;
+    const bool has_samples = scale.dim() == 2, has_channels = scale.dim() > 0 && (!has_samples || scale.size(1) > 1);
+    norm.scale_stride_n = has_samples ? scale.size(1) : 0;
+    norm.scale_stride_c = has_channels ? 1 : 0;
   }
   norm.weight = floats(parameters.weight);
   norm.bias = floats(parameters.bias);
@@ -113,24 +116,32 @@ float* scratch_of_thread(int64_t size) {
   return memory.get();
 }
 
-// Calls walk_images(walk, num_images) for images that together read at most about WALK_BYTES, one at least.
+// Calls f(walk, num_images) until all images and groups have been walked. ``keeps_dz`` asks for memory for it.
 template <class F>
-void each_walk(const GroupNorm& norm, int64_t bytes_per_element, const F& walk_images) {
-  const int64_t C = norm.Ch + norm.Cs;
+void each_walk(const GroupNorm& norm, int64_t bytes_per_element, bool keeps_dz, const F& f) {
+  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G, bytes_per_channel = norm.P * bytes_per_element;
+  // A walk takes whole images, or of one that is too large whole groups, whose channels begin at a vector.
+  const int64_t step = std::lcm(D, WIDEST_VECTOR) / D;
+  const int64_t groups = std::clamp(WALK_BYTES / (D * bytes_per_channel) / step * step, std::min(step, norm.G), norm.G);
+  const int64_t images = std::clamp<int64_t>(WALK_BYTES / (C * bytes_per_channel), 1, norm.N);
   Walk walk{};
   // From the shape alone, so that the number of threads does not change a bit of the result.
   walk.rows_per_block = std::max(MIN_ROWS_PER_BLOCK, (norm.P + MAX_BLOCKS - 1) / MAX_BLOCKS);
   walk.num_blocks = (norm.P + walk.rows_per_block - 1) / walk.rows_per_block;
-  walk.channel_stride = (norm.Ch + norm.Cs + 2 * (WIDEST_VECTOR - 1)) / WIDEST_VECTOR * WIDEST_VECTOR;
-  const int64_t images = std::clamp<int64_t>(WALK_BYTES / (C * norm.P * bytes_per_element), 1, norm.N);
+  walk.channel_stride = (groups * D + 2 * (WIDEST_VECTOR - 1)) / WIDEST_VECTOR * WIDEST_VECTOR;
   const std::unique_ptr<float[]> partials(new float[images * walk.num_blocks * NUM_PARTIALS * walk.channel_stride]);
   const std::unique_ptr<float[]> values(new float[images * NUM_CHANNEL_VALUES * walk.channel_stride]);
-  const std::unique_ptr<GroupSums[]> group_sums(new GroupSums[images * norm.G]);
+  const std::unique_ptr<GroupSums[]> group_sums(new GroupSums[images * groups]);
   walk.partials = partials.get();
-  walk.group_sums = group_sums.get();
   walk.channel_values = values.get();
+  walk.group_sums = group_sums.get();
+  const int64_t dz_size = images * norm.P * groups * D;
+  if (keeps_dz && dz_size * 4 <= MAX_SCRATCH_BYTES) walk.dz = scratch_of_thread(dz_size);
   for (walk.first_n = 0; walk.first_n < norm.N; walk.first_n += images) {
-    walk_images(walk, std::min(images, norm.N - walk.first_n));
+    for (walk.first_g = 0; walk.first_g < norm.G; walk.first_g += groups) {
+      walk.num_groups = std::min(groups, norm.G - walk.first_g);
+      f(walk, std::min(images, norm.N - walk.first_n));
+    }
   }
 }
 
@@ -147,13 +158,13 @@ void forward(const GroupNorm& norm, bool channels_last) {
     in_parallel(norm.N * norm.G, D * norm.P, [&](int64_t begin, int64_t end) { kernels.forward(norm, begin, end); });
     return;
   }
-  each_walk(norm, size_of(norm.type), [&](const Walk& walk, int64_t images) {
-    const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * C;
+  each_walk(norm, size_of(norm.type), false, [&](const Walk& walk, int64_t images) {
+    const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * walk.num_groups * D;
       const int64_t num_vectors = images * walk.channel_stride / kernels.width;
       const int64_t merge_size = kernels.width * walk.num_blocks;
     run_step(kernels.moments_B, norm, walk, num_blocks, block_size);
     run_step(kernels.merge_moments_V, norm, walk, num_vectors, merge_size);
-    run_step(kernels.statistics_G, norm, walk, images * norm.G, D);
+    run_step(kernels.statistics_G, norm, walk, images * walk.num_groups, D);
     run_step(kernels.activate_B, norm, walk, num_blocks, block_size);
   });
 }
@@ -163,14 +174,14 @@ void backward(const GroupNorm& norm, bool channels_last) {
   const GroupNormKernels kernels = find(norm.type, norm.act);
   const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
   if (channels_last) {
-    each_walk(norm, 2 * size_of(norm.type), [&](const Walk& walk, int64_t images) {
-      const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * C;
+    each_walk(norm, 2 * size_of(norm.type), norm.act != Act::none, [&](const Walk& walk, int64_t images) {
+      const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * walk.num_groups * D;
       const int64_t num_vectors = images * walk.channel_stride / kernels.width;
       const int64_t merge_size = kernels.width * walk.num_blocks;
-      run_step(kernels.load_statistics_G, norm, walk, images * norm.G, D);
+      run_step(kernels.load_statistics_G, norm, walk, images * walk.num_groups, D);
       run_step(kernels.sums_B, norm, walk, num_blocks, block_size);
       run_step(kernels.merge_sums_V, norm, walk, num_vectors, merge_size);
-      run_step(kernels.group_sums_G, norm, walk, images * norm.G, D);
+      run_step(kernels.group_sums_G, norm, walk, images * walk.num_groups, D);
       run_step(kernels.gradients_B, norm, walk, num_blocks, block_size);
       if (norm.dscale) {
         run_step(kernels.merge_sums_V, norm, walk, num_vectors, merge_size);
@@ -186,6 +197,17 @@ void backward(const GroupNorm& norm, bool channels_last) {
   in_parallel(C, norm.N, [&](int64_t begin, int64_t end) { kernels.parameters_C(norm, begin, end); });
 }
 
+// From one gradient a channel of each image to the shape that scale has.
+void sum_to_scale(const GroupNorm& norm, float* dscale, int64_t size) {
+  const std::unique_ptr<double[]> sums(new double[size]());
+  for (int64_t n = 0; n < norm.N; ++n) {
+    for (int64_t c = 0; c < norm.Cs; ++c) {
+      sums[n * norm.scale_stride_n + c * norm.scale_stride_c] += norm.dscale[n * norm.Cs + c];
+    }
+  }
+  std::copy(sums.get(), sums.get() + size, dscale);
+}
+
 void group_norm_forward(Tensor y, Tensor mean, Tensor rstd, Tensor h, std::optional<Tensor> s,
                         std::optional<Tensor> scale, double float_scale, std::optional<Tensor> weight,
                         std::optional<Tensor> bias, std::optional<Tensor> gain, std::optional<Tensor> shift,
@@ -197,8 +219,8 @@ void group_norm_forward(Tensor y, Tensor mean, Tensor rstd, Tensor h, std::optio
 }
 
 void group_norm_backward(Tensor dh, std::optional<Tensor> ds, std::optional<Tensor> dscale,
-                         std::optional<Tensor> dweight, std::optional<Tensor> dbias, Tensor dgain, Tensor dshift,
-                         Tensor dy, Tensor h, std::optional<Tensor> s, std::optional<Tensor> scale, double float_scale,
+                         std::optional<Tensor> dweight, std::optional<Tensor> dbias, std::optional<Tensor> dgain,
+                         std::optional<Tensor> dshift, Tensor dy, Tensor h, std::optional<Tensor> s, std::optional<Tensor> scale, double float_scale,
                          std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> gain,
                          std::optional<Tensor> shift, Tensor mean, Tensor rstd, int64_t groups, int64_t act,
                          bool channels_last) {
@@ -206,12 +228,15 @@ void group_norm_backward(Tensor dh, std::optional<Tensor> ds, std::optional<Tens
   norm.dy = dy.data_ptr();
   norm.dh = dh.data_ptr();
   norm.ds = ds.has_value() ? ds->data_ptr() : nullptr;
-  norm.dscale = mutable_floats(dscale);
   norm.dweight = mutable_floats(dweight);
   norm.dbias = mutable_floats(dbias);
-  norm.sum_dz_xhat = static_cast<float*>(dgain.data_ptr());
-  norm.sum_dz = static_cast<float*>(dshift.data_ptr());
+  const int64_t num_sums = norm.N * (norm.Ch + norm.Cs);
+  const std::unique_ptr<float[]> scratch(new float[2 * num_sums + norm.N * norm.Cs]);
+  norm.sum_dz_xhat = dgain.has_value() ? mutable_floats(dgain) : scratch.get();
+  norm.sum_dz = dshift.has_value() ? mutable_floats(dshift) : scratch.get() + num_sums;
+  norm.dscale = dscale.has_value() ? scratch.get() + 2 * num_sums : nullptr;
   backward(norm, channels_last);
+  if (dscale.has_value()) sum_to_scale(norm, mutable_floats(dscale), dscale->numel());
 }
 
 }  // namespace
@@ -223,7 +248,7 @@ STABLE_TORCH_LIBRARY(scalelong_native, library) {
       "bool channels_last) -> ()");
   library.def(
       "group_norm_backward(Tensor(a!) dh, Tensor(b!)? ds, Tensor(c!)? dscale, Tensor(d!)? dweight, Tensor(e!)? dbias, "
-      "Tensor(f!) dgain, Tensor(g!) dshift, Tensor dy, Tensor h, Tensor? s, Tensor? scale, float float_scale, "
+      "Tensor(f!)? dgain, Tensor(g!)? dshift, Tensor dy, Tensor h, Tensor? s, Tensor? scale, float float_scale, "
       "Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, "
       "Tensor mean, Tensor rstd, int groups, int act, bool channels_last) -> ()");
 }

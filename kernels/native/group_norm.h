@@ -39,13 +39,16 @@ struct GroupSums {
   double dz, dz_xhat;
 };
 
-// Channels last only: the images that are walked together, and what is known of them between two steps.
+// Channels last only: the images and groups that are walked together, so few that memory is read once and the second
+// sweep finds them in the last cache; and what is known of them between two steps.
 struct Walk {
-  int64_t first_n, rows_per_block, num_blocks;  // blocks of an image
-  int64_t channel_stride;                       // the channels of h and s, each in whole vectors
+  int64_t first_n, first_g, num_groups;
+  int64_t rows_per_block, num_blocks;           // blocks of an image
+  int64_t channel_stride;                       // the channels of those groups, of h and s each in whole vectors
   float* partials;                              // (images, num_blocks, NUM_PARTIALS, channel_stride)
   float* channel_values;                        // (images, NUM_CHANNEL_VALUES, channel_stride)
-  GroupSums* group_sums;                        // (images, G)
+  GroupSums* group_sums;                        // (images, num_groups)
+  float* dz;                                    // (images, P, channels of those groups), or null to compute it twice
 };
 constexpr int64_t NUM_PARTIALS = 3, NUM_CHANNEL_VALUES = 7;
 

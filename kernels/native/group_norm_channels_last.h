@@ -18,18 +18,37 @@ constexpr int64_t AHEAD = 4;
 // Rows whose mean is near enough to that of their block.
 constexpr int64_t SAMPLE = 8;
 
-// The channels of h, or those of s behind them.
+// Those channels of a walk that h holds, or those that s holds.
 struct Segment {
-  int64_t first, size;
-  int64_t first_vector;  // records of s begin behind those of h, each segment's last vector may be partly filled
+  bool is_skip;
+  int64_t first, size;    // in that tensor
+  int64_t num_channels;   // of that tensor
+  int64_t first_vector;   // records of s begin behind those of h; each segment's last vector may be partly filled
 };
 
 inline int64_t vectors_of(int64_t num_channels) { return (num_channels + WIDTH - 1) / WIDTH; }
 
-inline int64_t segments_of(const GroupNorm& norm, Segment (&segments)[2]) {
-  segments[0] = {0, norm.Ch, 0};
-  segments[1] = {norm.Ch, norm.Cs, vectors_of(norm.Ch)};
-  return norm.Cs > 0 ? 2 : 1;
+struct Channels {
+  int64_t first, last;
+};
+
+inline Channels channels_of(const GroupNorm& norm, const Walk& walk) {
+  const int64_t D = (norm.Ch + norm.Cs) / norm.G;
+  return {walk.first_g * D, (walk.first_g + walk.num_groups) * D};
+}
+
+// How many of a walk's channels h holds.
+inline int64_t num_hidden(const GroupNorm& norm, const Channels& channels) {
+  const int64_t last = channels.last < norm.Ch ? channels.last : norm.Ch;
+  return last > channels.first ? last - channels.first : 0;
+}
+
+template <class F>
+inline void each_segment(const GroupNorm& norm, const Walk& walk, const F& f) {
+  const Channels channels = channels_of(norm, walk);
+  const int64_t hidden = num_hidden(norm, channels), skip = channels.last - channels.first - hidden;
+  if (hidden > 0) f(Segment{false, channels.first, hidden, norm.Ch, 0});
+  if (skip > 0) f(Segment{true, channels.first + hidden - norm.Ch, skip, norm.Cs, vectors_of(hidden)});
 }
 
 struct Block {
@@ -44,14 +63,23 @@ inline Block block_of(const GroupNorm& norm, const Walk& walk, int64_t unit) {
 // Element (first_row, first channel of the segment) of the tensor that the segment comes from, h or s.
 template <class T, class Pointer>
 inline T* source_of(const GroupNorm& norm, Pointer h, Pointer s, const Segment& segment, const Block& block) {
-  return (T*)(segment.first == 0 ? h : s) + (block.n * norm.P + block.first_row) * segment.size;
+  return (T*)(segment.is_skip ? s : h) + (block.n * norm.P + block.first_row) * segment.num_channels + segment.first;
 }
 
 // Element (first_row, first channel of the segment) of a tensor of all channels.
 template <class T, class Pointer>
 inline T* joint_of(const GroupNorm& norm, Pointer p, const Segment& segment, const Block& block) {
-  const int64_t C = norm.Ch + norm.Cs;
-  return (T*)p + (block.n * norm.P + block.first_row) * C + segment.first;
+  const int64_t c = segment.is_skip ? norm.Ch + segment.first : segment.first;
+  return (T*)p + (block.n * norm.P + block.first_row) * (norm.Ch + norm.Cs) + c;
+}
+
+// The same of a walk's dz.
+inline float* dz_of(const GroupNorm& norm, const Walk& walk, const Segment& segment, const Block& block) {
+  if (walk.dz == nullptr) return nullptr;
+  const Channels channels = channels_of(norm, walk);
+  const int64_t c = segment.is_skip ? num_hidden(norm, channels) : 0;
+  const int64_t row = (block.n - walk.first_n) * norm.P + block.first_row;
+  return walk.dz + row * (channels.last - channels.first) + c;
 }
 
 // What is known of the channels lies in records, one a vector of channels, so that one pointer reaches all of it.
@@ -63,12 +91,26 @@ struct Records {
   Floats get(int64_t vector, int which) const { return load(begin + (vector * SIZE + which) * WIDTH); }
   void set(int64_t vector, int which, Floats x) const { store<false>(begin + (vector * SIZE + which) * WIDTH, x); }
 
-  // One channel.
-  float& at(const GroupNorm& norm, int64_t c, int which) const {
-    const int64_t k = c < norm.Ch ? c : c - norm.Ch + vectors_of(norm.Ch) * WIDTH;
-    return begin[(k / WIDTH * SIZE + which) * WIDTH + k % WIDTH];
+  // One channel: ``lane`` by Lanes.
+  float& at(int64_t lane, int which) const {
+    return begin[(lane / WIDTH * SIZE + which) * WIDTH + lane % WIDTH];
   }
 };
+
+// Where a channel stands in the records of a walk.
+struct Lanes {
+  int64_t first, hidden;
+
+  int64_t operator()(int64_t c) const {
+    const int64_t k = c - first;
+    return k < hidden ? k : k - hidden + vectors_of(hidden) * WIDTH;
+  }
+};
+
+inline Lanes lanes_of(const GroupNorm& norm, const Walk& walk) {
+  const Channels channels = channels_of(norm, walk);
+  return {channels.first, num_hidden(norm, channels)};
+}
 
 // A and B turn scale * x - mean into the argument of the activation.
 enum { SCALE, MEAN, A, B, FROM_DZ, FROM_X, CONSTANT };
@@ -143,23 +185,21 @@ enum { ORIGIN, DISTANCE, SQUARES };
 
 template <class T>
 void moments(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
-  Segment segments[2];
-  const int64_t num_segments = segments_of(norm, segments);
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(norm, walk, unit);
     const Partials partials = partials_of(walk, unit);
     clear(walk, partials);
-    for (int64_t k = 0; k < num_segments; ++k) {
-      const int64_t size = segments[k].size;
-      const T* x = source_of<const T>(norm, norm.h, norm.s, segments[k], block);
+    each_segment(norm, walk, [&](const Segment& segment) {
+      const int64_t size = segment.num_channels;
+      const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
       // Distances from the mean of a few rows lose no digits to a mean that is far from zero, nor to one outlier.
       const int64_t few = block.num_rows < SAMPLE ? block.num_rows : SAMPLE;
-      each_vector(segments[k], few, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+      each_vector(segment, few, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
         Floats origin = partials.get(vector, ORIGIN);
         for (int64_t r = row; r < row + rows.num; ++r) origin += load(x + r * size + c, part) / float(few);
         partials.set(vector, ORIGIN, origin);
       });
-      each_vector(segments[k], block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+      each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
         const Floats origin = partials.get(vector, ORIGIN);
         Floats sum = partials.get(vector, DISTANCE), squares = partials.get(vector, SQUARES);
         for (int64_t r = row; r < row + rows.num; ++r) {
@@ -171,12 +211,12 @@ void moments(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end
         partials.set(vector, DISTANCE, sum);
         partials.set(vector, SQUARES, squares);
       });
-      each_vector(segments[k], 1, [=](int64_t, auto, int64_t, int64_t vector, auto) {
+      each_vector(segment, 1, [=](int64_t, auto, int64_t, int64_t vector, auto) {
         const Floats sum = partials.get(vector, DISTANCE), distance = sum / float(block.num_rows);
         partials.set(vector, DISTANCE, distance);
         partials.set(vector, SQUARES, partials.get(vector, SQUARES) - sum * distance);
       });
-    }
+    });
   }
 }
 
@@ -206,18 +246,19 @@ inline void merge_moments(const GroupNorm& norm, const Walk& walk, int64_t begin
 template <class Activation>
 void statistics(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t D = (norm.Ch + norm.Cs) / norm.G;
+  const Lanes lane_of = lanes_of(norm, walk);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G;
+    const int64_t n = walk.first_n + unit / walk.num_groups, g = walk.first_g + unit % walk.num_groups;
     const Partials partials = partials_of(walk, (n - walk.first_n) * walk.num_blocks);
     const auto mean_of = [&](int64_t c) {
-      return scale_of(norm, n, c) * (double(partials.at(norm, c, ORIGIN)) + partials.at(norm, c, DISTANCE));
+      return scale_of(norm, n, c) * (double(partials.at(lane_of(c), ORIGIN)) + partials.at(lane_of(c), DISTANCE));
     };
     double sum = 0, total = 0;
     for (int64_t c = g * D; c < (g + 1) * D; ++c) sum += mean_of(c);
     const double mean = sum / double(D);
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const double scale = scale_of(norm, n, c), distance = mean_of(c) - mean;
-      total += scale * scale * partials.at(norm, c, SQUARES) + double(norm.P) * distance * distance;
+      total += scale * scale * partials.at(lane_of(c), SQUARES) + double(norm.P) * distance * distance;
     }
     const float rstd = float(1.0 / __builtin_sqrt(total / double(D * norm.P) + norm.eps));
     norm.mean[n * norm.G + g] = float(mean);
@@ -226,11 +267,11 @@ void statistics(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t 
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const Affine affine = affine_of(norm, n, c);
       const double a = double(affine.a) * rstd;
-      values.at(norm, c, SCALE) = scale_of(norm, n, c);
-      values.at(norm, c, MEAN) = float(mean);
-      values.at(norm, c, A) = float(a * Activation::FACTOR);
+      values.at(lane_of(c), SCALE) = scale_of(norm, n, c);
+      values.at(lane_of(c), MEAN) = float(mean);
+      values.at(lane_of(c), A) = float(a * Activation::FACTOR);
       // What the mean loses by rounding goes into the constant, where it costs nothing.
-      values.at(norm, c, B) = float((affine.b - (mean - float(mean)) * a) * Activation::FACTOR);
+      values.at(lane_of(c), B) = float((affine.b - (mean - float(mean)) * a) * Activation::FACTOR);
     }
   }
 }
@@ -240,13 +281,11 @@ inline void activate(const GroupNorm& norm, const Walk& walk, int64_t unit) {
   const Block block = block_of(norm, walk, unit);
   const Values values = values_of(walk, block.n);
   const int64_t C = norm.Ch + norm.Cs;
-  Segment segments[2];
-  const int64_t num_segments = segments_of(norm, segments);
-  for (int64_t k = 0; k < num_segments; ++k) {
-    const int64_t size = segments[k].size;
-    const T* x = source_of<const T>(norm, norm.h, norm.s, segments[k], block);
-    T* y = joint_of<T>(norm, norm.y, segments[k], block);
-    each_vector(segments[k], block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+  each_segment(norm, walk, [&](const Segment& segment) {
+    const int64_t size = segment.num_channels;
+    const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
+    T* y = joint_of<T>(norm, norm.y, segment, block);
+    each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
       const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
       const Floats a = values.get(vector, A), b = values.get(vector, B);
       for (int64_t r = row; r < row + rows.num; ++r) {
@@ -255,18 +294,20 @@ inline void activate(const GroupNorm& norm, const Walk& walk, int64_t unit) {
         store<STREAM>(y + r * C + c, Activation::value(xhat * a + b), part);
       }
     });
-  }
+  });
 }
 
-// Whether the first elements of all rows of a tensor with this many channels lie on the boundary of a vector.
+// Whether in all rows of a tensor the element of channel c lies on the boundary of a vector.
 template <class T>
-inline bool rows_are_aligned(const void* p, int64_t num_channels) {
-  return p == nullptr || (is_aligned(p, WIDTH * sizeof(T)) && num_channels % WIDTH == 0);
+inline bool rows_are_aligned(const void* p, int64_t num_channels, int64_t c) {
+  return is_aligned(p, WIDTH * sizeof(T)) && num_channels % WIDTH == 0 && c % WIDTH == 0;
 }
 
 template <class T, class Activation>
 void activate_blocks(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
-  const bool streams = norm.streams && rows_are_aligned<T>(norm.y, norm.Ch + norm.Cs) && norm.Ch % WIDTH == 0;
+  const Channels channels = channels_of(norm, walk);
+  const bool streams = norm.streams && rows_are_aligned<T>(norm.y, norm.Ch + norm.Cs, channels.first) &&
+                       (channels.first + num_hidden(norm, channels)) % WIDTH == 0;
   // Backwards: the rows that were read last are still in the cache.
   for (int64_t unit = end; unit-- > begin;) {
     streams ? activate<T, Activation, true>(norm, walk, unit) : activate<T, Activation, false>(norm, walk, unit);
@@ -276,15 +317,16 @@ void activate_blocks(const GroupNorm& norm, const Walk& walk, int64_t begin, int
 template <class Activation>
 void load_statistics(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t D = (norm.Ch + norm.Cs) / norm.G;
+  const Lanes lane_of = lanes_of(norm, walk);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G;
+    const int64_t n = walk.first_n + unit / walk.num_groups, g = walk.first_g + unit % walk.num_groups;
     const Values values = values_of(walk, n);
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const Affine affine = affine_of(norm, n, c);
-      values.at(norm, c, SCALE) = scale_of(norm, n, c);
-      values.at(norm, c, MEAN) = norm.mean[n * norm.G + g];
-      values.at(norm, c, A) = affine.a * norm.rstd[n * norm.G + g] * Activation::FACTOR;
-      values.at(norm, c, B) = affine.b * Activation::FACTOR;
+      values.at(lane_of(c), SCALE) = scale_of(norm, n, c);
+      values.at(lane_of(c), MEAN) = norm.mean[n * norm.G + g];
+      values.at(lane_of(c), A) = affine.a * norm.rstd[n * norm.G + g] * Activation::FACTOR;
+      values.at(lane_of(c), B) = affine.b * Activation::FACTOR;
     }
   }
 }
@@ -294,19 +336,18 @@ enum { SUM_DZ, SUM_DZ_XHAT };
 
 template <class T, class Activation>
 void sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
-  const int64_t C = norm.Ch + norm.Cs;
-  Segment segments[2];
-  const int64_t num_segments = segments_of(norm, segments);
+  const int64_t C = norm.Ch + norm.Cs, num_channels = channels_of(norm, walk).last - channels_of(norm, walk).first;
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(norm, walk, unit);
     const Values values = values_of(walk, block.n);
     const Partials partials = partials_of(walk, unit);
     clear(walk, partials);
-    for (int64_t k = 0; k < num_segments; ++k) {
-      const int64_t size = segments[k].size;
-      const T* x = source_of<const T>(norm, norm.h, norm.s, segments[k], block);
-      const T* dy = joint_of<const T>(norm, norm.dy, segments[k], block);
-      each_vector(segments[k], block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
+    each_segment(norm, walk, [&](const Segment& segment) {
+      const int64_t size = segment.num_channels;
+      const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
+      const T* dy = joint_of<const T>(norm, norm.dy, segment, block);
+      float* kept = dz_of(norm, walk, segment, block);
+      each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
         const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
         const Floats a = values.get(vector, A), b = values.get(vector, B);
         Floats sum = partials.get(vector, SUM_DZ), sum_xhat = partials.get(vector, SUM_DZ_XHAT);
@@ -315,13 +356,14 @@ void sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
           prefetch<1>(dy + (r + AHEAD) * C + c);
           const Floats xhat = load(x + r * size + c, part) * scale - mean;
           const Floats dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
+          if (kept) store<false>(kept + r * num_channels + c, dz, part);
           sum += dz;
           sum_xhat += dz * xhat;
         }
         partials.set(vector, SUM_DZ, sum);
         partials.set(vector, SUM_DZ_XHAT, sum_xhat);
       });
-    }
+    });
   }
 }
 
@@ -341,14 +383,15 @@ inline void merge_sums(const GroupNorm&, const Walk& walk, int64_t begin, int64_
 template <class Activation>
 void group_sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
+  const Lanes lane_of = lanes_of(norm, walk);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = walk.first_n + unit / norm.G, g = unit % norm.G;
+    const int64_t n = walk.first_n + unit / walk.num_groups, g = walk.first_g + unit % walk.num_groups;
     const Partials partials = partials_of(walk, (n - walk.first_n) * walk.num_blocks);
     const float mean = norm.mean[n * norm.G + g], rstd = norm.rstd[n * norm.G + g];
     GroupSums& group = walk.group_sums[unit];
     group = {};
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
-      const double dz = partials.at(norm, c, SUM_DZ), dz_xhat = partials.at(norm, c, SUM_DZ_XHAT);
+      const double dz = partials.at(lane_of(c), SUM_DZ), dz_xhat = partials.at(lane_of(c), SUM_DZ_XHAT);
       norm.sum_dz[n * C + c] = float(dz);
       norm.sum_dz_xhat[n * C + c] = float(dz_xhat * rstd);
       add_channel(group, affine_of(norm, n, c).a, dz, dz_xhat * rstd);
@@ -357,9 +400,9 @@ void group_sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t 
     const Values values = values_of(walk, n);
     for (int64_t c = g * D; c < (g + 1) * D; ++c) {
       const Gradient gradient = gradient_of(group, affine_of(norm, n, c).a, scale_of(norm, n, c), mean, rstd);
-      values.at(norm, c, FROM_DZ) = gradient.from_dz;
-      values.at(norm, c, FROM_X) = gradient.from_x;
-      values.at(norm, c, CONSTANT) = gradient.constant;
+      values.at(lane_of(c), FROM_DZ) = gradient.from_dz;
+      values.at(lane_of(c), FROM_X) = gradient.from_x;
+      values.at(lane_of(c), CONSTANT) = gradient.constant;
     }
   }
 }
@@ -367,16 +410,17 @@ void group_sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t 
 // Partials: of s, s * xhat (without rstd) and s * dz, which make the gradient of scale.
 enum { SUM_S, SUM_S_XHAT, SUM_S_DZ };
 
-template <class T, class Activation, bool STREAM, bool DSCALE>
+template <class T, class Activation, bool STREAM, bool DSCALE, bool KEPT>
 inline void gradients_of(const GroupNorm& norm, const Walk& walk, int64_t unit, const Segment& segment) {
-  const int64_t C = norm.Ch + norm.Cs, size = segment.size;
+  const int64_t C = norm.Ch + norm.Cs, size = segment.num_channels;
+  const int64_t num_channels = channels_of(norm, walk).last - channels_of(norm, walk).first;
   const Block block = block_of(norm, walk, unit);
   const Values values = values_of(walk, block.n);
   const Partials partials = partials_of(walk, unit);
   const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
   const T* dy = joint_of<const T>(norm, norm.dy, segment, block);
   T* dx = source_of<T>(norm, norm.dh, norm.ds, segment, block);
-  if constexpr (DSCALE) clear(walk, partials);
+  const float* kept = dz_of(norm, walk, segment, block);
   each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
     const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
     const Floats a = values.get(vector, A), b = values.get(vector, B);
@@ -384,10 +428,15 @@ inline void gradients_of(const GroupNorm& norm, const Walk& walk, int64_t unit, 
     const Floats constant = values.get(vector, CONSTANT);
     Floats sum{}, sum_xhat{}, sum_dz{};
     for (int64_t r = row; r < row + rows.num; ++r) {
-      prefetch<1>(x + (r + AHEAD) * size + c);
-      prefetch<1>(dy + (r + AHEAD) * C + c);
       const Floats v = load(x + r * size + c, part), xhat = v * scale - mean;
-      const Floats dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
+      Floats dz;
+      if constexpr (KEPT) {
+        dz = load(kept + r * num_channels + c, part);
+      } else {
+        prefetch<1>(x + (r + AHEAD) * size + c);
+        prefetch<1>(dy + (r + AHEAD) * C + c);
+        dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
+      }
       store<STREAM>(dx + r * size + c, dz * from_dz + (v * from_x + constant), part);
       sum += v;
       sum_xhat += v * xhat;
@@ -401,33 +450,43 @@ inline void gradients_of(const GroupNorm& norm, const Walk& walk, int64_t unit, 
   });
 }
 
-template <class T, class Activation>
-void gradients(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
-  const bool streams = norm.streams && rows_are_aligned<T>(norm.dh, norm.Ch) && rows_are_aligned<T>(norm.ds, norm.Cs);
-  Segment segments[2];
-  const int64_t num_segments = segments_of(norm, segments);
+template <class T, class Activation, bool KEPT>
+inline void gradients_of_blocks(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   for (int64_t unit = end; unit-- > begin;) {
-    for (int64_t k = 0; k < num_segments; ++k) {
-      const bool has_dscale = norm.dscale && k == 1;
-      const auto run = streams      ? has_dscale ? gradients_of<T, Activation, true, true>
-                                                 : gradients_of<T, Activation, true, false>
-                       : has_dscale ? gradients_of<T, Activation, false, true>
-                                    : gradients_of<T, Activation, false, false>;
-      run(norm, walk, unit, segments[k]);
-    }
+    if (norm.dscale) clear(walk, partials_of(walk, unit));
+    each_segment(norm, walk, [&](const Segment& segment) {
+      const void* dx = segment.is_skip ? norm.ds : norm.dh;
+      const bool streams = norm.streams && rows_are_aligned<T>(dx, segment.num_channels, segment.first);
+      const bool has_dscale = norm.dscale && segment.is_skip;
+      const auto run = streams      ? has_dscale ? gradients_of<T, Activation, true, true, KEPT>
+                                                 : gradients_of<T, Activation, true, false, KEPT>
+                       : has_dscale ? gradients_of<T, Activation, false, true, KEPT>
+                                    : gradients_of<T, Activation, false, false, KEPT>;
+      run(norm, walk, unit, segment);
+    });
   }
 }
 
+template <class T, class Activation>
+void gradients(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
+  const auto run = walk.dz ? gradients_of_blocks<T, Activation, true> : gradients_of_blocks<T, Activation, false>;
+  run(norm, walk, begin, end);
+}
+
+// A unit is an image.
 inline void sum_dscale(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const int64_t D = (norm.Ch + norm.Cs) / norm.G;
+  const Channels channels = channels_of(norm, walk);
+  const Lanes lane_of = lanes_of(norm, walk);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t n = walk.first_n + unit;
     const Partials partials = partials_of(walk, unit * walk.num_blocks);
-    for (int64_t k = 0; k < norm.Cs; ++k) {
-      const int64_t c = norm.Ch + k, g = c / D;
-      const double rstd = norm.rstd[n * norm.G + g], s_xhat = partials.at(norm, c, SUM_S_XHAT) * rstd;
-      norm.dscale[n * norm.Cs + k] = dscale_of(walk.group_sums[unit * norm.G + g], affine_of(norm, n, c).a, rstd,
-                                               partials.at(norm, c, SUM_S), s_xhat, partials.at(norm, c, SUM_S_DZ));
+    for (int64_t c = channels.first + num_hidden(norm, channels); c < channels.last; ++c) {
+      const int64_t g = c / D, lane = lane_of(c);
+      const double rstd = norm.rstd[n * norm.G + g];
+      norm.dscale[n * norm.Cs + c - norm.Ch] =
+          dscale_of(walk.group_sums[unit * walk.num_groups + g - walk.first_g], affine_of(norm, n, c).a, rstd,
+                    partials.at(lane, SUM_S), partials.at(lane, SUM_S_XHAT) * rstd, partials.at(lane, SUM_S_DZ));
     }
   }
 }
