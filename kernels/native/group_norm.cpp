@@ -25,7 +25,7 @@ constexpr int64_t GRAIN = 16384;
 // Outputs from this size on are written past the caches.
 constexpr int64_t STREAM_BYTES = 4 << 20;
 // What a walk over images in channels last reads: small enough to be found in the last cache the second time.
-constexpr int64_t WALK_BYTES = 8 << 20;
+constexpr int64_t WALK_BYTES = 2 << 20;
 // Beyond this, backward computes dz twice rather than hold a group of it.
 constexpr int64_t MAX_SCRATCH_BYTES = 8 << 20;
 constexpr int64_t MIN_ROWS_PER_BLOCK = 64, MAX_BLOCKS = 16;
@@ -122,7 +122,8 @@ void each_walk(const GroupNorm& norm, int64_t bytes_per_element, bool keeps_dz, 
   const int64_t C = norm.Ch + norm.Cs, D = C / norm.G, bytes_per_channel = norm.P * bytes_per_element;
   // A walk takes whole images, or of one that is too large whole groups, whose channels begin at a vector.
   const int64_t step = std::lcm(D, WIDEST_VECTOR) / D;
-  const int64_t groups = std::clamp(WALK_BYTES / (D * bytes_per_channel) / step * step, std::min(step, norm.G), norm.G);
+  const int64_t num_parts = std::max<int64_t>(1, C * bytes_per_channel / WALK_BYTES);
+  const int64_t groups = std::min(norm.G, ((norm.G + num_parts - 1) / num_parts + step - 1) / step * step);
   const int64_t images = std::clamp<int64_t>(WALK_BYTES / (C * bytes_per_channel), 1, norm.N);
   Walk walk{};
   // From the shape alone, so that the number of threads does not change a bit of the result.
