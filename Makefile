@@ -5,6 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Further flags for the command: make train ARGS="--skip-scale ls --run runs/ls"
 ARGS ?=
+# Of make gpu: tests, group-norm, tune, rest or all.
+PART ?= all
 
 .PHONY: help install train test test-fast test-all lint format bench gpu clean
 
@@ -16,7 +18,8 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
-	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network"
+	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network;"
+	@echo "                PART=tests, group-norm, tune or rest runs one part, each shorter than ten minutes"
 	@echo "make install    only set up $(VENV)"
 
 # Builds the native library again only where its sources are newer.
@@ -60,13 +63,13 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-BENCH := -m pytest bench -o python_files='bench_*.py' --benchmark-only -q
+BENCH := -m pytest bench -o python_files='bench_*.py' --benchmark-only -q --stop-after 540
 
 bench: install
 	$(BIN)/python $(BENCH) $(ARGS)
 
 gpu:
-	PYTHON=$(PYTHON) bash bench/gpu.sh
+	PYTHON=$(PYTHON) bash bench/gpu.sh $(PART)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info $(NATIVE)

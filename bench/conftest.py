@@ -1,18 +1,35 @@
 import os
+import time
 from collections.abc import Callable, Iterable
 
 import pytest
 
 from scalelong.bench.record import RESULTS, Row, append_rows, print_table
+from scalelong.bench.summary import summary_lines
 
 ROWS = pytest.StashKey[list[Row]]()
 NOTES = pytest.StashKey[list[str]]()
+START = pytest.StashKey[float]()
 IS_RECORDING = os.environ.get("SCALELONG_RECORD") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--stop-after", type=float, metavar="SECONDS", help="skip the benchmarks that are not begun by then"
+    )
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "ignore:`torch.jit:DeprecationWarning")  # Inductor still uses it
-    config.stash[ROWS], config.stash[NOTES] = [], []
+    config.option.benchmark_quiet = True  # the table of pytest-benchmark shows one provider a test
+    config.stash[ROWS], config.stash[NOTES], config.stash[START] = [], [], time.monotonic()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    seconds = item.config.getoption("stop_after")
+    if seconds is not None and time.monotonic() - item.config.stash[START] > seconds:
+        pytest.skip(f"not begun after {seconds:g} s")
 
 
 @pytest.fixture
@@ -30,7 +47,7 @@ def report(request: pytest.FixtureRequest) -> Callable[[Iterable[Row]], None]:
 
 @pytest.fixture(scope="module")
 def note(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Takes a line to print under the table."""
+    """Takes a line to print, once, under the table."""
     return request.config.stash[NOTES].append
 
 
@@ -44,4 +61,4 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     recorded = (
         f"Rows appended under {RESULTS}." if IS_RECORDING else "Rows not recorded; SCALELONG_RECORD=1 records them."
     )
-    print(*notes, recorded, sep="\n")
+    print(*dict.fromkeys(notes), *summary_lines(rows), recorded, sep="\n")

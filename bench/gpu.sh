@@ -1,9 +1,12 @@
 #!/usr/bin/env bash
-# On a machine with a GPU, torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark, without network or installation:
-# the tests that such a machine can run, then the benchmarks. Each part is bounded in time; rows land in bench/results.
+# On a machine with a GPU, torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark, without network or installation.
+# bench/gpu.sh [tests|group-norm|tune|rest|all], most informative first: parity on the GPU, the benchmark of the fused
+# GroupNorm, its tilings timed, then the models, the other benchmarks and the rest of the first. Each part takes less
+# than ten minutes and ends with a table; all take less than 25. Rows land in bench/results as they are measured.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
+PART=${1:-all}
 export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" SCALELONG_RECORD=1
 
 "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || {
@@ -11,15 +14,55 @@ export PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}" SCALELONG_RECORD=1
     exit 1
 }
 failed=0
-part() {
+# An interrupted pytest still says what it found.
+run() {
     local seconds=$1 name=$2
     shift 2
     echo "== $name (at most $seconds s)"
-    timeout "$seconds" "$@" || { echo "== $name failed ($?)"; failed=1; }
+    timeout --signal=INT --kill-after=20 "$seconds" "$@" || { echo "== $name failed ($?)"; failed=1; }
+}
+tests() {
+    run "$1" "$2" "$PYTHON" -m pytest -q -p no:cacheprovider "${@:3}"
+}
+# Stops by itself before the limit, to print its table: a benchmark that has begun, and compiles, takes up to a minute.
+benchmarks() {
+    run "$1" "$2" "$PYTHON" -m pytest -o python_files='bench_*.py' -p no:cacheprovider --benchmark-only -q -r fE \
+        --stop-after $(($1 - 60)) "${@:3}"
 }
 
-part 180 "operators and models" "$PYTHON" -m pytest -q -p no:cacheprovider \
-    tests/test_attention.py tests/test_skip_linear.py tests/test_skip_scale.py tests/test_uvit.py tests/test_uvit_checkpoint.py
-part 120 "on the GPU" "$PYTHON" -m pytest -q -p no:cacheprovider tests/test_gpu.py
-part 240 "benchmarks" "$PYTHON" -m pytest bench -o python_files='bench_*.py' --benchmark-only -q
+part_tests() {
+    tests 390 "parity on the GPU" -m gpu tests/test_gpu.py
+}
+part_group_norm() {
+    benchmarks 480 "fused GroupNorm, forward with backward" bench/bench_group_norm.py -k 'both and not all-compilers'
+}
+part_tune() {
+    if [ -f bench/tune_group_norm.py ]; then
+        run 170 "tilings of the fused GroupNorm" "$PYTHON" -m scalelong.bench.tune_group_norm --max-seconds 150
+    fi
+}
+part_rest() {
+    local files=(tests/test_{attention,skip_linear,skip_scale,uvit,uvit_checkpoint}.py)
+    "$PYTHON" -c 'import hypothesis' 2>/dev/null && files+=(tests/test_group_norm.py)
+    tests 90 "operators and models" "${files[@]}"
+    benchmarks 100 "other benchmarks" bench/bench_skip_linear.py bench/bench_attention.py
+    benchmarks 250 "fused GroupNorm, the rest" bench/bench_group_norm.py -k 'forward or backward or all-compilers'
+}
+
+case $PART in
+    tests) part_tests ;;
+    group-norm) part_group_norm ;;
+    tune) part_tune ;;
+    rest) part_rest ;;
+    all)
+        part_tests
+        part_group_norm
+        part_tune
+        part_rest
+        ;;
+    *)
+        echo "bench/gpu.sh: no part '$PART'; there are tests, group-norm, tune, rest and all"
+        exit 2
+        ;;
+esac
 exit $failed

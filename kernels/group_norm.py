@@ -9,7 +9,7 @@ Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensi
 """
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -96,7 +96,7 @@ def group_norm(
         ValueError: arguments that do not fit, naming their shapes.
     """
     _check_norm("group_norm", x, None, groups, weight, bias, shift, gain, eps, act)
-    return _run(x, None, None, groups, weight, bias, shift, gain, eps, act)
+    return _run(_Tensors(x, None, None, weight, bias, gain, shift), _Options(1.0, groups, eps, act))
 
 
 def skip_group_norm(
@@ -132,79 +132,75 @@ def skip_group_norm(
         dtype = torch.promote_types(h.dtype, s.dtype)
         h, s = h.to(dtype), s.to(dtype)
     _check_norm("skip_group_norm", h, s, groups, weight, bias, shift, gain, eps, act)
+    float_scale = 1.0
     if isinstance(scale, Tensor):
         _check_scale(scale, h, s)
-    return _run(h, s, scale, groups, weight, bias, shift, gain, eps, act)
+    elif scale is not None:
+        scale, float_scale = None, float(scale)
+    return _run(_Tensors(h, s, scale, weight, bias, gain, shift), _Options(float_scale, groups, eps, act))
 
 
-def _run(
-    h: Tensor,
-    s: Tensor | None,
-    scale: Scale,
-    groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    shift: Tensor | None,
-    gain: Tensor | None,
-    eps: float,
-    act: str | None,
-) -> Tensor:
-    backend = get_backend(h)
+class _Tensors(NamedTuple):
+    h: Tensor
+    s: Tensor | None
+    scale: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    gain: Tensor | None
+    shift: Tensor | None
+
+
+class _Options(NamedTuple):
+    float_scale: float  # where scale is no tensor
+    groups: int
+    eps: float
+    act: str | None
+
+
+def _run(tensors: _Tensors, options: _Options) -> Tensor:
+    backend = get_backend(tensors.h)
     if backend == "reference":
-        if s is None:
-            return group_norm_ref(h, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
-        return skip_group_norm_ref(h, s, scale, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
-    if isinstance(scale, Tensor):
-        tensor_scale, float_scale = scale, 1.0
-    else:
-        tensor_scale, float_scale = None, 1.0 if scale is None else float(scale)
-    tensors = (h, s, tensor_scale, weight, bias, gain, shift)
+        return _reference(tensors, options)
     if torch.compiler.is_compiling():
-        return torch.ops.scalelong.skip_group_norm(*tensors, float_scale, groups, eps, act)[0]
+        return torch.ops.scalelong.skip_group_norm(*tensors, *options)[0]
     # An eager call costs half as much without the Python that torch.library wraps around the operator.
-    return _SkipGroupNorm.apply(*tensors, float_scale, groups, eps, act, backend)
+    return _SkipGroupNorm.apply(*tensors, options, backend)
+
+
+def _reference(tensors: _Tensors, options: _Options) -> Tensor:
+    h, s, scale, weight, bias, gain, shift = tensors
+    x = h if s is None else torch.cat([h, _scaled(s, options.float_scale if scale is None else scale)], dim=1)
+    return group_norm_ref(x, options.groups, weight, bias, shift=shift, gain=gain, eps=options.eps, act=options.act)
 
 
 class _SkipGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *arguments, backend = arguments
-        y, mean, rstd = _forward(*arguments, backend)
-        ctx.save_for_backward(*arguments[:7], mean, rstd)
-        ctx.options = (*arguments[7:], backend)
+        *tensors, options, backend = arguments
+        y, mean, rstd = _forward(_Tensors(*tensors), options, backend)
+        ctx.save_for_backward(*tensors, mean, rstd)
+        ctx.options, ctx.backend = options, backend
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        *options, backend = ctx.options
-        if torch.is_grad_enabled():  # create_graph=True: the reference is differentiable again
-            backend = "reference"
-        return *_backward(dy, *ctx.saved_tensors, *options, backend), None, None, None, None, None
+        *tensors, mean, rstd = ctx.saved_tensors
+        # With create_graph=True the reference, which is differentiable again.
+        backend = "reference" if torch.is_grad_enabled() else ctx.backend
+        return *_backward(dy, _Tensors(*tensors), mean, rstd, ctx.options, backend), None, None
 
 
-def _forward(
-    h: Tensor,
-    s: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    float_scale: float,
-    groups: int,
-    eps: float,
-    act: str | None,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(tensors: _Tensors, options: _Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and rstd of each group, (N, G), in fp32 (fp64 for fp64)."""
+    h, s, scale, weight, bias, gain, shift = tensors
+    float_scale, groups, eps, act = options
     y, mean, rstd = _empty_outputs(h, s, groups)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     if backend == "reference":
         x = h if s is None else torch.cat([h, _scaled(s, float_scale if scale is None else scale)], dim=1)
-        y.copy_(group_norm_ref(x, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act))
         var, mean = torch.var_mean(x.to(mean.dtype).unflatten(1, (groups, -1)).flatten(2), dim=2, correction=0)
-        return y, mean, (var + eps).rsqrt()
+        return y.copy_(_reference(tensors, options)), mean, (var + eps).rsqrt()
     channels_last = is_channels_last(h)
     h, s = as_layout(h, channels_last), None if s is None else as_layout(s, channels_last)
     _LAUNCHERS[backend].forward(
@@ -214,50 +210,34 @@ def _forward(
 
 
 def _backward(
-    dy: Tensor,
-    h: Tensor,
-    s: Tensor | None,
-    scale: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    float_scale: float,
-    groups: int,
-    eps: float,
-    act: str | None,
-    backend: str,
+    dy: Tensor, tensors: _Tensors, mean: Tensor, rstd: Tensor, options: _Options, backend: str
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of h, s, scale, weight, bias, gain and shift; None for what is None."""
-    tensors = (h, s, scale, weight, bias, gain, shift)
+    """The gradients of the tensors; None for what is None."""
     if dy.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in tensors)
     if backend == "reference":
-        return _backward_of_reference(dy, tensors, float_scale, groups, eps, act)
+        return _backward_of_reference(dy, tensors, options)
+    h, s, *parameters = tensors
     channels_last = is_channels_last(h)
-    dy, h, s = (None if x is None else as_layout(x, channels_last) for x in (dy, h, s))
-    dh, ds = (None if x is None else torch.empty_like(x) for x in (h, s))
+    dy, h = as_layout(dy, channels_last), as_layout(h, channels_last)
+    s = None if s is None else as_layout(s, channels_last)
+    dh, ds = torch.empty_like(h), None if s is None else torch.empty_like(s)
+    scale, weight, bias, gain, shift = parameters
+    float_scale, groups, _, act = options
     grads = _LAUNCHERS[backend].backward(
         dy, h, s, scale, float_scale, weight, bias, gain, shift, mean, rstd, groups, act, channels_last, dh, ds
     )
-    small = (_as_gradient(grad, x) for grad, x in zip(grads, tensors[2:], strict=True))
-    return dh, ds, *small
+    return dh, ds, *(_as_gradient(grad, x) for grad, x in zip(grads, parameters, strict=True))
 
 
-def _backward_of_reference(
-    dy: Tensor, tensors: tuple[Tensor | None, ...], float_scale: float, groups: int, eps: float, act: str | None
-) -> tuple[Tensor | None, ...]:
+def _backward_of_reference(dy: Tensor, tensors: _Tensors, options: _Options) -> tuple[Tensor | None, ...]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        leaves = tensors if create_graph else [None if x is None else x.detach().requires_grad_() for x in tensors]
-        h, s, scale, weight, bias, gain, shift = leaves
-        x = h if s is None else torch.cat([h, _scaled(s, float_scale if scale is None else scale)], dim=1)
-        y = group_norm_ref(x, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
-        wanted = [x for x in leaves if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=create_graph))
-    return tuple(None if x is None or not x.requires_grad else next(grads) for x in leaves)
+        if not create_graph:
+            tensors = _Tensors(*(None if x is None else x.detach().requires_grad_() for x in tensors))  # type: ignore[arg-type]
+        wanted = [x for x in tensors if x is not None and x.requires_grad]
+        grads = iter(torch.autograd.grad(_reference(tensors, options), wanted, dy, create_graph=create_graph))
+    return tuple(None if x is None or not x.requires_grad else next(grads) for x in tensors)
 
 
 def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -313,13 +293,15 @@ torch.library.define(
 
 
 @torch.library.impl("scalelong::skip_group_norm", "default")
-def _(h: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _forward(h, *arguments, get_backend(h))
+def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    tensors, options = _Tensors(*arguments[:7]), _Options(*arguments[7:])
+    return _forward(tensors, options, get_backend(tensors.h))
 
 
 @torch.library.impl("scalelong::skip_group_norm_backward", "default")
-def _(dy: Tensor, h: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    grads = _backward(dy, h, *arguments, get_backend(h))
+def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    tensors, (mean, rstd), options = _Tensors(*arguments[:7]), arguments[7:9], _Options(*arguments[9:])
+    grads = _backward(dy, tensors, mean, rstd, options, get_backend(tensors.h))
     return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
 
 

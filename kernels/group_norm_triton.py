@@ -1,8 +1,8 @@
 """The Triton kernels of ``skip_group_norm`` (group_norm.py says what it computes) and what launches them.
 
-Resident: a program, or a cluster of blocks, holds whole groups in registers, so that each input is read once. Split:
-partial sums of tiles, a small kernel that combines them in a fixed order, and a second read that mostly hits L2,
-because the batch is walked a few images at a time. Which form and tile a shape takes: group_norm_tilings.py.
+Resident: a program holds whole groups in registers, so that each input is read once. Looped: it walks twice through
+them. Split: partial sums of tiles, a small kernel that combines them in a fixed order, and a second read that mostly
+hits L2, because the batch is walked a few images at a time. What a shape takes: group_norm_tilings.py.
 
 A tile has the axis that is contiguous in memory last: (channels, positions), or (positions, channels) with
 CHANNELS_LAST. Vectors over its channels are (BLOCK_C,). N images, C = Ch + Cs channels, P positions, G groups of D.

@@ -70,7 +70,9 @@ class Case:
         leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
         y = self.call(leaves, ref=True)
         (ds,) = torch.autograd.grad(y, leaves["s"], torch.ones_like(y))
-        terms = (ds * leaves["s"] / leaves["scale"].abs().min()).detach().abs().flatten(2).sum(2)
+        terms = (
+            (ds * leaves["s"] / leaves["scale"].abs().min()).detach().abs().reshape(*leaves["s"].shape[:2], -1).sum(2)
+        )
         whole = {"()": terms.sum(), "(Cs,)": terms.sum(0).max(), "(N,Cs)": terms.max(), "(N,1)": terms.sum(1).max()}
         return float(torch.finfo(torch.float32).eps * whole[self.scale])
 
