@@ -27,10 +27,10 @@ GroupNormKernels kernels() {
   };
 }
 
-template <class T>
+template <class T, bool ROUGH>
 GroupNormKernels find(Act act) {
   switch (act) {
-    case Act::silu: return kernels<T, Silu>();
+    case Act::silu: return kernels<T, Silu<ROUGH>>();
     case Act::gelu: return kernels<T, Gelu>();
     default: return kernels<T, Identity>();
   }
@@ -40,9 +40,9 @@ GroupNormKernels find(Act act) {
 
 GroupNormKernels find_group_norm(Type type, Act act) {
   switch (type) {
-    case Type::bfloat16: return find<BFloat16>(act);
-    case Type::float16: return find<Float16>(act);
-    default: return find<float>(act);
+    case Type::bfloat16: return find<BFloat16, true>(act);
+    case Type::float16: return find<Float16, false>(act);
+    default: return find<float, false>(act);
   }
 }
 

@@ -72,11 +72,9 @@ inline Halves narrowed(Words w) {
 
 inline Floats from_bfloat16(Halves h) { return (Floats)(widened(h) << 16); }
 
-// To the nearest, ties to even. A NaN stays one: of those that arithmetic makes, none is all ones below.
-inline Halves to_bfloat16(Floats x) {
-  const Words bits = (Words)x;
-  return narrowed((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
-}
+// To the nearest, ties away from zero: half the work of ties to even, and never further from the number.
+// A NaN stays one: of those that arithmetic makes, none is all ones below.
+inline Halves to_bfloat16(Floats x) { return narrowed(((Words)x + 0x8000) >> 16); }
 
 #if defined(__AVX512F__)
 inline Floats from_float16(Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
@@ -199,19 +197,37 @@ inline Floats clamp(Floats x, float limit) {
 #endif
 }
 
-// 2^x for |x| <= limit <= 126, and beyond that the value there; within 1.5 units in the last place.
+// 2^x for |x| <= limit <= 126, and beyond that the value there. Within 1.5 units in the last place, or within 1e-4 where
+// ROUGH: a twentieth of the last place of a bfloat16.
+template <bool ROUGH = false>
 inline Floats exp2(Floats x, float limit = 126.0f) {
   x = clamp(x, limit);
   const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
   const Floats shifted = x + magic;
   const Floats f = x - (shifted - magic);
-  // Minimax over [-1/2, 1/2], relative error 9e-8, exact at 0.
-  Floats p = 0x1.5bba14p-10f * f + 0x1.3cea88p-7f;
-  p = p * f + 0x1.c6b752p-5f;
-  p = p * f + 0x1.ebf9bcp-3f;
-  p = p * f + 0x1.62e42ap-1f;
+  Floats p;  // minimax over [-1/2, 1/2], exact at 0
+  if constexpr (ROUGH) {
+    p = 0x1.c2a216p-5f * f + 0x1.f00c4cp-3f;
+    p = p * f + 0x1.62f5fap-1f;
+  } else {
+    p = 0x1.5bba14p-10f * f + 0x1.3cea88p-7f;
+    p = p * f + 0x1.c6b752p-5f;
+    p = p * f + 0x1.ebf9bcp-3f;
+    p = p * f + 0x1.62e42ap-1f;
+  }
   p = p * f + 1.0f;
   return (Floats)((Ints)p + ((Ints)shifted << 23));
+}
+
+// a / b, within 4e-4 where ROUGH.
+template <bool ROUGH>
+inline Floats quotient(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  if constexpr (ROUGH) return a * (Floats)_mm512_rcp14_ps((__m512)b);
+#elif defined(__AVX2__)
+  if constexpr (ROUGH) return a * (Floats)_mm256_rcp_ps((__m256)b);
+#endif
+  return a / b;
 }
 
 constexpr float LOG2_E = 0x1.715476p0f, LN_2 = 0x1.62e43p-1f;
@@ -241,14 +257,16 @@ struct Identity {
   static Floats times_derivative(Floats dy, Floats) { return dy; }
 };
 
+// ROUGH serves bfloat16, whose rounding is larger still.
+template <bool ROUGH>
 struct Silu {
   static constexpr float FACTOR = -LOG2_E;
-  static Floats value(Floats t) { return t * -LN_2 / (1.0f + exp2(t)); }
+  static Floats value(Floats t) { return quotient<ROUGH>(t * -LN_2, 1.0f + exp2<ROUGH>(t)); }
   // sigma + z * sigma * (1 - sigma) with sigma = 1 / (1 + e), e = exp(-z): one division, at the end. Within the limit
   // its square is finite, and beyond it the result is 1 or next to 0.
   static Floats times_derivative(Floats dy, Floats t) {
-    const Floats e = exp2(t, 60.0f), d = 1.0f + e;
-    return dy * (d + t * -LN_2 * e) / (d * d);
+    const Floats e = exp2<ROUGH>(t, 60.0f), d = 1.0f + e;
+    return quotient<ROUGH>(dy * (d + t * -LN_2 * e), d * d);
   }
 };
 
