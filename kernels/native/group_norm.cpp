@@ -221,7 +221,8 @@ void group_norm_forward(Tensor y, Tensor mean, Tensor rstd, Tensor h, std::optio
 
 void group_norm_backward(Tensor dh, std::optional<Tensor> ds, std::optional<Tensor> dscale,
                          std::optional<Tensor> dweight, std::optional<Tensor> dbias, std::optional<Tensor> dgain,
-                         std::optional<Tensor> dshift, Tensor dy, Tensor h, std::optional<Tensor> s, std::optional<Tensor> scale, double float_scale,
+                         std::optional<Tensor> dshift, Tensor dy, Tensor h, std::optional<Tensor> s,
+                         std::optional<Tensor> scale, double float_scale,
                          std::optional<Tensor> weight, std::optional<Tensor> bias, std::optional<Tensor> gain,
                          std::optional<Tensor> shift, Tensor mean, Tensor rstd, int64_t groups, int64_t act,
                          bool channels_last) {

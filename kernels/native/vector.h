@@ -122,7 +122,8 @@ inline Halves encoded(Floats x, Float16) { return to_float16(x); }
 template <int vectors, class T>
 inline void prefetch(const T* p) {
   constexpr int64_t LINE = 64;
-  for (int64_t byte = 0; byte < int64_t(vectors * WIDTH * sizeof(T)); byte += LINE) __builtin_prefetch((const char*)p + byte);
+  constexpr int64_t BYTES = vectors * WIDTH * sizeof(T);
+  for (int64_t byte = 0; byte < BYTES; byte += LINE) __builtin_prefetch((const char*)p + byte);
 }
 
 template <class V>
