@@ -63,8 +63,7 @@ def skip_group_norm_ref(
     act: str | None = "silu",
 ) -> Tensor:
     """The specification of ``skip_group_norm``: scale the skip, concatenate, normalise, activate."""
-    x = torch.cat([h, s if scale is None else _scaled(s, scale)], dim=1)
-    return group_norm_ref(x, groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
+    return group_norm_ref(_concatenated(h, s, scale), groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
 
 
 def group_norm(
@@ -169,7 +168,7 @@ def _run(tensors: _Tensors, options: _Options) -> Tensor:
 
 def _reference(tensors: _Tensors, options: _Options) -> Tensor:
     h, s, scale, weight, bias, gain, shift = tensors
-    x = h if s is None else torch.cat([h, _scaled(s, options.float_scale if scale is None else scale)], dim=1)
+    x = _concatenated(h, s, options.float_scale if scale is None else scale)
     return group_norm_ref(x, options.groups, weight, bias, shift=shift, gain=gain, eps=options.eps, act=options.act)
 
 
@@ -198,7 +197,7 @@ def _forward(tensors: _Tensors, options: _Options, backend: str) -> tuple[Tensor
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     if backend == "reference":
-        x = h if s is None else torch.cat([h, _scaled(s, float_scale if scale is None else scale)], dim=1)
+        x = _concatenated(h, s, float_scale if scale is None else scale)
         var, mean = torch.var_mean(x.to(mean.dtype).unflatten(1, (groups, -1)).flatten(2), dim=2, correction=0)
         return y.copy_(_reference(tensors, options)), mean, (var + eps).rsqrt()
     channels_last = is_channels_last(h)
@@ -249,10 +248,12 @@ def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
     return grad.to(x.dtype)
 
 
-def _scaled(s: Tensor, scale: Tensor | float) -> Tensor:
+def _concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
+    if s is None:
+        return h
     if isinstance(scale, Tensor) and scale.dim() > 0:
         scale = scale[(..., *[None] * (s.dim() - 2))]
-    return (s * scale).to(s.dtype)
+    return torch.cat([h, s if scale is None else (s * scale).to(s.dtype)], dim=1)
 
 
 def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:

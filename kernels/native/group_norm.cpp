@@ -57,11 +57,7 @@ Type type_of(const Tensor& x) {
 
 int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
-const float* floats(const std::optional<Tensor>& x) {
-  return x.has_value() ? static_cast<const float*>(x->data_ptr()) : nullptr;
-}
-
-float* mutable_floats(const std::optional<Tensor>& x) {
+float* floats(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<float*>(x->data_ptr()) : nullptr;
 }
 
@@ -146,47 +142,59 @@ void each_walk(const GroupNorm& norm, int64_t bytes_per_element, bool keeps_dz, 
   }
 }
 
-void run_step(GroupNormKernels::WalkStep step, const GroupNorm& norm, const Walk& walk, int64_t num_units,
-              int64_t elements_per_unit) {
-  in_parallel(num_units, elements_per_unit, [&](int64_t begin, int64_t end) { step(norm, walk, begin, end); });
+// Runs the steps of a walk, each over its unit of work.
+struct Steps {
+  using Step = GroupNormKernels::WalkStep;
+
+  const GroupNorm& norm;
+  const Walk& walk;
+  int64_t images, D, width;  // D channels a group, width elements a vector
+
+  void over_blocks(Step step) const { run(step, images * walk.num_blocks, walk.rows_per_block * walk.num_groups * D); }
+  void over_vectors(Step step) const { run(step, images * walk.channel_stride / width, width * walk.num_blocks); }
+  void over_groups(Step step) const { run(step, images * walk.num_groups, D); }
+  void over_images(Step step) const { run(step, images, norm.Cs); }
+
+  void run(Step step, int64_t num_units, int64_t elements_per_unit) const {
+    in_parallel(num_units, elements_per_unit, [&](int64_t begin, int64_t end) { step(norm, walk, begin, end); });
+  }
+};
+
+GroupNormKernels kernels_of(const GroupNorm& norm) {
+  static const FindKernels find = find_kernels();
+  return find(norm.type, norm.act);
 }
 
 void forward(const GroupNorm& norm, bool channels_last) {
-  static const FindKernels find = find_kernels();
-  const GroupNormKernels kernels = find(norm.type, norm.act);
-  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
+  const GroupNormKernels kernels = kernels_of(norm);
+  const int64_t D = (norm.Ch + norm.Cs) / norm.G;
   if (!channels_last) {
     in_parallel(norm.N * norm.G, D * norm.P, [&](int64_t begin, int64_t end) { kernels.forward(norm, begin, end); });
     return;
   }
   each_walk(norm, size_of(norm.type), false, [&](const Walk& walk, int64_t images) {
-    const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * walk.num_groups * D;
-      const int64_t num_vectors = images * walk.channel_stride / kernels.width;
-      const int64_t merge_size = kernels.width * walk.num_blocks;
-    run_step(kernels.moments_B, norm, walk, num_blocks, block_size);
-    run_step(kernels.merge_moments_V, norm, walk, num_vectors, merge_size);
-    run_step(kernels.statistics_G, norm, walk, images * walk.num_groups, D);
-    run_step(kernels.activate_B, norm, walk, num_blocks, block_size);
+    const Steps steps{norm, walk, images, D, kernels.width};
+    steps.over_blocks(kernels.moments_B);
+    steps.over_vectors(kernels.merge_moments_V);
+    steps.over_groups(kernels.statistics_G);
+    steps.over_blocks(kernels.activate_B);
   });
 }
 
 void backward(const GroupNorm& norm, bool channels_last) {
-  static const FindKernels find = find_kernels();
-  const GroupNormKernels kernels = find(norm.type, norm.act);
+  const GroupNormKernels kernels = kernels_of(norm);
   const int64_t C = norm.Ch + norm.Cs, D = C / norm.G;
   if (channels_last) {
     each_walk(norm, 2 * size_of(norm.type), norm.act != Act::none, [&](const Walk& walk, int64_t images) {
-      const int64_t num_blocks = images * walk.num_blocks, block_size = walk.rows_per_block * walk.num_groups * D;
-      const int64_t num_vectors = images * walk.channel_stride / kernels.width;
-      const int64_t merge_size = kernels.width * walk.num_blocks;
-      run_step(kernels.load_statistics_G, norm, walk, images * walk.num_groups, D);
-      run_step(kernels.sums_B, norm, walk, num_blocks, block_size);
-      run_step(kernels.merge_sums_V, norm, walk, num_vectors, merge_size);
-      run_step(kernels.group_sums_G, norm, walk, images * walk.num_groups, D);
-      run_step(kernels.gradients_B, norm, walk, num_blocks, block_size);
+      const Steps steps{norm, walk, images, D, kernels.width};
+      steps.over_groups(kernels.load_statistics_G);
+      steps.over_blocks(kernels.sums_B);
+      steps.over_vectors(kernels.merge_sums_V);
+      steps.over_groups(kernels.group_sums_G);
+      steps.over_blocks(kernels.gradients_B);
       if (norm.dscale) {
-        run_step(kernels.merge_sums_V, norm, walk, num_vectors, merge_size);
-        run_step(kernels.sum_dscale_N, norm, walk, images, norm.Cs);
+        steps.over_vectors(kernels.merge_sums_V);
+        steps.over_images(kernels.sum_dscale_N);
       }
     });
   } else {
@@ -230,15 +238,15 @@ void group_norm_backward(Tensor dh, std::optional<Tensor> ds, std::optional<Tens
   norm.dy = dy.data_ptr();
   norm.dh = dh.data_ptr();
   norm.ds = ds.has_value() ? ds->data_ptr() : nullptr;
-  norm.dweight = mutable_floats(dweight);
-  norm.dbias = mutable_floats(dbias);
+  norm.dweight = floats(dweight);
+  norm.dbias = floats(dbias);
   const int64_t num_sums = norm.N * (norm.Ch + norm.Cs);
   const std::unique_ptr<float[]> scratch(new float[2 * num_sums + norm.N * norm.Cs]);
-  norm.sum_dz_xhat = dgain.has_value() ? mutable_floats(dgain) : scratch.get();
-  norm.sum_dz = dshift.has_value() ? mutable_floats(dshift) : scratch.get() + num_sums;
+  norm.sum_dz_xhat = dgain.has_value() ? floats(dgain) : scratch.get();
+  norm.sum_dz = dshift.has_value() ? floats(dshift) : scratch.get() + num_sums;
   norm.dscale = dscale.has_value() ? scratch.get() + 2 * num_sums : nullptr;
   backward(norm, channels_last);
-  if (dscale.has_value()) sum_to_scale(norm, mutable_floats(dscale), dscale->numel());
+  if (dscale.has_value()) sum_to_scale(norm, floats(dscale), dscale->numel());
 }
 
 }  // namespace
