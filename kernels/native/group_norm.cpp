@@ -24,8 +24,9 @@ using torch::headeronly::ScalarType;
 constexpr int64_t GRAIN = 16384;
 // Outputs from this size on are written past the caches.
 constexpr int64_t STREAM_BYTES = 4 << 20;
-// What a walk over images in channels last reads: small enough to be found in the last cache the second time.
-constexpr int64_t WALK_BYTES = 2 << 20;
+// What a walk over images in channels last reads: small enough to be found in the last cache the second time, by all
+// threads together or by one thread.
+constexpr int64_t WALK_BYTES = 2 << 20, OWN_WALK_BYTES = 1 << 20;
 // Beyond this, backward computes dz twice rather than hold a group of it.
 constexpr int64_t MAX_SCRATCH_BYTES = 8 << 20;
 constexpr int64_t MIN_ROWS_PER_BLOCK = 64, MAX_BLOCKS = 16;
@@ -112,34 +113,56 @@ float* scratch_of_thread(int64_t size) {
   return memory.get();
 }
 
+// How many images and groups make a walk.
+struct WalkSize {
+  int64_t images, groups;
+
+  int64_t along_images(const GroupNorm& norm) const { return (norm.N + images - 1) / images; }
+  int64_t along_groups(const GroupNorm& norm) const { return (norm.G + groups - 1) / groups; }
+  int64_t num_walks(const GroupNorm& norm) const { return along_images(norm) * along_groups(norm); }
+};
+
+// Whole images, or of one that is too large whole groups, whose channels begin at a vector.
+WalkSize size_walk(const GroupNorm& norm, int64_t bytes_per_channel, int64_t bytes) {
+  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G, step = std::lcm(D, WIDEST_VECTOR) / D;
+  const int64_t num_parts = std::max<int64_t>(1, C * bytes_per_channel / bytes);
+  return {std::clamp<int64_t>(bytes / (C * bytes_per_channel), 1, norm.N),
+          std::min(norm.G, ((norm.G + num_parts - 1) / num_parts + step - 1) / step * step)};
+}
+
 // Calls f(walk, num_images) until all images and groups have been walked. ``keeps_dz`` asks for memory for it.
 template <class F>
 void each_walk(const GroupNorm& norm, int64_t bytes_per_element, bool keeps_dz, const F& f) {
-  const int64_t C = norm.Ch + norm.Cs, D = C / norm.G, bytes_per_channel = norm.P * bytes_per_element;
-  // A walk takes whole images, or of one that is too large whole groups, whose channels begin at a vector.
-  const int64_t step = std::lcm(D, WIDEST_VECTOR) / D;
-  const int64_t num_parts = std::max<int64_t>(1, C * bytes_per_channel / WALK_BYTES);
-  const int64_t groups = std::min(norm.G, ((norm.G + num_parts - 1) / num_parts + step - 1) / step * step);
-  const int64_t images = std::clamp<int64_t>(WALK_BYTES / (C * bytes_per_channel), 1, norm.N);
-  Walk walk{};
-  // From the shape alone, so that the number of threads does not change a bit of the result.
-  walk.rows_per_block = std::max(MIN_ROWS_PER_BLOCK, (norm.P + MAX_BLOCKS - 1) / MAX_BLOCKS);
-  walk.num_blocks = (norm.P + walk.rows_per_block - 1) / walk.rows_per_block;
-  walk.channel_stride = (groups * D + 2 * (WIDEST_VECTOR - 1)) / WIDEST_VECTOR * WIDEST_VECTOR;
-  const std::unique_ptr<float[]> partials(new float[images * walk.num_blocks * NUM_PARTIALS * walk.channel_stride]);
-  const std::unique_ptr<float[]> values(new float[images * NUM_CHANNEL_VALUES * walk.channel_stride]);
-  const std::unique_ptr<GroupSums[]> group_sums(new GroupSums[images * groups]);
-  walk.partials = partials.get();
-  walk.channel_values = values.get();
-  walk.group_sums = group_sums.get();
-  const int64_t dz_size = images * norm.P * groups * D;
-  if (keeps_dz && dz_size * 4 <= MAX_SCRATCH_BYTES) walk.dz = scratch_of_thread(dz_size);
-  for (walk.first_n = 0; walk.first_n < norm.N; walk.first_n += images) {
-    for (walk.first_g = 0; walk.first_g < norm.G; walk.first_g += groups) {
-      walk.num_groups = std::min(groups, norm.G - walk.first_g);
-      f(walk, std::min(images, norm.N - walk.first_n));
+  const int64_t D = (norm.Ch + norm.Cs) / norm.G, bytes_per_channel = norm.P * bytes_per_element;
+  // Walks of its own let a thread go on without waiting for the others; they must be small and many enough.
+  const WalkSize own = size_walk(norm, bytes_per_channel, OWN_WALK_BYTES);
+  const bool alone = own.num_walks(norm) >= 2 * int64_t(torch::stable::get_num_threads()) &&
+                     own.images * own.groups * D * bytes_per_channel <= OWN_WALK_BYTES;
+  const WalkSize size = alone ? own : size_walk(norm, bytes_per_channel, WALK_BYTES);
+  const int64_t num_walks = size.num_walks(norm), num_groups = size.images * size.groups;
+  const int64_t dz_size = num_groups * D * norm.P;
+  const auto run = [&](int64_t begin, int64_t end) {
+    Walk walk{};
+    // From the shape alone, so that the number of threads does not change a bit of the result.
+    walk.rows_per_block = std::max(MIN_ROWS_PER_BLOCK, (norm.P + MAX_BLOCKS - 1) / MAX_BLOCKS);
+    walk.num_blocks = (norm.P + walk.rows_per_block - 1) / walk.rows_per_block;
+    walk.channel_stride = (size.groups * D + 2 * (WIDEST_VECTOR - 1)) / WIDEST_VECTOR * WIDEST_VECTOR;
+    const int64_t channels = size.images * walk.channel_stride;
+    const std::unique_ptr<float[]> partials(new float[channels * walk.num_blocks * NUM_PARTIALS]);
+    const std::unique_ptr<float[]> values(new float[channels * NUM_CHANNEL_VALUES]);
+    const std::unique_ptr<GroupSums[]> group_sums(new GroupSums[num_groups]);
+    walk.partials = partials.get();
+    walk.channel_values = values.get();
+    walk.group_sums = group_sums.get();
+    if (keeps_dz && dz_size * int64_t(sizeof(float)) <= MAX_SCRATCH_BYTES) walk.dz = scratch_of_thread(dz_size);
+    for (int64_t i = begin; i < end; ++i) {
+      walk.first_n = i / size.along_groups(norm) * size.images;
+      walk.first_g = i % size.along_groups(norm) * size.groups;
+      walk.num_groups = std::min(size.groups, norm.G - walk.first_g);
+      f(walk, std::min(size.images, norm.N - walk.first_n));
     }
-  }
+  };
+  alone ? torch::stable::parallel_for(0, num_walks, 1, run) : run(0, num_walks);
 }
 
 // Runs the steps of a walk, each over its unit of work.

@@ -11,8 +11,15 @@ namespace scalelong::SCALELONG_ISA::channels_last {
 // Rows are walked in strips of so many channels: what is known of a channel stays in the first cache, and memory still
 // sees long runs.
 constexpr int64_t STRIP = 256, ROWS = 16;
-// Rows that go side by side, so that what is known of a channel is loaded once for them.
-constexpr int64_t TOGETHER = 4;
+// How many rows and vectors of elements are taken together: several rows, so that what is known of a channel is loaded
+// once for them.
+struct Tall {
+  static constexpr int ROWS = 4, VECTORS = 1;
+};
+// Writes past the caches gather in few buffers, which rows at the same place of a page take from each other.
+struct Wide {
+  static constexpr int ROWS = 1, VECTORS = 4;
+};
 // How many rows ahead memory is asked for a strip.
 constexpr int64_t AHEAD = 4;
 // Rows whose mean is near enough to that of their block.
@@ -91,6 +98,23 @@ struct Records {
   Floats get(int64_t vector, int which) const { return load(begin + (vector * SIZE + which) * WIDTH); }
   void set(int64_t vector, int which, Floats x) const { store<false>(begin + (vector * SIZE + which) * WIDTH, x); }
 
+  // Those of a tile's vectors.
+  template <class Tile>
+  INLINED auto get(const Tile& tile, int which) const {
+    Pack<Tile::num_vectors> x;
+    for (int v = 0; v < Tile::num_vectors; ++v) x.v[v] = get(tile.vector + v, which);
+    return x;
+  }
+  template <class Tile>
+  INLINED void set(const Tile& tile, int which, const Pack<Tile::num_vectors>& x) const {
+    for (int v = 0; v < Tile::num_vectors; ++v) set(tile.vector + v, which, x.v[v]);
+  }
+  // Adds what is in all rows of a tile.
+  template <class Tile, int NUM>
+  INLINED void add(const Tile& tile, int which, const Pack<NUM>& x) const {
+    set(tile, which, get(tile, which) + sum_by<Tile::num_vectors>(x));
+  }
+
   // One channel: ``lane`` by Lanes.
   float& at(int64_t lane, int which) const {
     return begin[(lane / WIDTH * SIZE + which) * WIDTH + lane % WIDTH];
@@ -156,26 +180,65 @@ inline void store(T* p, Floats x, First first) {
   store_first(p, x, first.size);
 }
 
-template <int64_t NUM>
-struct Rows {
-  static constexpr int64_t num = NUM;
+// ROWS rows from ``row`` on, and in them VECTORS vectors of channels from ``c`` on; the first is ``vector`` in the records.
+template <int ROWS, int VECTORS, class Part>
+struct Tile {
+  static constexpr int num_rows = ROWS, num_vectors = VECTORS;
+  int64_t row, c, vector;
+  Part part;
+
+  template <class T>
+  INLINED Pack<ROWS * VECTORS> load(const T* p, int64_t row_stride) const {
+    Pack<ROWS * VECTORS> x;
+    each([&](int k, int64_t offset) INLINED { x.v[k] = channels_last::load(p + offset, part); }, row_stride);
+    return x;
+  }
+
+  template <bool STREAM, class T>
+  INLINED void store(T* p, int64_t row_stride, const Pack<ROWS * VECTORS>& x) const {
+    each([&](int k, int64_t offset) INLINED { channels_last::store<STREAM>(p + offset, x.v[k], part); }, row_stride);
+  }
+
+  // Asks memory for the tile that comes AHEAD.
+  template <class T>
+  INLINED void prefetch(const T* p, int64_t row_stride) const {
+    for (int k = 0; k < ROWS; ++k) SCALELONG_ISA::prefetch<VECTORS>(p + (row + k + AHEAD) * row_stride + c);
+  }
+
+ private:
+  template <class F>
+  INLINED void each(const F& f, int64_t row_stride) const {
+    for (int k = 0; k < ROWS; ++k) {
+      for (int v = 0; v < VECTORS; ++v) f(k * VECTORS + v, (row + k) * row_stride + c + v * WIDTH);
+    }
+  }
 };
 
-// Calls f(row, rows, c, vector, part) for each vector of a segment's channels in each ``rows.num`` rows.
-template <class F>
-INLINED inline void each_vector(const Segment& segment, int64_t num_rows, const F& f) {
-  const auto strip_of_rows = [&](int64_t row, auto rows, int64_t strip, int64_t last) INLINED {
-    int64_t c = strip, vector = segment.first_vector + strip / WIDTH;
-    for (; c + WIDTH <= last; c += WIDTH) f(row, rows, c, vector++, Whole{});
-    if (c < last) f(row, rows, c, vector, First{last - c});
-  };
+// Calls f(tile) for the tiles of a segment's channels in each row.
+template <class Shape = Tall, class F>
+INLINED inline void each_tile(const Segment& segment, int64_t num_rows, const F& f) {
   for (int64_t first_row = 0; first_row < num_rows; first_row += ROWS) {
     const int64_t last_row = first_row + ROWS < num_rows ? first_row + ROWS : num_rows;
     for (int64_t strip = 0; strip < segment.size; strip += STRIP) {
       const int64_t last = strip + STRIP < segment.size ? strip + STRIP : segment.size;
+      const int64_t vector = segment.first_vector + strip / WIDTH;
+      // Calls f for the whole tiles of a row, or of some, and goes on after them.
+      const auto whole_tiles = [&]<int NUM_ROWS, int NUM>(Tile<NUM_ROWS, NUM, Whole>& tile) INLINED {
+        for (; tile.c + NUM * WIDTH <= last; tile.c += NUM * WIDTH, tile.vector += NUM) f(tile);
+      };
+      const auto rest_of_row = [&](Tile<1, 1, Whole> tile) INLINED {
+        whole_tiles(tile);
+        if (tile.c < last) f(Tile<1, 1, First>{tile.row, tile.c, tile.vector, {last - tile.c}});
+      };
       int64_t row = first_row;
-      for (; row + TOGETHER <= last_row; row += TOGETHER) strip_of_rows(row, Rows<TOGETHER>{}, strip, last);
-      for (; row < last_row; ++row) strip_of_rows(row, Rows<1>{}, strip, last);
+      for (; row + Shape::ROWS <= last_row; row += Shape::ROWS) {
+        Tile<Shape::ROWS, Shape::VECTORS, Whole> tile{row, strip, vector, {}};
+        whole_tiles(tile);
+        if (tile.c < last) {
+          for (int k = 0; k < Shape::ROWS; ++k) rest_of_row({row + k, tile.c, tile.vector, {}});
+        }
+      }
+      for (; row < last_row; ++row) rest_of_row({row, strip, vector, {}});
     }
   }
 }
@@ -194,28 +257,20 @@ void moments(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end
       const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
       // Distances from the mean of a few rows lose no digits to a mean that is far from zero, nor to one outlier.
       const int64_t few = block.num_rows < SAMPLE ? block.num_rows : SAMPLE;
-      each_vector(segment, few, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
-        Floats origin = partials.get(vector, ORIGIN);
-        for (int64_t r = row; r < row + rows.num; ++r) origin += load(x + r * size + c, part) / float(few);
-        partials.set(vector, ORIGIN, origin);
+      each_tile(segment, few, [=](auto tile) INLINED {
+        partials.add(tile, ORIGIN, tile.load(x, size) * (1.0f / float(few)));
       });
-      each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
-        const Floats origin = partials.get(vector, ORIGIN);
-        Floats sum = partials.get(vector, DISTANCE), squares = partials.get(vector, SQUARES);
-        for (int64_t r = row; r < row + rows.num; ++r) {
-          prefetch<1>(x + (r + AHEAD) * size + c);
-          const Floats distance = load(x + r * size + c, part) - origin;
-          sum += distance;
-          squares += distance * distance;
-        }
-        partials.set(vector, DISTANCE, sum);
-        partials.set(vector, SQUARES, squares);
+      each_tile(segment, block.num_rows, [=](auto tile) INLINED {
+        tile.prefetch(x, size);
+        const auto distance = tile.load(x, size) - partials.get(tile, ORIGIN);
+        partials.add(tile, DISTANCE, distance);
+        partials.add(tile, SQUARES, distance * distance);
       });
-      each_vector(segment, 1, [=](int64_t, auto, int64_t, int64_t vector, auto) {
+      for (int64_t vector = segment.first_vector; vector < segment.first_vector + vectors_of(segment.size); ++vector) {
         const Floats sum = partials.get(vector, DISTANCE), distance = sum / float(block.num_rows);
         partials.set(vector, DISTANCE, distance);
         partials.set(vector, SQUARES, partials.get(vector, SQUARES) - sum * distance);
-      });
+      }
     });
   }
 }
@@ -276,7 +331,7 @@ void statistics(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t 
   }
 }
 
-template <class T, class Activation, bool STREAM>
+template <class T, class Activation, bool STREAM, class Shape>
 inline void activate(const GroupNorm& norm, const Walk& walk, int64_t unit) {
   const Block block = block_of(norm, walk, unit);
   const Values values = values_of(walk, block.n);
@@ -285,14 +340,12 @@ inline void activate(const GroupNorm& norm, const Walk& walk, int64_t unit) {
     const int64_t size = segment.num_channels;
     const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
     T* y = joint_of<T>(norm, norm.y, segment, block);
-    each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
-      const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
-      const Floats a = values.get(vector, A), b = values.get(vector, B);
-      for (int64_t r = row; r < row + rows.num; ++r) {
-        prefetch<1>(x + (r + AHEAD) * size + c);
-        const Floats xhat = load(x + r * size + c, part) * scale - mean;
-        store<STREAM>(y + r * C + c, Activation::value(xhat * a + b), part);
-      }
+    each_tile<Shape>(segment, block.num_rows, [=](auto tile) INLINED {
+      const auto scale = values.get(tile, SCALE), mean = values.get(tile, MEAN);
+      const auto a = values.get(tile, A), b = values.get(tile, B);
+      tile.prefetch(x, size);
+      const auto xhat = tile.load(x, size) * scale - mean;
+      tile.template store<STREAM>(y, C, Activation::value(xhat * a + b));
     });
   });
 }
@@ -303,15 +356,23 @@ inline bool rows_are_aligned(const void* p, int64_t num_channels, int64_t c) {
   return is_aligned(p, WIDTH * sizeof(T)) && num_channels % WIDTH == 0 && c % WIDTH == 0;
 }
 
+// Whether rows of so many channels lie at the same place of a page, or every second one.
+template <class T>
+inline bool rows_share_places(int64_t num_channels) {
+  return num_channels * sizeof(T) % 2048 == 0;
+}
+
 template <class T, class Activation>
 void activate_blocks(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   const Channels channels = channels_of(norm, walk);
-  const bool streams = norm.streams && rows_are_aligned<T>(norm.y, norm.Ch + norm.Cs, channels.first) &&
+  const int64_t C = norm.Ch + norm.Cs;
+  const bool streams = norm.streams && rows_are_aligned<T>(norm.y, C, channels.first) &&
                        (channels.first + num_hidden(norm, channels)) % WIDTH == 0;
+  const auto run = !streams                  ? activate<T, Activation, false, Tall>
+                   : rows_share_places<T>(C) ? activate<T, Activation, true, Wide>
+                                             : activate<T, Activation, true, Tall>;
   // Backwards: the rows that were read last are still in the cache.
-  for (int64_t unit = end; unit-- > begin;) {
-    streams ? activate<T, Activation, true>(norm, walk, unit) : activate<T, Activation, false>(norm, walk, unit);
-  }
+  for (int64_t unit = end; unit-- > begin;) run(norm, walk, unit);
 }
 
 template <class Activation>
@@ -347,21 +408,16 @@ void sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
       const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
       const T* dy = joint_of<const T>(norm, norm.dy, segment, block);
       float* kept = dz_of(norm, walk, segment, block);
-      each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
-        const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
-        const Floats a = values.get(vector, A), b = values.get(vector, B);
-        Floats sum = partials.get(vector, SUM_DZ), sum_xhat = partials.get(vector, SUM_DZ_XHAT);
-        for (int64_t r = row; r < row + rows.num; ++r) {
-          prefetch<1>(x + (r + AHEAD) * size + c);
-          prefetch<1>(dy + (r + AHEAD) * C + c);
-          const Floats xhat = load(x + r * size + c, part) * scale - mean;
-          const Floats dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
-          if (kept) store<false>(kept + r * num_channels + c, dz, part);
-          sum += dz;
-          sum_xhat += dz * xhat;
-        }
-        partials.set(vector, SUM_DZ, sum);
-        partials.set(vector, SUM_DZ_XHAT, sum_xhat);
+      each_tile(segment, block.num_rows, [=](auto tile) INLINED {
+        const auto scale = values.get(tile, SCALE), mean = values.get(tile, MEAN);
+        const auto a = values.get(tile, A), b = values.get(tile, B);
+        tile.prefetch(x, size);
+        tile.prefetch(dy, C);
+        const auto xhat = tile.load(x, size) * scale - mean;
+        const auto dz = Activation::times_derivative(tile.load(dy, C), xhat * a + b);
+        if (kept) tile.template store<false>(kept, num_channels, dz);
+        partials.add(tile, SUM_DZ, dz);
+        partials.add(tile, SUM_DZ_XHAT, dz * xhat);
       });
     });
   }
@@ -410,7 +466,7 @@ void group_sums(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t 
 // Partials: of s, s * xhat (without rstd) and s * dz, which make the gradient of scale.
 enum { SUM_S, SUM_S_XHAT, SUM_S_DZ };
 
-template <class T, class Activation, bool STREAM, bool DSCALE, bool KEPT>
+template <class T, class Activation, bool STREAM, class Shape, bool DSCALE, bool KEPT>
 inline void gradients_of(const GroupNorm& norm, const Walk& walk, int64_t unit, const Segment& segment) {
   const int64_t C = norm.Ch + norm.Cs, size = segment.num_channels;
   const int64_t num_channels = channels_of(norm, walk).last - channels_of(norm, walk).first;
@@ -421,34 +477,33 @@ inline void gradients_of(const GroupNorm& norm, const Walk& walk, int64_t unit, 
   const T* dy = joint_of<const T>(norm, norm.dy, segment, block);
   T* dx = source_of<T>(norm, norm.dh, norm.ds, segment, block);
   const float* kept = dz_of(norm, walk, segment, block);
-  each_vector(segment, block.num_rows, [=](int64_t row, auto rows, int64_t c, int64_t vector, auto part) INLINED {
-    const Floats scale = values.get(vector, SCALE), mean = values.get(vector, MEAN);
-    const Floats a = values.get(vector, A), b = values.get(vector, B);
-    const Floats from_dz = values.get(vector, FROM_DZ), from_x = values.get(vector, FROM_X);
-    const Floats constant = values.get(vector, CONSTANT);
-    Floats sum{}, sum_xhat{}, sum_dz{};
-    for (int64_t r = row; r < row + rows.num; ++r) {
-      const Floats v = load(x + r * size + c, part), xhat = v * scale - mean;
-      Floats dz;
-      if constexpr (KEPT) {
-        dz = load(kept + r * num_channels + c, part);
-      } else {
-        prefetch<1>(x + (r + AHEAD) * size + c);
-        prefetch<1>(dy + (r + AHEAD) * C + c);
-        dz = Activation::times_derivative(load(dy + r * C + c, part), xhat * a + b);
-      }
-      store<STREAM>(dx + r * size + c, dz * from_dz + (v * from_x + constant), part);
-      sum += v;
-      sum_xhat += v * xhat;
-      sum_dz += v * dz;
+  each_tile<Shape>(segment, block.num_rows, [=](auto tile) INLINED {
+    const auto scale = values.get(tile, SCALE), mean = values.get(tile, MEAN);
+    const auto a = values.get(tile, A), b = values.get(tile, B);
+    const auto from_dz = values.get(tile, FROM_DZ), from_x = values.get(tile, FROM_X);
+    const auto constant = values.get(tile, CONSTANT);
+    const auto v = tile.load(x, size), xhat = v * scale - mean;
+    auto dz = v;
+    if constexpr (KEPT) {
+      dz = tile.load(kept, num_channels);
+    } else {
+      tile.prefetch(x, size);
+      tile.prefetch(dy, C);
+      dz = Activation::times_derivative(tile.load(dy, C), xhat * a + b);
     }
+    tile.template store<STREAM>(dx, size, dz * from_dz + (v * from_x + constant));
     if constexpr (DSCALE) {
-      partials.set(vector, SUM_S, partials.get(vector, SUM_S) + sum);
-      partials.set(vector, SUM_S_XHAT, partials.get(vector, SUM_S_XHAT) + sum_xhat);
-      partials.set(vector, SUM_S_DZ, partials.get(vector, SUM_S_DZ) + sum_dz);
+      partials.add(tile, SUM_S, v);
+      partials.add(tile, SUM_S_XHAT, v * xhat);
+      partials.add(tile, SUM_S_DZ, v * dz);
     }
   });
 }
+
+template <bool VALUE>
+struct Flag {
+  static constexpr bool value = VALUE;
+};
 
 template <class T, class Activation, bool KEPT>
 inline void gradients_of_blocks(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
@@ -457,11 +512,13 @@ inline void gradients_of_blocks(const GroupNorm& norm, const Walk& walk, int64_t
     each_segment(norm, walk, [&](const Segment& segment) {
       const void* dx = segment.is_skip ? norm.ds : norm.dh;
       const bool streams = norm.streams && rows_are_aligned<T>(dx, segment.num_channels, segment.first);
-      const bool has_dscale = norm.dscale && segment.is_skip;
-      const auto run = streams      ? has_dscale ? gradients_of<T, Activation, true, true, KEPT>
-                                                 : gradients_of<T, Activation, true, false, KEPT>
-                       : has_dscale ? gradients_of<T, Activation, false, true, KEPT>
-                                    : gradients_of<T, Activation, false, false, KEPT>;
+      const auto choose = [=](auto has_dscale) {
+        constexpr bool DSCALE = decltype(has_dscale)::value;
+        return !streams                                    ? gradients_of<T, Activation, false, Tall, DSCALE, KEPT>
+               : rows_share_places<T>(segment.num_channels) ? gradients_of<T, Activation, true, Wide, DSCALE, KEPT>
+                                                           : gradients_of<T, Activation, true, Tall, DSCALE, KEPT>;
+      };
+      const auto run = norm.dscale && segment.is_skip ? choose(Flag<true>{}) : choose(Flag<false>{});
       run(norm, walk, unit, segment);
     });
   }
@@ -469,7 +526,8 @@ inline void gradients_of_blocks(const GroupNorm& norm, const Walk& walk, int64_t
 
 template <class T, class Activation>
 void gradients(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
-  const auto run = walk.dz ? gradients_of_blocks<T, Activation, true> : gradients_of_blocks<T, Activation, false>;
+  // Where dz was kept, nothing depends on the activation.
+  const auto run = walk.dz ? gradients_of_blocks<T, Identity, true> : gradients_of_blocks<T, Activation, false>;
   run(norm, walk, begin, end);
 }
 

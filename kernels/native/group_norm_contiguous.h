@@ -11,6 +11,8 @@ namespace scalelong::SCALELONG_ISA::contiguous {
 constexpr int64_t PIECE = 2048;
 // How far ahead memory is asked for what comes next in the same row, or in the row behind it (elements).
 constexpr int64_t AHEAD = 512;
+// Vectors that are taken together.
+constexpr int TOGETHER = 4;
 // Elements whose mean is near enough to that of their group.
 constexpr int64_t SAMPLE = 256;
 
@@ -87,11 +89,11 @@ inline Moments moments_of(const GroupNorm& norm, int64_t n, int64_t first, int64
 
 template <class T, class Activation, bool STREAM>
 inline void activate(const T* x, T* y, const T* next, int64_t size, float scale, float mean, float a, float b) {
-  const auto apply = [=](Floats v) { return Activation::value((v * scale - mean) * a + b); };
+  const auto apply = [=](auto v) INLINED { return Activation::value((v * scale - mean) * a + b); };
   int64_t i = 0;
-  for (; i + 2 * WIDTH <= size; i += 2 * WIDTH) {
-    prefetch<2>(next + i);
-    for (int k = 0; k < 2; ++k) store<STREAM>(y + i + k * WIDTH, apply(load(x + i + k * WIDTH)));
+  for (; i + TOGETHER * WIDTH <= size; i += TOGETHER * WIDTH) {
+    prefetch<TOGETHER>(next + i);
+    store<STREAM>(y + i, apply(load_pack<TOGETHER>(x + i)));
   }
   for (; i + WIDTH <= size; i += WIDTH) store<STREAM>(y + i, apply(load(x + i)));
   if (i < size) store_first(y + i, apply(load_first(x + i, size - i)), size - i);
@@ -137,21 +139,22 @@ struct Transform {
 template <class T, class Activation>
 inline void first_sweep(const T* x, const T* dy, float* scratch, int64_t size, Transform t, Sums& sums) {
   Floats sum = {}, sum_xhat = {};
-  const auto step = [&](Floats v, Floats d) {
-    const Floats xhat = v * t.scale - t.mean;
-    const Floats dz = Activation::times_derivative(d, xhat * t.a + t.b);
-    sum += dz;
-    sum_xhat += dz * xhat;
+  const auto step = [&]<int NUM>(const Pack<NUM>& v, const Pack<NUM>& d) INLINED {
+    const auto xhat = v * t.scale - t.mean;
+    const auto dz = Activation::times_derivative(d, xhat * t.a + t.b);
+    sum += sum_by<1>(dz).v[0];
+    sum_xhat += sum_by<1>(dz * xhat).v[0];
     return dz;
   };
   int64_t i = 0;
-  for (; i + WIDTH <= size; i += WIDTH) {
-    const Floats dz = step(load(x + i), load(dy + i));
+  for (; i + TOGETHER * WIDTH <= size; i += TOGETHER * WIDTH) {
+    const auto dz = step(load_pack<TOGETHER>(x + i), load_pack<TOGETHER>(dy + i));
     if (scratch) store<false>(scratch + i, dz);
   }
-  if (i < size) {
-    const Floats dz = step(load_first(x + i, size - i), load_first(dy + i, size - i));
-    if (scratch) store_first(scratch + i, dz, size - i);
+  for (; i < size; i += WIDTH) {
+    const int64_t left = size - i < WIDTH ? size - i : WIDTH;
+    const auto dz = step(Pack<1>{load_first(x + i, left)}, Pack<1>{load_first(dy + i, left)});
+    if (scratch) store_first(scratch + i, dz.v[0], left);
   }
   sums.dz += sum_of_lanes(sum);
   sums.dz_xhat += sum_of_lanes(sum_xhat);

@@ -120,7 +120,7 @@ inline Halves encoded(Floats x, Float16) { return to_float16(x); }
 
 // Asks memory for the next ``vectors`` vectors from p on, which need not be there.
 template <int vectors, class T>
-inline void prefetch(const T* p) {
+INLINED inline void prefetch(const T* p) {
   constexpr int64_t LINE = 64;
   constexpr int64_t BYTES = vectors * WIDTH * sizeof(T);
   for (int64_t byte = 0; byte < BYTES; byte += LINE) __builtin_prefetch((const char*)p + byte);
@@ -184,7 +184,86 @@ inline double sum_of_lanes(Floats x) {
 
 inline bool is_aligned(const void* p, int64_t bytes) { return (uintptr_t)p % bytes == 0; }
 
-// --- functions -------------------------------------------------------------------------------------------------------
+// --- packs -----------------------------------------------------------------------------------------------------------
+
+// NUM vectors that take each operation together. A processor looks at fewer instructions ahead than a few chains of
+// exp2 and a division have, so that independent chains run side by side only if their instructions stand side by side.
+// Where a shorter pack meets a longer one, it is repeated.
+template <int NUM>
+struct Pack {
+  Floats v[NUM];
+};
+
+template <class V>
+constexpr int SIZE = 0;
+template <int NUM>
+constexpr int SIZE<Pack<NUM>> = NUM;
+
+template <class A, class B>
+concept OneIsPack = SIZE<A> > 0 || SIZE<B> > 0;
+
+template <int NUM>
+INLINED inline Floats at(const Pack<NUM>& x, int k) {
+  return x.v[k % NUM];
+}
+INLINED inline Floats at(Floats x, int) { return x; }
+INLINED inline float at(float x, int) { return x; }
+
+// f of each vector of packs; of what is no pack, f of itself.
+template <class F, class A, class... B>
+INLINED inline auto each(const F& f, const A& a, const B&... b) {
+  if constexpr (SIZE<A> > 0) {
+    Pack<SIZE<A>> result;
+    for (int k = 0; k < SIZE<A>; ++k) result.v[k] = f(at(a, k), at(b, k)...);
+    return result;
+  } else {
+    return f(a, b...);
+  }
+}
+
+template <class A, class B>
+  requires OneIsPack<A, B>
+INLINED inline auto operator+(const A& a, const B& b) {
+  Pack<(SIZE<A> > SIZE<B> ? SIZE<A> : SIZE<B>)> result;
+  for (int k = 0; k < SIZE<decltype(result)>; ++k) result.v[k] = at(a, k) + at(b, k);
+  return result;
+}
+template <class A, class B>
+  requires OneIsPack<A, B>
+INLINED inline auto operator-(const A& a, const B& b) {
+  Pack<(SIZE<A> > SIZE<B> ? SIZE<A> : SIZE<B>)> result;
+  for (int k = 0; k < SIZE<decltype(result)>; ++k) result.v[k] = at(a, k) - at(b, k);
+  return result;
+}
+template <class A, class B>
+  requires OneIsPack<A, B>
+INLINED inline auto operator*(const A& a, const B& b) {
+  Pack<(SIZE<A> > SIZE<B> ? SIZE<A> : SIZE<B>)> result;
+  for (int k = 0; k < SIZE<decltype(result)>; ++k) result.v[k] = at(a, k) * at(b, k);
+  return result;
+}
+
+// NUM vectors in a row.
+template <int NUM, class T>
+INLINED inline Pack<NUM> load_pack(const T* p) {
+  Pack<NUM> x;
+  for (int k = 0; k < NUM; ++k) x.v[k] = load(p + k * WIDTH);
+  return x;
+}
+template <bool STREAM, class T, int NUM>
+INLINED inline void store(T* p, const Pack<NUM>& x) {
+  for (int k = 0; k < NUM; ++k) store<STREAM>(p + k * WIDTH, x.v[k]);
+}
+
+// Every NUM vectors in one.
+template <int NUM, int ALL>
+INLINED inline Pack<NUM> sum_by(const Pack<ALL>& x) {
+  Pack<NUM> sum{};
+  for (int k = 0; k < ALL; ++k) sum.v[k % NUM] = k < NUM ? x.v[k] : sum.v[k % NUM] + x.v[k];
+  return sum;
+}
+
+// --- functions: of a vector or of a pack -----------------------------------------------------------------------------
 
 // The nearest value of [-limit, limit]; NaN stays NaN, which is why it is the second operand.
 inline Floats clamp(Floats x, float limit) {
@@ -200,13 +279,13 @@ inline Floats clamp(Floats x, float limit) {
 
 // 2^x for |x| <= limit <= 126, and beyond that the value there. Within 1.5 units in the last place, or within 1e-4 where
 // ROUGH: a twentieth of the last place of a bfloat16.
-template <bool ROUGH = false>
-inline Floats exp2(Floats x, float limit = 126.0f) {
-  x = clamp(x, limit);
+template <bool ROUGH = false, class V>
+INLINED inline V exp2(V x, float limit = 126.0f) {
+  x = each([=](Floats v) INLINED { return clamp(v, limit); }, x);
   const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
-  const Floats shifted = x + magic;
-  const Floats f = x - (shifted - magic);
-  Floats p;  // minimax over [-1/2, 1/2], exact at 0
+  const V shifted = x + magic;
+  const V f = x - (shifted - magic);
+  V p;  // minimax over [-1/2, 1/2], exact at 0
   if constexpr (ROUGH) {
     p = 0x1.c2a216p-5f * f + 0x1.f00c4cp-3f;
     p = p * f + 0x1.62f5fap-1f;
@@ -217,12 +296,12 @@ inline Floats exp2(Floats x, float limit = 126.0f) {
     p = p * f + 0x1.62e42ap-1f;
   }
   p = p * f + 1.0f;
-  return (Floats)((Ints)p + ((Ints)shifted << 23));
+  return each([](Floats p, Floats shifted) INLINED { return (Floats)((Ints)p + ((Ints)shifted << 23)); }, p, shifted);
 }
 
 // a / b, within 4e-4 where ROUGH.
 template <bool ROUGH>
-inline Floats quotient(Floats a, Floats b) {
+INLINED inline Floats quotient_of(Floats a, Floats b) {
 #if defined(__AVX512F__)
   if constexpr (ROUGH) return a * (Floats)_mm512_rcp14_ps((__m512)b);
 #elif defined(__AVX2__)
@@ -230,14 +309,20 @@ inline Floats quotient(Floats a, Floats b) {
 #endif
   return a / b;
 }
+template <bool ROUGH, class V>
+INLINED inline V quotient(V a, V b) {
+  return each([](Floats a, Floats b) INLINED { return quotient_of<ROUGH>(a, b); }, a, b);
+}
 
 constexpr float LOG2_E = 0x1.715476p0f, LN_2 = 0x1.62e43p-1f;
 
 // The distribution function of the normal distribution; Chebyshev fit of erfc from Numerical Recipes, section 6.2.
-inline Floats normal_cdf(Floats z) {
-  const Floats x = (Floats)((Ints)z & 0x7fffffff) * 0x1.6a09e6p-1f;  // |z| / sqrt(2)
-  const Floats t = 1.0f / (1.0f + 0.5f * x);
-  Floats p = 0.17087277f * t - 0.82215223f;
+template <class V>
+INLINED inline V normal_cdf(V z) {
+  const V magnitude = each([](Floats z) INLINED { return (Floats)((Ints)z & 0x7fffffff); }, z);
+  const V x = magnitude * 0x1.6a09e6p-1f;  // |z| / sqrt(2)
+  const V t = each([](Floats d) INLINED { return 1.0f / d; }, 1.0f + 0.5f * x);
+  V p = 0.17087277f * t - 0.82215223f;
   p = p * t + 1.48851587f;
   p = p * t - 1.13520398f;
   p = p * t + 0.27886807f;
@@ -246,36 +331,50 @@ inline Floats normal_cdf(Floats z) {
   p = p * t + 0.37409196f;
   p = p * t + 1.00002368f;
   p = p * t - 1.26551223f;
-  const Floats half_erfc = 0.5f * t * exp2((p - x * x) * LOG2_E);
-  return z > 0.0f ? 1.0f - half_erfc : half_erfc;
+  const V half_erfc = 0.5f * t * exp2((p - x * x) * LOG2_E);
+  return each([](Floats z, Floats half) INLINED { return z > 0.0f ? 1.0f - half : half; }, z, half_erfc);
 }
 
 // An activation takes z * FACTOR: the kernels fold FACTOR into the affine parameters before it. times_derivative is the
 // gradient of z, given that of y.
 struct Identity {
   static constexpr float FACTOR = 1.0f;
-  static Floats value(Floats z) { return z; }
-  static Floats times_derivative(Floats dy, Floats) { return dy; }
+  template <class V>
+  INLINED static V value(V z) {
+    return z;
+  }
+  template <class V>
+  INLINED static V times_derivative(V dy, V) {
+    return dy;
+  }
 };
 
 // ROUGH serves bfloat16, whose rounding is larger still.
 template <bool ROUGH>
 struct Silu {
   static constexpr float FACTOR = -LOG2_E;
-  static Floats value(Floats t) { return quotient<ROUGH>(t * -LN_2, 1.0f + exp2<ROUGH>(t)); }
+  template <class V>
+  INLINED static V value(V t) {
+    return quotient<ROUGH>(t * -LN_2, 1.0f + exp2<ROUGH>(t));
+  }
   // sigma + z * sigma * (1 - sigma) with sigma = 1 / (1 + e), e = exp(-z): one division, at the end. Within the limit
   // its square is finite, and beyond it the result is 1 or next to 0.
-  static Floats times_derivative(Floats dy, Floats t) {
-    const Floats e = exp2<ROUGH>(t, 60.0f), d = 1.0f + e;
+  template <class V>
+  INLINED static V times_derivative(V dy, V t) {
+    const V e = exp2<ROUGH>(t, 60.0f), d = 1.0f + e;
     return quotient<ROUGH>(dy * (d + t * -LN_2 * e), d * d);
   }
 };
 
 struct Gelu {
   static constexpr float FACTOR = 1.0f;
-  static Floats value(Floats z) { return z * normal_cdf(z); }
-  static Floats times_derivative(Floats dy, Floats z) {
-    const Floats density = 0.3989422804f * exp2(z * z * (-0.5f * LOG2_E));
+  template <class V>
+  INLINED static V value(V z) {
+    return z * normal_cdf(z);
+  }
+  template <class V>
+  INLINED static V times_derivative(V dy, V z) {
+    const V density = 0.3989422804f * exp2(z * z * (-0.5f * LOG2_E));
     return dy * (normal_cdf(z) + z * density);
   }
 };
