@@ -6,19 +6,69 @@ Shapes: B batch, T tokens, H heads, D model width, E = D / H width of a head.
 """
 
 import math
+import warnings
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-BACKENDS = ("auto", "sdpa", "reference")
+from scalelong.kernels import attention_backends
+from scalelong.kernels.attention_backends import Backend, join_heads, split_heads
 
 
 def attention_ref(qkv_BT3D: Tensor, num_heads: int) -> Tensor:
     """The specification: softmax(q kᵀ / √E) v for each head, written out."""
-    q_BHTE, k_BHTE, v_BHTE = _split_heads(qkv_BT3D, num_heads)
+    q_BHTE, k_BHTE, v_BHTE = split_heads(qkv_BT3D, num_heads)
     weights_BHTT = (q_BHTE @ k_BHTE.transpose(-2, -1) / math.sqrt(q_BHTE.shape[-1])).softmax(dim=-1)
-    return _join_heads(weights_BHTT @ v_BHTE)
+    return join_heads(weights_BHTT @ v_BHTE)
+
+
+BACKENDS = {**attention_backends.BACKENDS, "reference": Backend("reference", attention_ref)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """The row of a CSV under bench/results that has ``provider`` as the fastest, forward with backward ("both")."""
+
+    file: str
+    date: str
+    commit: str
+    shape: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fastest:
+    """Where ``backend`` was measured to be the fastest; the ranges include both ends."""
+
+    backend: str
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None: a CPU."""
+    dtype: torch.dtype
+    head_dims: tuple[int, int]
+    lengths: tuple[int, int]
+    measured: Measurement
+
+
+# "auto" takes the first entry that fits, else "sdpa". Empty until bench_attention.py has rows of a GPU.
+FASTEST: tuple[Fastest, ...] = ()
+
+
+def attention_backend(qkv: Tensor, num_heads: int) -> str:
+    """What ``attention(qkv, num_heads)`` runs: by the table ``FASTEST``, else PyTorch's own choice, "sdpa".
+
+    Under torch.use_deterministic_algorithms only what has a deterministic backward.
+    """
+    T, E = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
+    for entry in FASTEST:
+        if (
+            entry.dtype == qkv.dtype
+            and entry.head_dims[0] <= E <= entry.head_dims[1]
+            and entry.lengths[0] <= T <= entry.lengths[1]
+            and entry.capability == _capability(qkv.device)
+            and _runs_on(entry.backend, qkv.device, torch.are_deterministic_algorithms_enabled())
+        ):
+            return entry.backend
+    return "sdpa"
 
 
 def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
@@ -27,30 +77,70 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
     Args:
         qkv: (B, T, 3D), the projections to queries, keys and values side by side, each split into heads.
         num_heads: H, must divide D.
-        backend: "sdpa" is PyTorch's scaled_dot_product_attention, "reference" the plain formula;
-            "auto" takes "sdpa".
+        backend: "fa4", "fa3", "fa2" are the FlashAttention packages; "sdpa" is PyTorch's
+            scaled_dot_product_attention with the kernel of its choice, "cudnn", "flash", "efficient" and "math" with
+            the one of that name; "reference" is the plain formula; "auto" takes what ``attention_backend`` says.
 
     Returns:
         (B, T, D) in the dtype of ``qkv``.
 
     Raises:
-        ValueError: a shape or a backend that cannot be, naming it.
+        ValueError: a shape that cannot be, no such backend, or a length, head count or dtype that it cannot take;
+            names the backends that can.
+        RuntimeError: the machine lacks what the backend needs, says what and how to get it; or
+            torch.use_deterministic_algorithms is on, ``qkv`` requires grad and the backward is not deterministic.
+            torch.compile leaves these checks out: PyTorch and the packages raise errors of their own there.
     """
     if qkv.dim() != 3 or qkv.shape[-1] % 3:
         raise ValueError(f"attention: qkv must be (B, T, 3D), got {tuple(qkv.shape)}")
     if num_heads < 1 or qkv.shape[-1] // 3 % num_heads:
         raise ValueError(f"attention: {num_heads} heads do not divide the width {qkv.shape[-1] // 3}")
-    if backend not in BACKENDS:
-        raise ValueError(f"attention: unknown backend {backend!r}; there are {', '.join(BACKENDS)}")
-    if backend == "reference":
-        return attention_ref(qkv, num_heads)
-    q_BHTE, k_BHTE, v_BHTE = _split_heads(qkv, num_heads)
-    return _join_heads(F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE))
+    if not qkv.is_floating_point():
+        raise ValueError(f"attention: qkv must be of a floating-point dtype, got {qkv.dtype}")
+    if backend == "auto":
+        backend = attention_backend(qkv, num_heads)
+    elif backend not in BACKENDS:
+        raise ValueError(f"attention: unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
+    elif not torch.compiler.is_compiling():
+        _assert_runs(BACKENDS[backend], qkv, num_heads)
+    return BACKENDS[backend].call(qkv, num_heads)
 
 
-def _split_heads(qkv_BT3D: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    return qkv_BT3D.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind()
+def _assert_runs(backend: Backend, qkv: Tensor, num_heads: int) -> None:
+    start = f"attention: backend {backend.name!r}"
+    if missing := backend.missing(qkv.device):
+        raise RuntimeError(f"{start} cannot run here: {missing}. {_able(qkv, num_heads)} can")
+    if refusal := backend.refuses(qkv, num_heads):
+        raise ValueError(
+            f"{start} cannot take {tuple(qkv.shape)}, {num_heads} heads: {refusal}. {_able(qkv, num_heads)} can"
+        )
+    if not torch.are_deterministic_algorithms_enabled() or backend.is_deterministic(qkv.device):
+        return
+    if qkv.requires_grad and torch.is_grad_enabled():
+        message = (
+            f"{start} has no deterministic backward, and torch.use_deterministic_algorithms is on. "
+            f"{_able(qkv, num_heads, deterministic=True)} have one"
+        )
+        if not torch.is_deterministic_algorithms_warn_only_enabled():
+            raise RuntimeError(message)
+        warnings.warn(message, stacklevel=3)
 
 
-def _join_heads(x_BHTE: Tensor) -> Tensor:
-    return torch.flatten(x_BHTE.transpose(1, 2), start_dim=2)
+def _able(qkv: Tensor, num_heads: int, *, deterministic: bool = False) -> str:
+    return ", ".join(
+        name
+        for name, backend in BACKENDS.items()
+        if backend.why_not(qkv, num_heads) is None and (backend.is_deterministic(qkv.device) or not deterministic)
+    )
+
+
+# torch.compile evaluates these two while it traces.
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+
+
+@torch.compiler.assume_constant_result
+def _runs_on(name: str, device: torch.device, deterministic: bool) -> bool:
+    backend = BACKENDS[name]
+    return backend.missing(device) is None and (backend.is_deterministic(device) or not deterministic)
