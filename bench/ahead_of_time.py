@@ -1,8 +1,10 @@
-"""Compiles the Triton kernels of skip_group_norm for a GPU that need not be there, as its launchers would."""
+"""Compiles Triton kernels for a GPU that need not be there, as their launchers would."""
 
 import re
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from scalelong.kernels import group_norm_triton
 
@@ -58,6 +60,18 @@ def spill_bytes(compiled: Any) -> int:
     return int(re.findall(r"STACK:(\d+)", usage)[0])
 
 
+@contextmanager
+def recorded_launches() -> Iterator[list[Launch]]:
+    """Launches inside run nothing and are listed instead."""
+    found: list[Launch] = []
+
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: int) -> None:
+        found.append(Launch(kernel, arguments, options))
+
+    with patch.object(JITFunction, "run", record):
+        yield found
+
+
 def launches_of(
     direction: str,
     shape: tuple[int, ...],
@@ -67,7 +81,7 @@ def launches_of(
     is_adaptive: bool = False,
     act: str | None = "silu",
 ) -> list[Launch]:
-    """One of each kernel and stage that (N, Ch, Cs, G, height, width) takes."""
+    """Of skip_group_norm, one of each kernel and stage that (N, Ch, Cs, G, height, width) takes."""
     found: dict[str, Launch] = {}
 
     def record(kernel: Any, *arguments: Any, **options: int) -> Any:

@@ -48,6 +48,11 @@ def get_backend(tensor: Tensor) -> str:
     return "reference"
 
 
+def forced_backend() -> str | None:
+    """What ``use_backend`` forces."""
+    return _forced
+
+
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Forces ``name`` for the operators called inside; they raise for tensors that it cannot take.

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
+from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
 from scalelong.kernels.backend import get_backend
 
 Scale = Tensor | float | None
@@ -133,7 +134,7 @@ def skip_group_norm(
     _check_norm("skip_group_norm", h, s, groups, weight, bias, shift, gain, eps, act)
     float_scale = 1.0
     if isinstance(scale, Tensor):
-        _check_scale(scale, h, s)
+        check_scale("skip_group_norm", scale, h, s)
     elif scale is not None:
         scale, float_scale = None, float(scale)
     return _run(_Tensors(h, s, scale, weight, bias, gain, shift), _Options(float_scale, groups, eps, act))
@@ -284,7 +285,6 @@ _ARGUMENTS = (
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define("scalelong::skip_group_norm", f"({_ARGUMENTS.format('')}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
-# Returns an empty tensor for what is None: a schema has no optional results.
 torch.library.define(
     "scalelong::skip_group_norm_backward",
     f"(Tensor dy, {_ARGUMENTS.format('Tensor mean, Tensor rstd, ')}) "
@@ -303,7 +303,7 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, (mean, rstd), options = _Tensors(*arguments[:7]), arguments[7:9], _Options(*arguments[9:])
     grads = _backward(dy, tensors, mean, rstd, options, get_backend(tensors.h))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in grads)
+    return none_as_empty(grads, dy)
 
 
 @torch.library.register_fake("scalelong::skip_group_norm")
@@ -316,7 +316,7 @@ def _(dy, h, s, scale, weight, bias, gain, shift, mean, rstd, float_scale, group
     channels_last = is_channels_last(h)
     large = (None if x is None else torch.empty_like(as_layout(x, channels_last)) for x in (h, s))
     small = (None if x is None else x.new_empty(x.shape) for x in (scale, weight, bias, gain, shift))
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in (*large, *small))
+    return none_as_empty((*large, *small), dy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -350,13 +350,10 @@ def _check_norm(
     act: str | None,
 ) -> None:
     if h.dim() < 2 or not h.is_floating_point():
-        raise ValueError(f"{op}: needs a floating (N, C, *), got {_described(h)}")
+        raise ValueError(f"{op}: needs a floating (N, C, *), got {described(h)}")
     N, C = h.shape[:2]
     if s is not None:
-        if s.dim() != h.dim() or s.shape[0] != N or s.shape[2:] != h.shape[2:]:
-            raise ValueError(f"{op}: h {tuple(h.shape)} and s {tuple(s.shape)} may differ in their channels only")
-        if s.dtype != h.dtype or s.device != h.device:
-            raise ValueError(f"{op}: h is {_described(h)} but s is {_described(s)}")
+        check_skip(op, h, s)
         C += s.shape[1]
     if groups < 1 or C % groups != 0:
         channels = f"the {C} channels of {tuple(h.shape)}"
@@ -376,24 +373,8 @@ def _check_norm(
         if tuple(x.shape) != shape:
             raise ValueError(f"{op}: {name} has shape {tuple(x.shape)}, but {C} channels need {shape}")
         if x.device != h.device or not x.is_floating_point():
-            raise ValueError(f"{op}: {name} is {_described(x)}, but the input is {_described(h)}")
+            raise ValueError(f"{op}: {name} is {described(x)}, but the input is {described(h)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act {act!r} is none of {', '.join(map(repr, ACTIVATIONS))}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"{op}: eps must be a finite number from 0 up, got {eps}")
-
-
-def _check_scale(scale: Tensor, h: Tensor, s: Tensor) -> None:
-    N, Cs = s.shape[:2]
-    shapes = ((), (Cs,), (N, Cs), (N, 1))
-    if tuple(scale.shape) not in shapes:
-        raise ValueError(
-            f"skip_group_norm: scale has shape {tuple(scale.shape)}, but s {tuple(s.shape)} takes a scalar, "
-            f"{', '.join(map(str, shapes[1:]))}"
-        )
-    if scale.device != h.device or not scale.is_floating_point():
-        raise ValueError(f"skip_group_norm: scale is {_described(scale)}, but h is {_described(h)}")
-
-
-def _described(x: Tensor) -> str:
-    return f"{tuple(x.shape)} {str(x.dtype).removeprefix('torch.')} on {x.device}"

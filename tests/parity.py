@@ -39,11 +39,14 @@ def _output_and_grads(f: Callable[..., Tensor], inputs: Mapping[str, Tensor]) ->
     # detach() alone keeps the strides, also where they overlap nothing but are no dense layout.
     leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
     output = f(*leaves.values())
-    # Drawn in bf16, so that every dtype is sent back the same numbers.
-    generator = torch.Generator().manual_seed(1)
-    d_output = torch.randn(output.shape, generator=generator, dtype=torch.bfloat16).to(output)
-    grads = torch.autograd.grad(output, list(leaves.values()), d_output)
+    grads = torch.autograd.grad(output, list(leaves.values()), sent_back(output))
     return {"output": output.detach(), **{f"d{name}": grad for name, grad in zip(leaves, grads, strict=True)}}
+
+
+def sent_back(output: Tensor) -> Tensor:
+    """The gradient of an output; drawn in bf16, so that every dtype gets the same numbers."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(output.shape, generator=generator, dtype=torch.bfloat16).to(output)
 
 
 def _error(x: Tensor, truth: Tensor) -> Tensor:

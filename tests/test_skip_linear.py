@@ -6,6 +6,7 @@ import torch
 from parity import assert_within_budget
 from torch import Tensor
 
+from scalelong.kernels import skip_linear as module
 from scalelong.kernels.skip_linear import Scale, skip_linear, skip_linear_ref
 
 B, D1, D2, OUT = 2, 12, 20, 16
@@ -44,6 +45,104 @@ def of_inputs(op: Callable[..., Tensor], scale: Scale) -> Callable[..., Tensor]:
 def test_as_exact_as_the_reference(dtype, T, make_scale):
     scale = make_scale(T)
     assert_within_budget(of_inputs(skip_linear, scale), of_inputs(skip_linear_ref, scale), make_inputs(T, scale, dtype))
+
+
+@each_scale
+def test_products_of_16_bits_are_within_budget(make_scale, monkeypatch):
+    """As a GPU computes them, and a CPU that has such products."""
+    monkeypatch.setattr(module, "product_dtype", lambda x: x.dtype)
+    scale = make_scale(257)
+    inputs = make_inputs(257, scale, torch.bfloat16)
+    assert_within_budget(of_inputs(skip_linear, scale), of_inputs(skip_linear_ref, scale), inputs)
+
+
+@each_scale
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_operator_is_sound(dtype, make_scale):
+    scale = make_scale(3)
+    x, s, weight, bias, *scales = (t.requires_grad_() for t in make_inputs(3, scale, dtype).values())
+    float_scale = scale if isinstance(scale, float) else 1.0
+    arguments = (x, s, scales[0] if scales else None, weight, bias, float_scale)
+    torch.library.opcheck(torch.ops.scalelong.skip_linear.default, arguments)
+
+
+@each_scale
+def test_compiles_to_one_graph(make_scale):
+    torch._dynamo.reset()
+    scale = make_scale(3)
+    inputs = [t.requires_grad_() for t in make_inputs(3, scale, torch.float32).values()]
+    op = of_inputs(skip_linear, scale)
+    y = torch.compile(op, fullgraph=True, backend="aot_eager")(*inputs)
+    expected = op(*inputs)
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for found, grad in zip(torch.autograd.grad(y, inputs, dy), torch.autograd.grad(expected, inputs, dy), strict=True):
+        torch.testing.assert_close(found, grad)
+
+
+@each_scale
+def test_gradients_of_gradients(make_scale):
+    leaves = [t.requires_grad_() for t in make_inputs(2, make_scale(2), torch.float32).values()]
+    op = of_inputs(skip_linear, make_scale(2))
+    grads = torch.autograd.grad(op(*leaves).square().sum(), leaves, create_graph=True)
+    assert all(g.isfinite().all() for g in torch.autograd.grad(sum(g.square().sum() for g in grads), leaves))
+
+
+@each_scale
+def test_frozen_tensors_get_no_gradient(make_scale):
+    scale = make_scale(3)
+    inputs = make_inputs(3, scale, torch.float32)
+    expected = dict(zip(inputs, gradients(inputs, scale, set(inputs)), strict=True))
+    for name in inputs:
+        (found,) = gradients(inputs, scale, {name})
+        torch.testing.assert_close(found, expected[name])
+
+
+def gradients(inputs: dict[str, Tensor], scale: Scale, wanted: set[str]) -> tuple[Tensor, ...]:
+    leaves = {name: t.detach().requires_grad_(name in wanted) for name, t in inputs.items()}
+    y = of_inputs(skip_linear, scale)(*leaves.values())
+    return torch.autograd.grad(y, [leaf for name, leaf in leaves.items() if name in wanted], torch.ones_like(y))
+
+
+@each_scale
+def test_autocast_computes_as_torch_linear(make_scale):
+    scale = make_scale(3)
+    inputs = make_inputs(3, scale, torch.float32)
+    op, ref = of_inputs(skip_linear, scale), of_inputs(skip_linear_ref, scale)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, expected = op(*inputs.values()), ref(*inputs.values())
+    assert found.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.1)
+
+
+@each_scale
+def test_two_runs_give_the_same_bits(make_scale):
+    scale = make_scale(257)
+    inputs = make_inputs(257, scale, torch.float32)
+    first = gradients(inputs, scale, set(inputs))
+    for _ in range(10):
+        assert all(torch.equal(a, b) for a, b in zip(first, gradients(inputs, scale, set(inputs)), strict=True))
+
+
+@each_scale
+def test_backward_keeps_only_what_is_there(make_scale):
+    scale = make_scale(5)
+    inputs = [t.requires_grad_() for t in make_inputs(5, scale, torch.float32).values()]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t):
+        of_inputs(skip_linear, scale)(*inputs)
+    there = {t.data_ptr() for t in inputs}
+    assert {t.data_ptr() for t in kept} <= there
+
+
+def test_an_empty_batch():
+    x, s = torch.empty(0, 3, D1, requires_grad=True), torch.empty(0, 3, D2, requires_grad=True)
+    weight = torch.randn(OUT, D1 + D2, requires_grad=True)
+    y = skip_linear(x, s, 0.5, weight, None)
+    assert y.shape == (0, 3, OUT)
+    y.sum().backward()
+    assert weight.grad is not None
+    assert not weight.grad.any()
 
 
 def test_parity_holds_for_permuted_inputs():
@@ -99,6 +198,12 @@ def test_reference_gradients(make_scale):
 def test_shapes_that_do_not_fit_are_named(x, s, weight, message):
     with pytest.raises(ValueError, match=message):
         skip_linear(torch.randn(x), torch.randn(s), None, torch.randn(weight), None)
+
+
+def test_dtypes_that_do_not_fit_are_named():
+    x, s, weight = torch.randn(2, 3, 4), torch.randn(2, 3, 5, dtype=torch.bfloat16), torch.randn(6, 9)
+    with pytest.raises(ValueError, match=r"x is \(2, 3, 4\) float32 on cpu but s is \(2, 3, 5\) bfloat16 on cpu"):
+        skip_linear(x, s, None, weight, None)
 
 
 @pytest.mark.parametrize("shape", [(1,), (3,), (4,), (3, 2), (2, 1), (2, 3, 5), (1, 3, 1), (2, 3, 1, 1)], ids=str)

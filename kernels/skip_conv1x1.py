@@ -1,0 +1,108 @@
+"""The 1x1 shortcut convolution of a scaled skip concatenation (arXiv:2310.13545), without the concatenation.
+
+It is the sum of a product with h and one with s. The scale goes into the weights of s, once or for each sample, so that
+its gradient comes from the gradient of those weights, without a pass over activations.
+
+Shapes: N batch, Ch channels of h, Cs channels of the skip s, O channels of the output, P positions,
+* any number of spatial dimensions.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalelong.kernels.arguments import check_scale, check_skip, described
+from scalelong.kernels.group_norm import Scale, as_layout, is_channels_last
+from scalelong.kernels.products import cast_by_autocast
+from scalelong.kernels.skip_linear import skip_linear
+
+
+def skip_conv1x1_ref(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The specification: scale the skip, concatenate, mix the channels of each position."""
+    if isinstance(scale, Tensor) and scale.dim() > 0:
+        scale = scale[(..., *[None] * (s.dim() - 2))]
+    x = torch.cat([h, s if scale is None else (s * scale).to(s.dtype)], dim=1)
+    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+
+
+def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The 1x1 convolution of ``cat([h, scale * s], 1)``.
+
+    Args:
+        h: (N, Ch, *), the hidden stream, contiguous or channels_last.
+        s: (N, Cs, *), the long skip, of the dtype and device of h. In another layout than h, it is copied.
+        scale: None for 1, a float, a scalar tensor, one factor a channel (Cs,) or (N, Cs), or one a sample (N, 1).
+        weight: (O, Ch + Cs, 1, ...) as a convolution has it, or (O, Ch + Cs).
+        bias: (O,) or None.
+
+    All but the scale have one dtype; under autocast they are cast as for torch's convolutions.
+
+    Returns:
+        (N, O, *) in the layout of h, differentiable in every tensor argument. Backward keeps h, s and weights.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming them.
+    """
+    h, s, weight, bias = cast_by_autocast(h, s, weight, bias)  # type: ignore[assignment]
+    _check(h, s, scale, weight, bias)
+    N, Ch, *spatial = h.shape
+    weight = weight.flatten(1)
+    channels_last = is_channels_last(h)
+    h, s = as_layout(h, channels_last), as_layout(s, channels_last)
+    if channels_last:
+        y_NPO = _rows(h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2), scale, weight, bias)
+        return y_NPO.unflatten(1, spatial).movedim(-1, 1)
+    weight_h, weight_s = _scaled_weights(scale, weight, Ch)
+    weight_h, weight_s = weight_h.expand(N, -1, -1), weight_s.expand(N, -1, -1)
+    h_NCP, s_NCP = h.flatten(2), s.flatten(2)
+    y_NOP = torch.bmm(weight_h, h_NCP) if bias is None else torch.baddbmm(bias[:, None], weight_h, h_NCP)
+    return torch.baddbmm(y_NOP, weight_s, s_NCP).unflatten(2, spatial)
+
+
+def _rows(h_NPC: Tensor, s_NPC: Tensor, scale: Scale, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
+    if not isinstance(scale, Tensor) or scale.dim() < 2:
+        return skip_linear(h_NPC, s_NPC, scale, weight_OC, bias_O)
+    if scale.shape[1] == 1:
+        return skip_linear(h_NPC, s_NPC, scale.expand(h_NPC.shape[:2]), weight_OC, bias_O)
+    weight_h, weight_s_NOC = _scaled_weights(scale, weight_OC, h_NPC.shape[-1])
+    return torch.baddbmm(F.linear(h_NPC, weight_h, bias_O), s_NPC, weight_s_NOC.mT)
+
+
+def _scaled_weights(scale: Scale, weight_OC: Tensor, Ch: int) -> tuple[Tensor, Tensor]:
+    """The weights of h, and those of s with the scale in them, for each sample if it differs there."""
+    weight_h, weight_s = weight_OC.split((Ch, weight_OC.shape[1] - Ch), dim=1)
+    if isinstance(scale, Tensor) and scale.dim() == 2:
+        scale = scale[:, None]
+    return weight_h, weight_s if scale is None else (weight_s * scale).to(weight_s.dtype)
+
+
+def _check(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
+    if h.dim() < 3 or not h.is_floating_point():
+        raise ValueError(f"skip_conv1x1: needs a floating (N, C, *) with spatial dimensions, got {described(h)}")
+    check_skip("skip_conv1x1", h, s)
+    C = h.shape[1] + s.shape[1]
+    if weight.dim() not in (2, h.dim()) or weight.shape[1] != C or any(size != 1 for size in weight.shape[2:]):
+        raise ValueError(
+            f"skip_conv1x1: weight {tuple(weight.shape)} does not fit h {tuple(h.shape)} beside s {tuple(s.shape)}; "
+            f"it needs (O, {C}{', 1' * (h.dim() - 2)})"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"skip_conv1x1: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+    for name, x in (("weight", weight), ("bias", bias)):
+        if x is not None and (x.dtype != h.dtype or x.device != h.device):
+            raise ValueError(f"skip_conv1x1: h is {described(h)} but {name} is {described(x)}")
+    if isinstance(scale, Tensor):
+        check_scale("skip_conv1x1", scale, h, s)
+
+
+# Made of differentiable operators alone, so that whoever sees it sees through it.
+torch.library.define(
+    "scalelong::skip_conv1x1",
+    "(Tensor h, Tensor s, Tensor? scale, Tensor weight, Tensor? bias, float float_scale) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+
+
+@torch.library.impl("scalelong::skip_conv1x1", "CompositeImplicitAutograd")
+def _(h, s, scale, weight, bias, float_scale):
+    return skip_conv1x1(h, s, float_scale if scale is None else scale, weight, bias)
