@@ -12,12 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
+from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.skip_linear import Scale, skip_linear
+from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
 from scalelong.model.skip_scale import SkipScale, Unscaled, skip_scale_from_dict, skip_scale_to_dict
 
 
@@ -120,7 +121,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x_BTD)))
+        return gelu_linear(self.fc1(x_BTD), self.fc2.weight, self.fc2.bias)
 
 
 class Block(nn.Module):
@@ -157,10 +158,16 @@ class UViT(nn.Module):
     Args:
         config: the network's shape.
         skip_scale: the policy that scales the long skips; unscaled if not given.
+        checkpointing: what the blocks keep for backward: all of it ("none"), their inputs ("blocks"), or at most a
+            share in (0, 1); the rest is computed again. May be set on the model at any time.
     """
 
-    def __init__(self, config: UViTConfig, *, skip_scale: SkipScale | None = None):
+    def __init__(
+        self, config: UViTConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
+    ):
         super().__init__()
+        check_checkpointing(checkpointing)
+        self.checkpointing: Checkpointing = checkpointing
         self.config = config
         self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
 
@@ -214,16 +221,21 @@ class UViT(nn.Module):
         tokens_BTD = self._embed(x_BCHW, t_B, y_B)
         skips = []
         for block in self.in_blocks:
-            tokens_BTD = block(tokens_BTD)
+            tokens_BTD = self._run(block, tokens_BTD)
             skips.append(tokens_BTD)
-        tokens_BTD = self.mid_block(tokens_BTD)
+        tokens_BTD = self._run(self.mid_block, tokens_BTD)
         num_skips = self.config.num_skips
         for executed, block in enumerate(self.out_blocks):
             skip_BTD = skips.pop()
             scale = self.skip_scale.scale(num_skips - executed, num_skips, skip_BTD, self.se)
-            tokens_BTD = block(tokens_BTD, skip_BTD, scale)
+            tokens_BTD = self._run(block, tokens_BTD, skip_BTD, scale)
         patches = self.decoder_pred(self.norm(tokens_BTD))[:, self.config.num_extras :]
         return self.final_layer(self._unpatchify(patches))
+
+    def _run(self, block: nn.Module, *arguments: Tensor | Scale) -> Tensor:
+        return run_block(
+            block, *arguments, checkpointing=self.checkpointing, mlp_ratio=self.config.mlp_width / self.config.width
+        )
 
     def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
         config = self.config

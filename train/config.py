@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from scalelong.model.checkpointing import Checkpointing, check_checkpointing
 from scalelong.model.skip_scale import SkipScale, SkipScaleName, make_skip_scale
 from scalelong.model.uvit import UViTConfig
 from scalelong.train.diffusion import NUM_TIMES
@@ -107,6 +108,8 @@ class TrainConfig:
     """What DeepSpeed ZeRO shards: nothing, optimizer state, gradients too, parameters too."""
     accumulation_steps: int = bookkeeping(1)
     """Micro-batches that make one step on each process."""
+    checkpointing: Checkpointing = bookkeeping("none")
+    """What blocks keep for backward: all of it, only their inputs ("blocks"), or at most a share in (0, 1)."""
     model: UViTConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -135,6 +138,7 @@ class TrainConfig:
         if self.model.context_tokens or self.model.in_channels not in (1, 3):
             raise ValueError("from a folder of images only models with 1 or 3 channels and no text can be trained")
         self.make_skip_scale()
+        check_checkpointing(self.checkpointing)
 
     def make_skip_scale(self) -> SkipScale:
         return make_skip_scale(self.skip_scale, self.kappa)

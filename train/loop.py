@@ -256,7 +256,7 @@ def start_run(
         keep_freed_memory()
     processes.agree(lambda: write_config(config) if processes.is_main else None)
     torch.manual_seed(config.seed)
-    model = UViT(config.model, skip_scale=config.make_skip_scale())
+    model = UViT(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
     if checkpoint is not None:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     monitor = SkipMonitor(model)

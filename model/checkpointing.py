@@ -1,0 +1,79 @@
+"""Activation checkpointing of transformer blocks: what backward finds, and what it computes again.
+
+Shapes: T tokens, D width.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Checkpointing = Literal["none", "blocks"] | float
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}  # which argument is the transposed weight
+_ATTENTION = {
+    aten._scaled_dot_product_flash_attention.default,
+    aten._scaled_dot_product_flash_attention_for_cpu.default,
+    aten._scaled_dot_product_efficient_attention.default,
+    aten._scaled_dot_product_cudnn_attention.default,
+}
+
+
+def check_checkpointing(checkpointing: Checkpointing) -> None:
+    """
+    Raises:
+        ValueError: neither "none", "blocks" nor a share above 0 and below 1.
+    """
+    if checkpointing in ("none", "blocks"):
+        return
+    if isinstance(checkpointing, str) or not 0 < checkpointing < 1:
+        raise ValueError(f"checkpointing is 'none', 'blocks' or a share in (0, 1), got {checkpointing!r}")
+
+
+def run_block(block: Callable[..., Tensor], *arguments: Any, checkpointing: Checkpointing, mlp_ratio: float) -> Tensor:
+    """``block(*arguments)``, keeping for backward what ``checkpointing`` allows.
+
+    Args:
+        checkpointing: "none" keeps all that backward reads, "blocks" the block's inputs, a share at most that part of
+            what "none" keeps: torch's selective checkpointing then saves the products that fit, those that cost most
+            for their size first.
+        mlp_ratio: hidden width of the block's MLP over D.
+    """
+    if checkpointing == "none" or not torch.is_grad_enabled():
+        return block(*arguments)
+    # Nothing in a block is drawn at random.
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    if checkpointing != "blocks":
+        policy = partial(_policy, kept_parts(float(checkpointing), mlp_ratio))
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
+    return checkpoint(block, *arguments, **options)
+
+
+def kept_parts(share: float, mlp_ratio: float) -> frozenset[float | str]:
+    """Which outputs are kept within ``share`` of what backward reads: "attention", and products by outputs an input.
+
+    Backward reads, in multiples of T D: the block's input, both norms, queries, keys and values (3), the output of
+    attention, the stream between the halves and the MLP's hidden layer. Of it, the input is kept always.
+    """
+    sizes: dict[float | str, float] = {"attention": 1.0}
+    for ratio in (1.0, 3.0, mlp_ratio):
+        sizes[ratio] = sizes.get(ratio, 0.0) + ratio
+    room = share * (8 + mlp_ratio) - 1
+    kept = set()
+    for part, size in sizes.items():
+        if size <= room:
+            kept.add(part)
+            room -= size
+    return frozenset(kept)
+
+
+def _policy(kept: frozenset[float | str], _: Any, op: Any, *arguments: Any, **__: Any) -> CheckpointPolicy:
+    is_kept = op in _ATTENTION and "attention" in kept
+    if op in _PRODUCTS:
+        num_inputs, num_outputs = arguments[_PRODUCTS[op]].shape
+        is_kept = num_outputs / num_inputs in kept
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
