@@ -10,10 +10,12 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from scalelong.train.host_memory import keep_freed_memory
 
@@ -56,8 +58,8 @@ def measure(
         min_rounds: are run even where they take longer than ``max_seconds``.
 
     Returns:
-        By provider, the quantiles over the rounds and, on a GPU, the memory that one call takes at its peak beyond
-        what was taken before it (MB of 10^6 bytes).
+        By provider, the quantiles over the rounds and the memory that one call takes at its peak beyond what was
+        taken before it (MB of 10^6 bytes).
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
@@ -66,7 +68,7 @@ def measure(
     calls = [_Call(name, function, (setups or {}).get(name, tuple)) for name, function in functions.items()]
     num_rounds = max(min_rounds, min(MAX_ROUNDS, int(max_seconds / _warm_up(calls, device))))
     samples_ms = (_sample_on_gpu if on_gpu else _sample_on_cpu)(_interleaved(calls, num_rounds), device)
-    peaks_mb = {call.name: _peak_mb(call, device) if on_gpu else None for call in calls}
+    peaks_mb = {call.name: peak_bytes(call.function, call.setup(), device) / 1e6 for call in calls}
     timings = {call.name: summarise(samples_ms[call.name], peaks_mb[call.name]) for call in calls}
     if benchmark is not None:
         _show(benchmark, calls[-1], timings, device)
@@ -76,6 +78,24 @@ def measure(
 def summarise(samples_ms: Sequence[float], peak_mb: float | None = None) -> Timing:
     p20, median, p80 = (float(q) for q in np.percentile(samples_ms, [20, 50, 80]))
     return Timing(ms_median=median, ms_p20=p20, ms_p80=p80, peak_mb=peak_mb)
+
+
+def peak_bytes(function: Function, arguments: tuple, device: torch.device | str) -> int:
+    """What torch's allocator holds at the peak of one call, beyond what it held before."""
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        function(*arguments)
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        function(*arguments)
+    results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    events = [event for event in results.events() if event.name() == "[memory]"]
+    changes = (event.nbytes() for event in sorted(events, key=lambda event: event.start_ns()))
+    return max(accumulate(changes), default=0)
 
 
 def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
@@ -146,16 +166,6 @@ def _sample_on_gpu(calls: Iterable[_Call], device: torch.device) -> dict[str, li
             events[call.name].append((start, end))
         torch.cuda.synchronize(device)
     return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
-
-
-def _peak_mb(call: _Call, device: torch.device) -> float:
-    arguments = call.setup()
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    call.function(*arguments)
-    torch.cuda.synchronize(device)
-    return (torch.cuda.max_memory_allocated(device) - before) / 1e6
 
 
 def _show(benchmark: "BenchmarkFixture", shown: _Call, timings: Mapping[str, Timing], device: torch.device) -> None:

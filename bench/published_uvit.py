@@ -1,0 +1,59 @@
+"""The U-ViT written plainly, as published (https://github.com/baofff/U-ViT), over the parameters of ours.
+
+It multiplies the skip, writes the concatenation and takes queries, keys and values as three slices of one copy.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalelong.kernels.skip_linear import Scale
+from scalelong.model.skip_scale import SkipScale
+from scalelong.model.uvit import Attention, Block, UViT
+
+
+class PublishedAttention(Attention):
+    def project(self, x_BTD: Tensor) -> Tensor:
+        return self.qkv(x_BTD)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, D = x_BTD.shape
+        qkv = self.project(x_BTD)
+        qkv_3BHTE = qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
+        y_BHTE = F.scaled_dot_product_attention(qkv_3BHTE[0], qkv_3BHTE[1], qkv_3BHTE[2])
+        return self.proj(y_BHTE.transpose(1, 2).reshape(B, T, D).to(x_BTD.dtype))
+
+
+class PublishedAttentionInFp32(PublishedAttention):
+    def project(self, x_BTD: Tensor) -> Tensor:
+        return self.qkv(x_BTD).float()
+
+
+class PublishedBlock(Block):
+    def forward(self, x_BTD: Tensor, skip_BTD: Tensor | None = None, scale: Scale = None) -> Tensor:
+        if self.skip_linear is not None:
+            assert skip_BTD is not None
+            skip_BTD = skip_BTD if scale is None else scale * skip_BTD
+            x_BTD = self.skip_linear(torch.cat([x_BTD, skip_BTD], dim=-1))
+        x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
+        return x_BTD + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x_BTD))))
+
+
+def as_published(model: UViT, *, skip_scale: SkipScale | None = None, casts_to_fp32: bool = False) -> UViT:
+    """A plain twin that shares the parameters of ``model``.
+
+    Args:
+        skip_scale: instead of the policy of ``model``, whose gates it then leaves alone.
+        casts_to_fp32: attention computes with queries, keys and values in fp32, as the published code does.
+    """
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for module in twin.modules():
+        if isinstance(module, Block):
+            module.__class__ = PublishedBlock
+        elif isinstance(module, Attention):
+            module.__class__ = PublishedAttentionInFp32 if casts_to_fp32 else PublishedAttention
+    if skip_scale is not None:
+        twin.skip_scale = skip_scale
+    return twin
