@@ -151,7 +151,7 @@ def test_uvit_step(benchmark, report, note, case):
     model = make_model(MODEL_PRESETS[case.preset], case.mode)
     trainer = Trainer(model, case.batch, case.dtype)
     steps = {name: partial(trainer.step, network) for name, network in networks(model, case).items()}
-    timings = measure(benchmark, steps, device=DEVICE, min_rounds=5, max_seconds=MAX_SECONDS)
+    timings = measure(benchmark, steps, device=DEVICE, min_rounds=10, max_seconds=MAX_SECONDS)
     shape = f"{case.preset} B={case.batch} {case.mode}"
     report(rows(case, shape, timings))
     note(f"uvit_step {shape}: " + "; ".join(speed(case, model, name, timing) for name, timing in timings.items()))
@@ -176,5 +176,5 @@ def test_checkpointing(benchmark, report):
         "ours": "none",
     }
     steps = {name: partial(step, choice) for name, choice in choices.items()}
-    timings = measure(benchmark, steps, device=DEVICE, min_rounds=5, max_seconds=MAX_SECONDS)
+    timings = measure(benchmark, steps, device=DEVICE, min_rounds=10, max_seconds=MAX_SECONDS)
     report(rows(case, f"{preset} B={batch} ls checkpointing", timings))

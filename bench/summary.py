@@ -35,8 +35,8 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
 
 
 def _size(row: Row) -> float:
-    """Bytes of the output, from the floor."""
-    return (row.gb_per_s or 0) * row.ms_median * 1e6 / NUM_PASSES[row.direction]
+    """Bytes of the output, from the floor; 0 where a row has none."""
+    return 0 if row.gb_per_s is None else row.gb_per_s * row.ms_median * 1e6 / NUM_PASSES[row.direction]
 
 
 def _medians(tests: Iterable[Test]) -> str:

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalelong.kernels.backend import get_backend
 from scalelong.kernels.products import cast_by_autocast, product_dtype
 
 
@@ -45,12 +46,31 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return _GeluLinear.apply(*cast_by_autocast(x, weight, bias))
 
 
+def _gelu(x: Tensor) -> Tensor:
+    if get_backend(x) != "native":
+        return F.gelu(x)
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    torch.ops.scalelong_native.gelu_forward.default(y, x)
+    return y
+
+
+def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x, and gelu(x) anew; the native library makes both in one pass and may overwrite ``dy``."""
+    if get_backend(x) != "native" or torch.is_grad_enabled():
+        return torch.ops.aten.gelu_backward(dy, x), F.gelu(x)
+    dy, x = dy.contiguous(), x.contiguous()
+    y = torch.empty_like(x)
+    torch.ops.scalelong_native.gelu_backward.default(dy, y, dy, x)
+    return dy, y
+
+
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
         dtype = product_dtype(x)
-        y = F.linear(F.gelu(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+        y = F.linear(_gelu(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
         return y.to(x.dtype)
 
     @staticmethod
@@ -58,13 +78,11 @@ class _GeluLinear(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         dtype = product_dtype(x)
-        dx = dweight = dbias = None
+        dx = dweight = activated = None
         dy_MO = dy.to(dtype).reshape(-1, dy.shape[-1])
         if needs_x:
-            activated_gradient = (dy_MO @ weight.to(dtype)).to(x.dtype).view(x.shape)
-            dx = torch.ops.aten.gelu_backward(activated_gradient, x)
+            dx, activated = _gelu_backward((dy_MO @ weight.to(dtype)).to(x.dtype).view(x.shape), x)
         if needs_weight:
-            dweight = (dy_MO.t() @ F.gelu(x).to(dtype).reshape(-1, x.shape[-1])).to(weight.dtype)
-        if needs_bias:
-            dbias = dy_MO.sum(dim=0).to(x.dtype)
-        return dx, dweight, dbias
+            activated = _gelu(x) if activated is None else activated
+            dweight = (dy_MO.t() @ activated.to(dtype).reshape(-1, x.shape[-1])).to(weight.dtype)
+        return dx, dweight, dy_MO.sum(dim=0).to(x.dtype) if needs_bias else None

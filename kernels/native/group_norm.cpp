@@ -4,24 +4,19 @@
 #include "group_norm.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <memory>
 #include <numeric>
 #include <optional>
-#include <string_view>
+
+#include "host.h"
 
 namespace {
 
 using namespace scalelong;
 using torch::stable::Tensor;
-using torch::headeronly::ScalarType;
 
-// Less work than this is not worth waking another thread (elements).
-constexpr int64_t GRAIN = 16384;
 // Outputs from this size on are written past the caches.
 constexpr int64_t STREAM_BYTES = 4 << 20;
 // What a walk over images in channels last reads: small enough to be found in the last cache the second time, by all
@@ -31,32 +26,6 @@ constexpr int64_t WALK_BYTES = 2 << 20, OWN_WALK_BYTES = 1 << 20;
 constexpr int64_t MAX_SCRATCH_BYTES = 8 << 20;
 constexpr int64_t MIN_ROWS_PER_BLOCK = 64, MAX_BLOCKS = 16;
 constexpr int64_t WIDEST_VECTOR = 16;
-
-// SCALELONG_ISA=baseline or avx2 chooses less than the machine has.
-FindKernels find_kernels() {
-#if defined(__x86_64__)
-  const char* asked = std::getenv("SCALELONG_ISA");
-  const std::string_view limit = asked ? asked : "avx512";
-  __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && limit == "avx512") return avx512::find_group_norm;
-  if (has_avx2 && limit != "baseline") return avx2::find_group_norm;
-#endif
-  return baseline::find_group_norm;
-}
-
-Type type_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::BFloat16: return Type::bfloat16;
-    case ScalarType::Half: return Type::float16;
-    default: return Type::float32;
-  }
-}
-
-int64_t size_of(Type type) { return type == Type::float32 ? 4 : 2; }
 
 float* floats(const std::optional<Tensor>& x) {
   return x.has_value() ? static_cast<float*>(x->data_ptr()) : nullptr;
@@ -94,11 +63,6 @@ GroupNorm describe(const Tensor& h, const Parameters& parameters, double float_s
   norm.rstd = static_cast<float*>(rstd.data_ptr());
   norm.streams = norm.N * (norm.Ch + norm.Cs) * norm.P * size_of(norm.type) >= STREAM_BYTES;
   return norm;
-}
-
-template <class F>
-void in_parallel(int64_t num_units, int64_t elements_per_unit, const F& f) {
-  torch::stable::parallel_for(0, num_units, std::max<int64_t>(1, GRAIN / std::max<int64_t>(1, elements_per_unit)), f);
 }
 
 // Kept by each thread, because mapping fresh pages at every call costs more than filling them.
@@ -184,7 +148,7 @@ struct Steps {
 };
 
 GroupNormKernels kernels_of(const GroupNorm& norm) {
-  static const FindKernels find = find_kernels();
+  static const auto find = SCALELONG_CHOOSE(find_group_norm);
   return find(norm.type, norm.act);
 }
 

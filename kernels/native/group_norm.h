@@ -4,11 +4,10 @@
 // Contiguous: element (n, c, p) of a tensor with C channels is at (n * C + c) * P + p. Channels last: (n * P + p) * C + c.
 #pragma once
 
-#include <stdint.h>
+#include "type.h"
 
 namespace scalelong {
 
-enum class Type { float32, bfloat16, float16 };
 enum class Act { none, silu, gelu };
 
 struct GroupNorm {
@@ -72,8 +71,6 @@ struct GroupNormKernels {
 };
 
 // Which functions serve a type and an activation.
-using FindKernels = GroupNormKernels (*)(Type, Act);
-
 namespace baseline {
 GroupNormKernels find_group_norm(Type, Act);
 }

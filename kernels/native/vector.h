@@ -335,6 +335,11 @@ INLINED inline V normal_cdf(V z) {
   return each([](Floats z, Floats half) INLINED { return z > 0.0f ? 1.0f - half : half; }, z, half_erfc);
 }
 
+template <class V>
+INLINED inline V normal_density(V z) {
+  return 0.3989422804f * exp2(z * z * (-0.5f * LOG2_E));
+}
+
 // An activation takes z * FACTOR: the kernels fold FACTOR into the affine parameters before it. times_derivative is the
 // gradient of z, given that of y.
 struct Identity {
@@ -374,8 +379,7 @@ struct Gelu {
   }
   template <class V>
   INLINED static V times_derivative(V dy, V z) {
-    const V density = 0.3989422804f * exp2(z * z * (-0.5f * LOG2_E));
-    return dy * (normal_cdf(z) + z * density);
+    return dy * (normal_cdf(z) + z * normal_density(z));
   }
 };
 

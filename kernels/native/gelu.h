@@ -1,0 +1,24 @@
+// gelu(x) = x * cdf(x), with the distribution function of the normal distribution, over a range of elements.
+#pragma once
+
+#include "type.h"
+
+namespace scalelong {
+
+struct GeluKernels {
+  void (*forward)(const void* x, void* y, int64_t begin, int64_t end);
+  // dx = dy * gelu'(x) and y = gelu(x), for the price of one; dx may be dy.
+  void (*backward)(const void* x, const void* dy, void* dx, void* y, int64_t begin, int64_t end);
+};
+
+namespace baseline {
+GeluKernels find_gelu(Type);
+}
+namespace avx2 {
+GeluKernels find_gelu(Type);
+}
+namespace avx512 {
+GeluKernels find_gelu(Type);
+}
+
+}  // namespace scalelong
