@@ -3,9 +3,10 @@
 Shapes are MODEL B=batch MODE, MODE being the skip scale of ours. Providers:
   eager                 the published network with that skip scale
   eager-unscaled        the published network with its skips unscaled: what scaling costs is held against it
+  published-unscaled    the same with the published step: AdamW as torch makes it, EMA parameter by parameter
   eager-fp32-attention  eager, with queries, keys and values cast to fp32 as published; bf16 only
   compile, compile-unscaled, ours-compile
-All share one set of parameters, one fused AdamW and one EMA. bf16 is autocast over fp32 parameters, as in training.
+All share one set of parameters, and all others one fused AdamW and one EMA. bf16 is autocast over fp32 parameters, as in training.
 
 On a GPU: S/2, M/4, L/2 and H/2 in bf16, and what checkpointing saves. On a CPU: S/2 in fp32, compiled once;
 SCALELONG_BENCH=full adds the other modes, S/2 in bf16 (minutes) and checkpointing.
@@ -76,6 +77,7 @@ class Trainer:
         config = model.config
         self.model, self.dtype = model, dtype
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=True)
+        self.plain_optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6)
         self.parameters: list[torch.Tensor] = list(model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
         size = (batch, config.in_channels, config.img_size, config.img_size)
@@ -84,14 +86,25 @@ class Trainer:
         self.labels = torch.randint(config.num_classes, (batch,), device=DEVICE) if config.num_classes else None
 
     def step(self, network: Callable[..., torch.Tensor]) -> None:
-        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(DEVICE.type, self.dtype)
-        with autocast:
-            loss = F.mse_loss(network(self.noisy, self.time, self.labels), self.noise)
-        loss.backward()
+        self.find_gradients(network)
         self.optimizer.step()
         self.optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(self.ema, self.parameters, 1e-4)
+
+    def published_step(self, network: Callable[..., torch.Tensor]) -> None:
+        self.find_gradients(network)
+        self.plain_optimizer.step()
+        self.plain_optimizer.zero_grad()
+        with torch.no_grad():
+            for averaged, parameter in zip(self.ema, self.parameters, strict=True):
+                averaged.copy_(averaged * 0.9999 + parameter * 1e-4)
+
+    def find_gradients(self, network: Callable[..., torch.Tensor]) -> None:
+        autocast = nullcontext() if self.dtype == torch.float32 else torch.autocast(DEVICE.type, self.dtype)
+        with autocast:
+            loss = F.mse_loss(network(self.noisy, self.time, self.labels), self.noise)
+        loss.backward()
 
 
 def make_model(config: UViTConfig, mode: str) -> UViT:
@@ -150,7 +163,9 @@ def speed(benchmark: Benchmark, model: UViT, name: str, timing: Timing) -> str:
 def test_uvit_step(benchmark, report, note, case):
     model = make_model(MODEL_PRESETS[case.preset], case.mode)
     trainer = Trainer(model, case.batch, case.dtype)
-    steps = {name: partial(trainer.step, network) for name, network in networks(model, case).items()}
+    published = as_published(model, skip_scale=Unscaled())
+    steps = {"published-unscaled": partial(trainer.published_step, published)}
+    steps |= {name: partial(trainer.step, network) for name, network in networks(model, case).items()}
     timings = measure(benchmark, steps, device=DEVICE, min_rounds=10, max_seconds=MAX_SECONDS)
     shape = f"{case.preset} B={case.batch} {case.mode}"
     report(rows(case, shape, timings))
