@@ -6,7 +6,8 @@ Shapes are MODEL B=batch MODE, MODE being the skip scale of ours. Providers:
   published-unscaled    the same with the published step: AdamW as torch makes it, EMA parameter by parameter
   eager-fp32-attention  eager, with queries, keys and values cast to fp32 as published; bf16 only
   compile, compile-unscaled, ours-compile
-All share one set of parameters, and all others one fused AdamW and one EMA. bf16 is autocast over fp32 parameters, as in training.
+All share one set of parameters, and all but published-unscaled one fused AdamW and one EMA. bf16 is autocast over fp32
+parameters, as in training.
 
 On a GPU: S/2, M/4, L/2 and H/2 in bf16, and what checkpointing saves. On a CPU: S/2 in fp32, compiled once;
 SCALELONG_BENCH=full adds the other modes, S/2 in bf16 (minutes) and checkpointing.

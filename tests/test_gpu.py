@@ -1,5 +1,8 @@
 """The same numbers on a GPU: what a machine with one has to show before it is measured."""
 
+from contextlib import nullcontext
+from functools import partial
+
 import pytest
 import torch
 from group_norm_cases import SCALES, Case
@@ -8,8 +11,10 @@ from torch import Tensor
 
 from scalelong.bench.compare import kept_bytes
 from scalelong.kernels.attention import attention, attention_ref
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import get_backend, use_backend
+from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import skip_group_norm
+from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
 from scalelong.model.presets import MODEL_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
@@ -233,10 +238,31 @@ def test_attention_is_within_budget(dtype, heads, head_dim, length):
 
 
 @each_dtype
-def test_skip_linear_is_within_budget(dtype):
-    shapes = {"x": (2, 257, 512), "s": (2, 257, 512), "scale": (2, 257, 1), "weight": (512, 1024), "bias": (512,)}
+@pytest.mark.parametrize("scale", [(2, 257, 1), (512,)], ids=["tokens", "channels"])
+@pytest.mark.parametrize("products", [nullcontext, partial(use_backend, "triton")], ids=["chosen", "triton"])
+def test_skip_linear_is_within_budget(dtype, scale, products):
+    shapes = {"x": (2, 257, 512), "s": (2, 257, 512), "scale": scale, "weight": (512, 1024), "bias": (512,)}
     inputs = {name: torch.randn(*shape, dtype=dtype, device="cuda") for name, shape in shapes.items()}
-    assert_within_budget(skip_linear, skip_linear_ref, inputs)
+    with products():
+        assert_within_budget(skip_linear, skip_linear_ref, inputs)
+
+
+@each_dtype
+@each_layout
+def test_skip_conv1x1_is_within_budget(dtype, channels_last):
+    shapes = {"h": (3, 96, 17, 16), "s": (3, 64, 17, 16), "scale": (3, 64), "weight": (48, 160, 1, 1), "bias": (48,)}
+    inputs = {name: torch.randn(*shape, device="cuda") for name, shape in shapes.items()}
+    inputs = {name: x.to(dtype) for name, x in inputs.items()}
+    if channels_last:
+        inputs |= {name: inputs[name].contiguous(memory_format=torch.channels_last) for name in ("h", "s")}
+    assert_within_budget(skip_conv1x1, skip_conv1x1_ref, inputs)
+
+
+@each_dtype
+def test_gelu_linear_is_within_budget(dtype):
+    shapes = {"x": (2, 257, 2048), "weight": (512, 2048), "bias": (512,)}
+    inputs = {name: torch.randn(*shape, dtype=dtype, device="cuda") for name, shape in shapes.items()}
+    assert_within_budget(gelu_linear, gelu_linear_ref, inputs)
 
 
 @pytest.mark.parametrize("name", SKIP_SCALE_NAMES)
