@@ -66,6 +66,14 @@ def test_the_plain_network_has_the_same_state_dict(mode):
     assert all(a.data_ptr() == b.data_ptr() for a, b in zip(plain.parameters(), ours.parameters(), strict=True))
 
 
+def test_the_plain_network_computes_attention_in_fp32_where_asked():
+    ours, (x, t, y, _) = make_model("ls"), make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = [as_published(ours, casts_to_fp32=casts)(x, t, y) for casts in (False, True)]
+    assert not torch.equal(*outputs)
+    torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
+
+
 @each_mode
 def test_twenty_steps_give_the_same_losses(mode):
     def losses(model: UViT) -> list[float]:
