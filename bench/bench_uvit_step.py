@@ -4,7 +4,7 @@ Shapes are MODEL B=batch MODE, MODE being the skip scale of ours. Providers:
   eager                 the published network with that skip scale
   eager-unscaled        the published network with its skips unscaled: what scaling costs is held against it
   published-unscaled    the same with the published step: AdamW as torch makes it, EMA parameter by parameter
-  eager-fp32-attention  eager, with queries, keys and values cast to fp32 as published; bf16 only
+  eager-fp32-attention  eager, with queries, keys and values sent through fp32 as published; bf16 only
   compile-unscaled, ours-compile, and on a CPU compile
 All share one set of parameters, and all but published-unscaled one fused AdamW and one EMA. bf16 is autocast over fp32
 parameters, as in training.

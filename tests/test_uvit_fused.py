@@ -67,9 +67,9 @@ def test_the_plain_network_has_the_same_state_dict(mode):
 
 
 def test_the_plain_network_computes_attention_in_fp32_where_asked():
-    ours, (x, t, y, _) = make_model("ls"), make_batch()
-    with torch.autocast("cpu", torch.bfloat16):
-        outputs = [as_published(ours, casts_to_fp32=casts)(x, t, y) for casts in (False, True)]
+    """Outside autocast; inside, PyTorch's attention casts back to the dtype of autocast."""
+    ours, (x, t, y, _) = make_model("ls").bfloat16(), make_batch(torch.bfloat16)
+    outputs = [as_published(ours, casts_to_fp32=casts)(x, t, y) for casts in (False, True)]
     assert not torch.equal(*outputs)
     torch.testing.assert_close(*outputs, rtol=0.05, atol=0.05)
 
