@@ -24,18 +24,18 @@ from scalelong.bench.compare import (
     make_case,
 )
 from scalelong.kernels.backend import use_backend
-from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
+from scalelong.kernels.skip_linear import Scale, skip_linear, skip_linear_ref
 
 SHAPES = ((257, 512), (258, 768), (258, 1024))  # T, D
 CONSTANT = 0.5
 
 
-def ref(x: Tensor, s: Tensor, weight: Tensor, bias: Tensor, *scale: Tensor) -> Tensor:
-    return skip_linear_ref(x, s, *(scale or (CONSTANT,)), weight, bias)
+def ref(x: Tensor, s: Tensor, weight: Tensor, bias: Tensor, scale: Scale = CONSTANT) -> Tensor:
+    return skip_linear_ref(x, s, scale, weight, bias)
 
 
-def ours(x: Tensor, s: Tensor, weight: Tensor, bias: Tensor, *scale: Tensor) -> Tensor:
-    return skip_linear(x, s, *(scale or (CONSTANT,)), weight, bias)
+def ours(x: Tensor, s: Tensor, weight: Tensor, bias: Tensor, scale: Scale = CONSTANT) -> Tensor:
+    return skip_linear(x, s, scale, weight, bias)
 
 
 class InTriton(torch.autograd.Function):

@@ -56,7 +56,7 @@ def test_autocast_computes_in_its_dtype():
     assert y.dtype == torch.bfloat16
     torch.testing.assert_close(y, expected, rtol=0.02, atol=0.1)
     y.sum().backward()
-    assert all(x.grad.dtype == torch.float32 for x in inputs)
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in inputs)
 
 
 @pytest.mark.parametrize(
