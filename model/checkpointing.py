@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
@@ -48,7 +49,11 @@ def run_block(block: Callable[..., Tensor], *arguments: Any, checkpointing: Chec
     # Nothing in a block is drawn at random.
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     if checkpointing != "blocks":
-        policy = partial(_policy, kept_parts(float(checkpointing), mlp_ratio))
+        kept = kept_parts(float(checkpointing), mlp_ratio)
+        if F.linear is not torch._C._nn.linear:  # type: ignore[attr-defined]
+            # DeepSpeed's, under ZeRO 3: it adds the bias in place, to a product that would have been kept.
+            kept &= {"attention"}
+        policy = partial(_policy, kept)
         options["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     return checkpoint(block, *arguments, **options)
 
