@@ -64,7 +64,7 @@ def skip_group_norm_ref(
     act: str | None = "silu",
 ) -> Tensor:
     """The specification of ``skip_group_norm``: scale the skip, concatenate, normalise, activate."""
-    return group_norm_ref(_concatenated(h, s, scale), groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
+    return group_norm_ref(concatenated(h, s, scale), groups, weight, bias, shift=shift, gain=gain, eps=eps, act=act)
 
 
 def group_norm(
@@ -169,7 +169,7 @@ def _run(tensors: _Tensors, options: _Options) -> Tensor:
 
 def _reference(tensors: _Tensors, options: _Options) -> Tensor:
     h, s, scale, weight, bias, gain, shift = tensors
-    x = _concatenated(h, s, options.float_scale if scale is None else scale)
+    x = concatenated(h, s, options.float_scale if scale is None else scale)
     return group_norm_ref(x, options.groups, weight, bias, shift=shift, gain=gain, eps=options.eps, act=options.act)
 
 
@@ -198,7 +198,7 @@ def _forward(tensors: _Tensors, options: _Options, backend: str) -> tuple[Tensor
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     if backend == "reference":
-        x = _concatenated(h, s, float_scale if scale is None else scale)
+        x = concatenated(h, s, float_scale if scale is None else scale)
         var, mean = torch.var_mean(x.to(mean.dtype).unflatten(1, (groups, -1)).flatten(2), dim=2, correction=0)
         return y.copy_(_reference(tensors, options)), mean, (var + eps).rsqrt()
     channels_last = is_channels_last(h)
@@ -249,7 +249,8 @@ def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
     return grad.to(x.dtype)
 
 
-def _concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
+def concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
+    """``cat([h, scale * s], 1)``, written out."""
     if s is None:
         return h
     if isinstance(scale, Tensor) and scale.dim() > 0:

@@ -12,8 +12,6 @@ CHANNELS_LAST. Vectors over its channels are (BLOCK_C,). N images, C = Ch + Cs c
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from scalelong.kernels.group_norm_tilings import Tiling, choose_tiling, next_power_of_two
+from scalelong.kernels.triton_device import current_device, multiprocessors
 
 # Neither divisibility by 16 (VEC carries what matters) nor the value 1 is worth a compilation of its own.
 _SIZES = ("first_image", "block_channels", "P", "Ch", "Cs", "G")
@@ -600,7 +599,7 @@ def forward(
     vec = _vector_length(tiling, shape, channels_last, h, s, y)
     tiles = _tile_launchers(_skip_group_norm_fwd_kernel, tiling, channels_last, vec, act, *tensors, *numbers)
     combine = _launcher(_skip_group_norm_fwd_combine_kernel, partial, mean, rstd, eps, *sizes, tiling.block_p, 1024)
-    with _current_device(h):
+    with current_device(h):
         _launch_stages(tiles, combine, tiling, shape.N, groups)
 
 
@@ -649,7 +648,7 @@ def backward(
     combine = _launcher(_skip_group_norm_bwd_combine_kernel, *tensors, *sizes, *strides[2:4], *blocks)
     dshift, dgain = sums
     dweight = dbias = None
-    with _current_device(h):
+    with current_device(h):
         _launch_stages(tiles, combine, tiling, N, groups)
         if weight is not None:
             dweight, dbias, dgain = empty(C), empty(C), None if gain is None else empty(N, C)
@@ -677,12 +676,7 @@ class _Shape(NamedTuple):
 
 def _tiling_of(direction: str, h: Tensor, shape: _Shape, groups: int, channels_last: bool) -> Tiling:
     N, _, _, C, P = shape
-    return choose_tiling(direction, channels_last, h.element_size(), N, C, groups, P, _multiprocessors(h.get_device()))
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 132
+    return choose_tiling(direction, channels_last, h.element_size(), N, C, groups, P, multiprocessors(h.get_device()))
 
 
 def _strides(shape: _Shape, scale: Tensor | None, gain: Tensor | None, shift: Tensor | None) -> tuple[int, ...]:
@@ -697,10 +691,6 @@ def _vector_length(tiling: Tiling, shape: _Shape, channels_last: bool, *tensors:
     runs = (shape.Ch, shape.Cs, tiling.block_channels, tiling.block_c) if channels_last else (shape.P, tiling.block_p)
     addresses = (x.data_ptr() for x in tensors if x is not None)
     return math.gcd(16, *(run * itemsize for run in runs), *addresses) // itemsize
-
-
-def _current_device(h: Tensor) -> AbstractContextManager:
-    return torch.cuda.device_of(h) if h.is_cuda else nullcontext()
 
 
 def _launcher(kernel: Any, *arguments: Any, **options: int) -> Callable[..., None]:

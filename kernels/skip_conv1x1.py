@@ -12,17 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels.arguments import check_scale, check_skip, described
-from scalelong.kernels.group_norm import Scale, as_layout, is_channels_last
+from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
 from scalelong.kernels.products import cast_by_autocast
 from scalelong.kernels.skip_linear import skip_linear
 
 
 def skip_conv1x1_ref(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
     """The specification: scale the skip, concatenate, mix the channels of each position."""
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        scale = scale[(..., *[None] * (s.dim() - 2))]
-    x = torch.cat([h, s if scale is None else (s * scale).to(s.dtype)], dim=1)
-    return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    return F.linear(concatenated(h, s, scale).movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -139,7 +139,8 @@ def _backward(dy: Tensor, tensors: _Tensors, float_scale: float, needed: Sequenc
             if scale is not None and needs_scale:
                 dscale = dweight_s.float() * weight[:, x.shape[-1] :].float()
                 dscale = dscale.sum() if scale.dim() == 0 else dscale.sum(dim=0)
-            dweight_s *= float_scale if scale is None else scale
+            if scale is not None or float_scale != 1.0:
+                dweight_s *= float_scale if scale is None else scale
     dbias = dy_MO.sum(dim=0) if needs_bias else None
     grads = zip((dx, ds if needs_s else None, dscale, dweight if needs_weight else None, dbias), tensors, strict=True)
     return tuple(None if x is None or grad is None else grad.to(x.dtype).view(x.shape) for grad, x in grads)

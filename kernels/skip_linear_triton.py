@@ -10,8 +10,6 @@ axis has to be dense. The tiles: skip_linear_tilings.py.
 # (to a type checker, a call of one jitted function by another never returns)
 
 import math
-from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,6 +26,7 @@ from scalelong.kernels.skip_linear_tilings import (
     choose_tile,
     num_tiles,
 )
+from scalelong.kernels.triton_device import current_device, multiprocessors
 
 # The interpreter's dot takes bf16 for integers.
 _WIDENS_OPERANDS = tl.constexpr(knobs.runtime.interpret)
@@ -228,10 +227,10 @@ def forward(
     """Fills y with x @ weight_x.T + row_scale * (s @ weight_s.T) + bias, rounded once."""
     (M, D1), D2, OUT = x_MD1.shape, s_MD2.shape[1], y_MO.shape[1]
     rows, cols = (M,), (OUT,)
-    tile = choose_tile("forward", x_MD1.element_size(), rows, cols, _multiprocessors(x_MD1.get_device()))
+    tile = choose_tile("forward", x_MD1.element_size(), rows, cols, multiprocessors(x_MD1.get_device()))
     strides = (x_MD1.stride(0), s_MD2.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), y_MO.stride(0))
     tensors = (x_MD1, s_MD2, _dense(row_scale_M), weight_x_OD1, weight_s_OD2, _dense(bias_O), y_MO)
-    with _current_device(x_MD1):
+    with current_device(x_MD1):
         _launch(_skip_linear_fwd_kernel, tile, (num_tiles(tile, rows, cols),), *tensors, M, OUT, D1, D2, *strides)
 
 
@@ -249,14 +248,14 @@ def backward_inputs(
     (M, OUT), D1, D2 = dy_MO.shape, weight_x_OD1.shape[1], weight_s_OD2.shape[1]
     needs_skip = ds_MD2 is not None or drow_M is not None
     rows, cols = (M,), (0 if dx_MD1 is None else D1, D2 if needs_skip else 0)
-    tile = choose_tile("inputs", dy_MO.element_size(), rows, cols, _multiprocessors(dy_MO.get_device()))
+    tile = choose_tile("inputs", dy_MO.element_size(), rows, cols, multiprocessors(dy_MO.get_device()))
     partial_drow = None
     if drow_M is not None:
         partial_drow = drow_M.new_empty((math.ceil(D2 / tile.block_cols), M), dtype=torch.float32)
     strides = (dy_MO.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), s_MD2.stride(0))
     strides += tuple(0 if gradient is None else gradient.stride(0) for gradient in (dx_MD1, ds_MD2))
     tensors = (dy_MO, weight_x_OD1, weight_s_OD2, s_MD2, _dense(row_scale_M), dx_MD1, ds_MD2, partial_drow)
-    with _current_device(dy_MO):
+    with current_device(dy_MO):
         programs = (num_tiles(tile, rows, cols),)
         _launch(_skip_linear_bwd_inputs_kernel, tile, programs, *tensors, M, OUT, D1, D2, *strides)
         if drow_M is not None and partial_drow is not None:
@@ -269,10 +268,10 @@ def backward_weight(
     """Fills dweight with dy.T @ x and, beside it, dy.T @ (row_scale * s), its scaled skip rounded as eager does."""
     (M, OUT), D1, D2 = dy_MO.shape, x_MD1.shape[1], s_MD2.shape[1]
     rows, cols = (D1, D2), (OUT,)
-    multiprocessors = _multiprocessors(dy_MO.get_device())
-    tile = choose_tile("weight", dy_MO.element_size(), rows, cols, multiprocessors // MAX_SPLITS)
+    num_multiprocessors = multiprocessors(dy_MO.get_device())
+    tile = choose_tile("weight", dy_MO.element_size(), rows, cols, num_multiprocessors // MAX_SPLITS)
     tiles = num_tiles(tile, rows, cols)
-    num_splits = choose_num_splits(tiles, M, multiprocessors)
+    num_splits = choose_num_splits(tiles, M, num_multiprocessors)
     dweight = dweight_OD.unsqueeze(0)
     if num_splits > 1:
         dweight = dweight_OD.new_empty((num_splits, OUT, D1 + D2), dtype=torch.float32)
@@ -280,7 +279,7 @@ def backward_weight(
     numbers = (M, math.ceil(M / num_splits), OUT, D1, D2, *strides)
     row_scale = None if row_scale_M is None else row_scale_M.float().contiguous()
     tensors = (dy_MO, x_MD1, s_MD2, row_scale, dweight)
-    with _current_device(dy_MO):
+    with current_device(dy_MO):
         _launch(_skip_linear_bwd_weight_kernel, tile, (tiles, num_splits), *tensors, *numbers)
         if num_splits > 1:
             dweight_OD.copy_(dweight.sum(0))
@@ -293,12 +292,3 @@ def _launch(kernel: Any, tile: Tile, grid: tuple[int, ...], *arguments: Any) -> 
 
 def _dense(vector: Tensor | None) -> Tensor | None:
     return None if vector is None else vector.contiguous()
-
-
-@cache
-def _multiprocessors(device: int) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device >= 0 else 132
-
-
-def _current_device(x: Tensor) -> AbstractContextManager:
-    return torch.cuda.device_of(x) if x.is_cuda else nullcontext()
