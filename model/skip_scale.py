@@ -3,10 +3,14 @@
 Skips are counted as in the paper: i = 1 is the outermost skip (from the first block to the last),
 i = N the innermost. A policy yields the factor for the operators' ``scale``, never a multiplied skip.
 
-Shapes: B batch, T tokens, D width.
+A UNet's decoder blocks begin with a GroupNorm, which takes one factor for the whole skip out again wherever a group
+lies inside the skip (docs/unet.md). ``position="after-norm"`` scales what the norm yields instead.
+
+Shapes: B batch, T tokens, D width, C channels of the skip, * spatial dimensions.
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -14,18 +18,35 @@ from torch import Tensor, nn
 
 SkipScaleName = Literal["none", "inv-sqrt2", "cs", "ls", "ls-separate"]
 SKIP_SCALE_NAMES: tuple[str, ...] = get_args(SkipScaleName)
+SkipPosition = Literal["before-norm", "after-norm"]
+SKIP_POSITIONS: tuple[str, ...] = get_args(SkipPosition)
 
 
 @dataclass(frozen=True)
 class SkipScale:
-    """What every policy answers. Policies are plain values; what they learn lives in the gates they make."""
+    """What every policy answers. Policies are plain values; what they learn lives in the gates they make.
+
+    Raises:
+        ValueError: an unknown position.
+    """
+
+    position: SkipPosition = field(default="before-norm", kw_only=True)
+    """Of a UNet: whether the first norm of a decoder block sees the scaled skip or is scaled itself."""
+
+    def __post_init__(self):
+        if self.position not in SKIP_POSITIONS:
+            raise ValueError(f"the position of a skip scale is {' or '.join(SKIP_POSITIONS)}, got {self.position!r}")
 
     def make_gates(self, num_skips: int, num_tokens: int) -> nn.Module | None:
-        """The learned part, or None. Made after the model's own initialisation, which must not touch it."""
+        """The learned part for skips of tokens, or None. Made after the model's own initialisation."""
         return None
 
-    def scale(self, i: int, num_skips: int, skip_BTD: Tensor, gates: nn.Module | None) -> Tensor | float | None:
-        """The factor of skip i of num_skips; None stands for 1."""
+    def make_channel_gates(self, channels: Sequence[int]) -> nn.Module | None:
+        """The learned part for skips of so many channels, in execution order (i = N first), or None."""
+        return None
+
+    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> Tensor | float | None:
+        """The factor of skip i of num_skips, for ``skip`` (B, T, D) or (B, C, *); None stands for 1."""
         return None
 
 
@@ -38,7 +59,7 @@ class Unscaled(SkipScale):
 class InverseSqrt2(SkipScale):
     """kappa_i = 1/√2 for every skip, the practice before ScaleLong (Imagen)."""
 
-    def scale(self, i: int, num_skips: int, skip_BTD: Tensor, gates: nn.Module | None) -> float:
+    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> float:
         return 2**-0.5
 
 
@@ -53,16 +74,19 @@ class ConstantScale(SkipScale):
     kappa: float = 0.5
 
     def __post_init__(self):
+        super().__post_init__()
         if not 0 < self.kappa <= 1:
             raise ValueError(f"kappa must lie in (0, 1], got {self.kappa}")
 
-    def scale(self, i: int, num_skips: int, skip_BTD: Tensor, gates: nn.Module | None) -> float:
+    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> float:
         return self.kappa ** (i - 1)
 
 
 @dataclass(frozen=True)
 class LearnedScale(SkipScale):
-    """LS: one gate in (0, 1) for each token, from the skip itself; one gate network for all skips, or one for each.
+    """LS: gates in (0, 1) from the skip itself, one for each token of a transformer, one for each channel of a UNet.
+
+    One gate network serves all skips (in a UNet, all of equal channel count), or each skip has one of its own.
 
     Raises:
         ValueError: a reduction below 1.
@@ -72,6 +96,7 @@ class LearnedScale(SkipScale):
     shared: bool = True
 
     def __post_init__(self):
+        super().__post_init__()
         if self.reduction < 1:
             raise ValueError(f"the reduction of the gates must be at least 1, got {self.reduction}")
 
@@ -81,10 +106,15 @@ class LearnedScale(SkipScale):
         # In execution order, as in the published checkpoints: the first belongs to the innermost skip, i = N.
         return nn.ModuleList(TokenGate(num_tokens, self.reduction) for _ in range(num_skips))
 
-    def scale(self, i: int, num_skips: int, skip_BTD: Tensor, gates: nn.Module | None) -> Tensor:
+    def make_channel_gates(self, channels: Sequence[int]) -> nn.Module:
+        if self.shared:
+            return SharedChannelGates(channels, self.reduction)
+        return nn.ModuleList(ChannelGate(num_channels, self.reduction) for num_channels in channels)
+
+    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> Tensor:
         gate = gates[num_skips - i] if isinstance(gates, nn.ModuleList) else gates
         assert gate is not None, "LearnedScale needs the gates it made"
-        return gate(skip_BTD)
+        return gate(skip)
 
 
 class TokenGate(nn.Module):
@@ -105,18 +135,41 @@ class TokenGate(nn.Module):
         return gate_BT.unsqueeze(-1)
 
 
-def make_skip_scale(name: str, kappa: float = 0.5) -> SkipScale:
+class ChannelGate(nn.Module):
+    """g = σ(W₂ relu(W₁ mean(s))): pools each channel over space and excites across channels."""
+
+    def __init__(self, num_channels: int, reduction: int):
+        super().__init__()
+        hidden = max(1, num_channels // reduction)
+        self.layer1 = nn.Linear(num_channels, hidden)
+        self.layer2 = nn.Linear(hidden, num_channels)
+
+    def forward(self, skip: Tensor) -> Tensor:
+        return torch.sigmoid(self.layer2(torch.relu(self.layer1(skip.flatten(2).mean(dim=-1)))))
+
+
+class SharedChannelGates(nn.ModuleDict):
+    """One ``ChannelGate`` for each number of channels that occurs; how unequal skips share is not published."""
+
+    def __init__(self, channels: Sequence[int], reduction: int):
+        super().__init__({str(num_channels): ChannelGate(num_channels, reduction) for num_channels in channels})
+
+    def forward(self, skip: Tensor) -> Tensor:
+        return self[str(skip.shape[1])](skip)
+
+
+def make_skip_scale(name: str, kappa: float = 0.5, position: SkipPosition = "before-norm") -> SkipScale:
     """The policy of a command-line name; kappa is used by "cs" alone.
 
     Raises:
-        ValueError: an unknown name, or for "cs" a kappa outside (0, 1].
+        ValueError: an unknown name or position, or for "cs" a kappa outside (0, 1].
     """
     policies = {
-        "none": Unscaled,
-        "inv-sqrt2": InverseSqrt2,
-        "cs": lambda: ConstantScale(kappa),
-        "ls": lambda: LearnedScale(shared=True),
-        "ls-separate": lambda: LearnedScale(shared=False),
+        "none": lambda: Unscaled(position=position),
+        "inv-sqrt2": lambda: InverseSqrt2(position=position),
+        "cs": lambda: ConstantScale(kappa, position=position),
+        "ls": lambda: LearnedScale(shared=True, position=position),
+        "ls-separate": lambda: LearnedScale(shared=False, position=position),
     }
     if name not in policies:
         raise ValueError(f"unknown skip scale {name!r}; there are {', '.join(SKIP_SCALE_NAMES)}")
