@@ -29,7 +29,7 @@ from scalelong.bench.published_uvit import as_published
 from scalelong.bench.record import Row, environment
 from scalelong.bench.timing import Timing, measure
 from scalelong.model.checkpointing import Checkpointing
-from scalelong.model.presets import MODEL_PRESETS
+from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import Unscaled, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig
 
@@ -164,7 +164,7 @@ def speed(benchmark: Benchmark, model: UViT, name: str, timing: Timing) -> str:
 
 @pytest.mark.parametrize("case", list(benchmarks()), ids=str)
 def test_uvit_step(benchmark, report, note, case):
-    model = make_model(MODEL_PRESETS[case.preset], case.mode)
+    model = make_model(UVIT_PRESETS[case.preset], case.mode)
     trainer = Trainer(model, case.batch, case.dtype)
     published = as_published(model, skip_scale=Unscaled())
     steps = {"published-unscaled": partial(trainer.published_step, published)}
@@ -180,7 +180,7 @@ def test_checkpointing(benchmark, report):
     """What it saves and what it costs; "ours" keeps all that backward needs."""
     preset, batch = ("imagenet256-uvit-l2", 64) if ON_GPU else ("cifar10-uvit-s2", 4)
     case = Benchmark(preset, batch, "ls", torch.bfloat16 if ON_GPU else torch.float32, compiles=False)
-    model = make_model(MODEL_PRESETS[preset], case.mode)
+    model = make_model(UVIT_PRESETS[preset], case.mode)
     trainer = Trainer(model, batch, case.dtype)
 
     def step(checkpointing: Checkpointing) -> None:

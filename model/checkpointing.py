@@ -1,4 +1,4 @@
-"""Activation checkpointing of transformer blocks: what backward finds, and what it computes again.
+"""Activation checkpointing of blocks: what backward finds, and what it computes again.
 
 Shapes: T tokens, D width.
 """
@@ -35,19 +35,25 @@ def check_checkpointing(checkpointing: Checkpointing) -> None:
         raise ValueError(f"checkpointing is 'none', 'blocks' or a share in (0, 1), got {checkpointing!r}")
 
 
-def run_block(block: Callable[..., Tensor], *arguments: Any, checkpointing: Checkpointing, mlp_ratio: float) -> Tensor:
+def run_block(
+    block: Callable[..., Tensor],
+    *arguments: Any,
+    checkpointing: Checkpointing,
+    mlp_ratio: float = 4.0,
+    is_random: bool = False,
+) -> Tensor:
     """``block(*arguments)``, keeping for backward what ``checkpointing`` allows.
 
     Args:
         checkpointing: "none" keeps all that backward reads, "blocks" the block's inputs, a share at most that part of
             what "none" keeps: torch's selective checkpointing then saves the products that fit, those that cost most
             for their size first.
-        mlp_ratio: hidden width of the block's MLP over D.
+        mlp_ratio: hidden width of a transformer block's MLP over D, for a share.
+        is_random: the block drops activations out.
     """
     if checkpointing == "none" or not torch.is_grad_enabled():
         return block(*arguments)
-    # Nothing in a block is drawn at random.
-    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if checkpointing != "blocks":
         kept = kept_parts(float(checkpointing), mlp_ratio)
         if F.linear is not torch._C._nn.linear:  # type: ignore[attr-defined]

@@ -1,8 +1,11 @@
-"""The published U-ViTs (https://github.com/baofff/U-ViT) and the embedded default, as one table.
+"""The published U-ViTs (https://github.com/baofff/U-ViT), the UNets of DDPM (https://github.com/hojonathanho/diffusion)
+and ADM (https://github.com/openai/guided-diffusion), and the embedded defaults, as one table.
 
 Class counts are rows of the label embedding: with guidance the last row is the null label.
 """
 
+from scalelong.model.architectures import BackboneConfig
+from scalelong.model.unet import UNetConfig
 from scalelong.model.uvit import UViTConfig
 
 
@@ -16,7 +19,7 @@ def _uvit(
     )
 
 
-MODEL_PRESETS: dict[str, UViTConfig] = {
+UVIT_PRESETS: dict[str, UViTConfig] = {
     # side, patch, channels, width, depth, heads
     "digits-uvit":         _uvit(8,  2, 1,   96,  4,  4, num_classes=11),
     "cifar10-uvit-s2":     _uvit(32, 2, 3,  512, 12,  8),
@@ -30,4 +33,20 @@ MODEL_PRESETS: dict[str, UViTConfig] = {
     "mscoco-uvit-s2":      _uvit(32, 2, 4,  512, 12,  8, context_tokens=77),
     "mscoco-uvit-s2-deep": _uvit(32, 2, 4,  512, 16,  8, context_tokens=77),
 }
+UNET_PRESETS: dict[str, UNetConfig] = {
+    "digits-unet": UNetConfig(
+        img_size=8, in_channels=1, model_channels=32, channel_mult=(1, 2), num_res_blocks=2, num_classes=11,
+    ),
+    "cifar10-ddpm-unet": UNetConfig(
+        img_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(2,),
+        same_padding=True, norm_eps=1e-6, dropout=0.1,
+    ),
+    # Six channels out: the published network learns the variance as well.
+    "imagenet64-adm": UNetConfig(
+        img_size=64, out_channels=6, model_channels=192, channel_mult=(1, 2, 3, 4), num_res_blocks=3,
+        attention_resolutions=(2, 4, 8), num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True,
+        use_new_attention_order=False, dropout=0.1, num_classes=1000,
+    ),
+}
 # fmt: on
+MODEL_PRESETS: dict[str, BackboneConfig] = {**UVIT_PRESETS, **UNET_PRESETS}

@@ -6,20 +6,18 @@ The state dict is the published one, name for name. ``forward`` takes time as it
 Shapes: B batch, C image channels, H height, W width, T tokens (extras + patches), D width, P patch side, L text tokens.
 """
 
-import json
-import math
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
 from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.skip_linear import Scale, skip_linear
+from scalelong.model.backbone import Backbone
 from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
-from scalelong.model.skip_scale import SkipScale, Unscaled, skip_scale_from_dict, skip_scale_to_dict
+from scalelong.model.skip_scale import SkipScale, Unscaled
+from scalelong.model.time_embedding import time_embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,15 +91,6 @@ class UViTConfig:
         return self.num_extras + (self.img_size // self.patch_size) ** 2
 
 
-def time_embedding(t_B: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
-    """[cos(t f), sin(t f)], f_k = 10000^(-k / (dim/2)), k = 0 .. dim/2 - 1. In fp32, or fp64 for an fp64 model."""
-    compute_dtype = torch.promote_types(dtype, torch.float32)
-    half = dim // 2
-    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=compute_dtype, device=t_B.device) / half)
-    angle = t_B.to(compute_dtype)[:, None] * f
-    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
-
-
 class Attention(nn.Module):
     def __init__(self, config: UViTConfig):
         super().__init__()
@@ -152,7 +141,7 @@ class PatchEmbed(nn.Module):
         return self.proj(x_BCHW).flatten(2).transpose(1, 2)
 
 
-class UViT(nn.Module):
+class UViT(Backbone):
     """U-ViT with scaled long skips.
 
     Args:
@@ -160,16 +149,21 @@ class UViT(nn.Module):
         skip_scale: the policy that scales the long skips; unscaled if not given.
         checkpointing: what the blocks keep for backward: all of it ("none"), their inputs ("blocks"), or at most a
             share in (0, 1); the rest is computed again. May be set on the model at any time.
+
+    Raises:
+        ValueError: a skip scale that stands after a norm, which this network does not have there.
     """
+
+    config_class = UViTConfig
 
     def __init__(
         self, config: UViTConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
     ):
         super().__init__()
-        check_checkpointing(checkpointing)
-        self.checkpointing: Checkpointing = checkpointing
-        self.config = config
         self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
+        self.check_options(self.skip_scale, checkpointing)
+        self.checkpointing = checkpointing
+        self.config = config
 
         width = config.width
         self.patch_embed = PatchEmbed(config)
@@ -194,6 +188,12 @@ class UViT(nn.Module):
         self.init_weights()
         # After init_weights: the gates of LS keep PyTorch's own initialisation, as published (so does the name "se").
         self.se = self.skip_scale.make_gates(config.num_skips, config.num_tokens)
+
+    @classmethod
+    def check_options(cls, skip_scale: SkipScale, checkpointing: Checkpointing) -> None:
+        check_checkpointing(checkpointing)
+        if skip_scale.position != "before-norm":
+            raise ValueError("a U-ViT projects its skips before any norm: no skip scale can stand after one")
 
     def init_weights(self) -> None:
         """Linear weights and positions N(0, 0.02²), cut at ±2, biases 0; convolutions and labels as PyTorch does."""
@@ -261,18 +261,10 @@ class UViT(nn.Module):
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
-        """(i, the module that is called with (x, skip, scale)) for each long skip, i = 1 the outermost."""
         num_skips = self.config.num_skips
         return [(num_skips - executed, block) for executed, block in enumerate(self.out_blocks)]
 
-    def num_params(self) -> int:
-        return sum(p.numel() for p in self.parameters())
-
     def flops(self, batch_size: int = 1) -> int:
-        """Floating-point operations of one forward pass, two per multiply-add; a training step costs three times that.
-
-        Matrix products, convolutions and attention are counted; norms, activations and the gates are not.
-        """
         c = self.config
         T, D = c.num_tokens, c.width
         num_patches = T - c.num_extras
@@ -288,35 +280,3 @@ class UViT(nn.Module):
         if c.time_mlp:
             ends += 8 * D * D
         return 2 * batch_size * (blocks + ends)
-
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""
-        folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "architecture": "UViT",
-            "config": asdict(self.config),
-            "skip_scale": skip_scale_to_dict(self.skip_scale),
-        }
-        (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "UViT":
-        """Reads what ``save_pretrained`` or ``python -m scalelong.train.export`` wrote.
-
-        Raises:
-            FileNotFoundError: the folder lacks one of the two files.
-            ValueError: the description is of another architecture.
-        """
-        folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: not an exported model")
-        description = json.loads((folder / "config.json").read_text())
-        if description.get("architecture") != "UViT":
-            raise ValueError(f"{folder / 'config.json'} describes {description.get('architecture')!r}, not 'UViT'")
-        model = cls(UViTConfig(**description["config"]), skip_scale=skip_scale_from_dict(description["skip_scale"]))
-        state = load_file(folder / "model.safetensors")
-        model.to(state["pos_embed"].dtype).load_state_dict(state)
-        return model.eval()

@@ -3,15 +3,13 @@
 https://github.com/baofff/U-ViT and https://github.com/sail-sg/ScaleLong
 """
 
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from scalelong.model.checkpoint_file import check_keys, read_state_dict
 from scalelong.model.skip_scale import LearnedScale, SkipScale, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig
 
@@ -45,7 +43,7 @@ def load_uvit_checkpoint(
         FileNotFoundError: no such file.
         ValueError: a file that cannot be read safely, not a U-ViT, or sizes or a policy that contradict the tensors.
     """
-    state = _read_state_dict(path_or_state_dict)
+    state = read_state_dict(path_or_state_dict)
     missing = [k for k in ("pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight") if k not in state]
     if missing:
         raise ValueError(f"not a U-ViT checkpoint: it has no {', '.join(missing)}")
@@ -53,29 +51,10 @@ def load_uvit_checkpoint(
     policy = _policy_from_tensors(state, skip_scale, kappa, config.num_tokens)
     with torch.device("meta"):
         model = UViT(config, skip_scale=policy)
-    _check_keys(state, model.state_dict())
+    check_keys(state, model.state_dict(), "U-ViT")
     # Assigned rather than copied in, so that the model has the tensors' dtype.
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
     return model.requires_grad_(True).eval()
-
-
-def _read_state_dict(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
-    if isinstance(source, str | Path):
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"no such checkpoint: {path}")
-        try:
-            if path.suffix == ".safetensors":
-                source = load_file(path)
-            else:
-                source = torch.load(path, map_location="cpu", weights_only=True)
-        except (EOFError, OSError, RuntimeError, SafetensorError, pickle.UnpicklingError) as error:
-            # The first line only: torch goes on to explain how to load the file unsafely.
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else "it is empty"
-            raise ValueError(f"cannot read the checkpoint {path}: {reason}") from None
-    if not isinstance(source, Mapping) or not all(isinstance(v, Tensor) for v in source.values()):
-        raise ValueError("not a state dict: expected a mapping from names to tensors")
-    return {name.removeprefix("module."): tensor for name, tensor in source.items()}
 
 
 def _config_from_tensors(state: dict[str, Tensor], *, img_size: int, patch_size: int, num_heads: int) -> UViTConfig:
@@ -133,14 +112,3 @@ def _policy_from_tensors(state: dict[str, Tensor], name: str, kappa: float, num_
 
 def _count(state: dict[str, Tensor], prefix: str) -> int:
     return len({name.removeprefix(prefix).split(".")[0] for name in state if name.startswith(prefix)})
-
-
-def _check_keys(state: dict[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, extra = expected.keys() - state.keys(), state.keys() - expected.keys()
-    if missing or extra:
-        parts = [f"lacks {', '.join(sorted(missing)[:3])}"] if missing else []
-        parts += [f"has the unknown {', '.join(sorted(extra)[:3])}"] if extra else []
-        raise ValueError(f"not a U-ViT checkpoint: it {' and '.join(parts)}")
-    for name, tensor in expected.items():
-        if tensor.shape != state[name].shape:
-            raise ValueError(f"{name} has shape {tuple(state[name].shape)}, expected {tuple(tensor.shape)}")

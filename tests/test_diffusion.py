@@ -11,6 +11,12 @@ from torch import Tensor
 from scalelong.train.diffusion import PROCESSES, VPSDE, ScaledLinear, add_noise, noise_prediction_loss
 
 LARGEST_U = float(np.nextafter(np.float32(1), np.float32(0)))
+COSINE = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+BETAS = {
+    "linear": np.linspace(1e-4, 0.02, 1000),
+    "cosine": np.minimum(1 - COSINE[1:] / COSINE[:-1], 0.999),
+    "scaled-linear": np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2,
+}
 each_process = pytest.mark.parametrize("name", PROCESSES)
 
 
@@ -26,9 +32,15 @@ def test_vp_sde_is_the_exponential_of_its_integrated_rate():
         assert VPSDE().alpha_bar(torch.tensor(t, dtype=torch.float64)).item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_scaled_linear_is_the_product_of_stable_diffusions_schedule():
-    betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
-    np.testing.assert_allclose(ScaledLinear().alpha_bar(grid("scaled-linear")), np.cumprod(1 - betas), rtol=1e-12)
+@pytest.mark.parametrize("name", BETAS)
+def test_discrete_schedules_are_the_products_of_the_published_ones(name):
+    np.testing.assert_allclose(PROCESSES[name].alpha_bar(grid(name)), np.cumprod(1 - BETAS[name]), rtol=1e-12)
+
+
+def test_cosine_is_a_squared_cosine_until_its_steps_are_bounded():
+    found = PROCESSES["cosine"].alpha_bar(grid("cosine")).numpy()
+    np.testing.assert_allclose(found[:-1], COSINE[1:-1] / COSINE[0], rtol=1e-9)
+    assert found[-1] == pytest.approx(found[-2] * 0.001)
 
 
 @each_process
@@ -64,7 +76,15 @@ def test_continuous_times_are_the_drawn_numbers():
     assert torch.equal(VPSDE().draw_time(u), u)
 
 
-@pytest.mark.parametrize(("name", "expected"), [("vp-sde", [0.0, 249.75, 999.0]), ("scaled-linear", [1, 251, 1000])])
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("vp-sde", [0.0, 249.75, 999.0]),
+        ("linear", [0, 250, 999]),
+        ("cosine", [0, 250, 999]),
+        ("scaled-linear", [1, 251, 1000]),
+    ],
+)
 def test_the_network_is_told_the_time_as_published(name, expected):
     process = PROCESSES[name]
     told = process.network_time(process.draw_time(torch.tensor([0.0, 0.25, LARGEST_U])))
@@ -101,9 +121,9 @@ def test_the_loss_is_the_mean_square_by_hand(name):
             t = u[n].item()
             alpha_bar, told = math.exp(-(0.1 * t + 9.95 * t * t)), 999 * t
         else:
-            told = math.floor(1000 * u[n].item()) + 1
-            betas = np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2
-            alpha_bar = float(np.prod(1 - betas[:told]))
+            step = math.floor(1000 * u[n].item()) + 1
+            told = step if name == "scaled-linear" else step - 1
+            alpha_bar = float(np.prod(1 - BETAS[name][:step]))
         x, e = x0[n].double().numpy(), noise[n].double().numpy()
         predicted = np.tanh(math.sqrt(alpha_bar) * x + math.sqrt(1 - alpha_bar) * e) + told / 1000
         total += np.square(e - predicted).mean()

@@ -16,7 +16,7 @@ from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
-from scalelong.model.presets import MODEL_PRESETS
+from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.model.uvit import UViT
 
@@ -267,7 +267,7 @@ def test_gelu_linear_is_within_budget(dtype):
 
 @pytest.mark.parametrize("name", SKIP_SCALE_NAMES)
 def test_a_uvit_gives_the_outputs_of_the_cpu_under_autocast(name):
-    config = MODEL_PRESETS["cifar10-uvit-s2"]
+    config = UVIT_PRESETS["cifar10-uvit-s2"]
     truth = UViT(config, skip_scale=make_skip_scale(name))
     x, t = torch.randn(2, 3, 32, 32), torch.tensor([10.0, 900.0])
     expected = truth.double()(x.double(), t.double())

@@ -1,5 +1,6 @@
 """Sampling: every sampler against a distribution whose denoiser is known exactly, guidance, grids of images."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import cast
 
@@ -11,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from scalelong.model.presets import MODEL_PRESETS
-from scalelong.model.uvit import UViT
+from scalelong.model.presets import UVIT_PRESETS
+from scalelong.model.backbone import Backbone
 from scalelong.train import sample
 from scalelong.train.config import SAMPLER_NAMES
 from scalelong.train.diffusion import PROCESSES, Process
@@ -45,8 +46,9 @@ class ExactDenoiser:
         self.network_times: list[float] = []
 
     def alpha_bar(self, network_time: Tensor) -> Tensor:
-        per_unit = self.process.network_time(torch.ones((), dtype=torch.float64))
-        return self.process.alpha_bar(network_time.double() / per_unit)
+        # Network time is a straight line over time.
+        at_0, at_1 = (float(self.process.network_time(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1.0))
+        return self.process.alpha_bar((network_time.double() - at_0) / (at_1 - at_0))
 
     def __call__(self, x_BCHW: Tensor, network_time: Tensor) -> Tensor:
         self.network_times.append(float(network_time))
@@ -131,7 +133,7 @@ def test_the_network_is_asked_steps_times_from_pure_noise_downwards(name, sample
     denoise(denoiser, PROCESSES[name], noise, sampler=sampler, steps=steps, generators=generators(2))
     times = np.array(denoiser.network_times)
     assert len(times) == steps
-    assert times[0] == pytest.approx({"vp-sde": 999, "scaled-linear": 1000}[name])
+    assert times[0] == pytest.approx(1000 if name == "scaled-linear" else 999)
     assert (np.diff(times) < 0).all()
 
 
@@ -182,7 +184,7 @@ class LabelModel:
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0, 3.0])
 def test_guidance_moves_away_from_the_unconditional_prediction(strength):
     x, labels, t = torch.randn(3, 1, 2, 2), torch.tensor([1, 5, 7]), torch.tensor(2.0)
-    found = guided(cast(UViT, LabelModel()), labels, 9, strength)(x, t)
+    found = guided(cast(Backbone, LabelModel()), labels, 9, strength)(x, t)
     conditional = labels[:, None, None, None] + 2 * x
     unconditional = 9 + 2 * x
     torch.testing.assert_close(found, conditional + strength * (conditional - unconditional))
@@ -192,7 +194,7 @@ def test_guidance_moves_away_from_the_unconditional_prediction(strength):
 def test_only_guidance_doubles_the_batch(labels, strength, passes):
     model = LabelModel()
     labels_B = None if labels is None else torch.tensor(labels)
-    guided(cast(UViT, model), labels_B, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
+    guided(cast(Backbone, model), labels_B, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
     ((x_BCHW, t_B, _),) = model.calls
     assert x_BCHW.shape == (passes, 1, 2, 2)
     assert t_B.tolist() == [3.0] * passes
@@ -202,8 +204,10 @@ class ToyNetwork:
     """What ``generate`` needs of a network: each pixel for itself, so that a batch cannot change the rounding."""
 
     def __init__(self, channels: int = 1, img_size: int = 4):
-        self.config = replace(MODEL_PRESETS["digits-uvit"], in_channels=channels, img_size=img_size)
-        self.pos_embed = torch.zeros(1)
+        self.config = replace(UVIT_PRESETS["digits-uvit"], in_channels=channels, img_size=img_size)
+
+    def parameters(self) -> Iterator[Tensor]:
+        yield torch.zeros(1)
 
     def __call__(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
         shift = 0 if y_B is None else y_B[:, None, None, None] / 20
@@ -215,7 +219,7 @@ SETTINGS = {"num_images": 7, "null_label": 9, "steps": 4, "guidance": 0.5, "seed
 
 def generate_toys(**changes) -> np.ndarray:
     settings = {"labels": list(range(7)), **SETTINGS, **changes}
-    return generate(cast(UViT, ToyNetwork()), PROCESSES["vp-sde"], settings.pop("labels"), **settings)
+    return generate(cast(Backbone, ToyNetwork()), PROCESSES["vp-sde"], settings.pop("labels"), **settings)
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
@@ -257,7 +261,7 @@ def test_every_seed_that_a_run_may_have_can_be_sampled(seed):
 
 
 def test_images_are_eight_bit_channels_last_and_leave_no_gradient():
-    images = generate(cast(UViT, ToyNetwork(channels=3, img_size=8)), PROCESSES["vp-sde"], None, **SETTINGS)
+    images = generate(cast(Backbone, ToyNetwork(channels=3, img_size=8)), PROCESSES["vp-sde"], None, **SETTINGS)
     assert (images.shape, images.dtype) == ((7, 8, 8, 3), np.uint8)
 
 

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from scalelong.model.presets import MODEL_PRESETS
+from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
-from scalelong.model.uvit import UViT, UViTConfig, time_embedding
+from scalelong.model.time_embedding import time_embedding
+from scalelong.model.uvit import UViT, UViTConfig
 
 # fmt: off
 PUBLISHED = {  # width, depth, heads, tokens, last convolution, parameters / 1e6, multiply-adds of a forward pass / 1e9
@@ -48,7 +49,7 @@ def make_inputs(config: UViTConfig, B: int = 2) -> tuple[Tensor, Tensor, Tensor 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_sizes(name):
     *shape, millions, gmacs = PUBLISHED[name]
-    config = MODEL_PRESETS[name]
+    config = UVIT_PRESETS[name]
     with torch.device("meta"):
         model = UViT(config)
     assert [config.width, config.depth, config.num_heads, config.num_tokens, config.final_conv] == shape
@@ -59,10 +60,10 @@ def test_published_sizes(name):
 @pytest.mark.parametrize(
     "config",
     [
-        *MODEL_PRESETS.values(),
+        *UVIT_PRESETS.values(),
         replace(LABELS, time_mlp=True, qkv_bias=True, mlp_ratio=2.5),
     ],
-    ids=[*MODEL_PRESETS, "unpublished-options"],
+    ids=[*UVIT_PRESETS, "unpublished-options"],
 )
 def test_flops_are_those_that_torch_counts(config):
     with torch.device("meta"):
@@ -73,7 +74,7 @@ def test_flops_are_those_that_torch_counts(config):
 
 
 def test_every_preset_but_the_embedded_default_is_published():
-    assert MODEL_PRESETS.keys() - PUBLISHED.keys() == {"digits-uvit"}
+    assert UVIT_PRESETS.keys() - PUBLISHED.keys() == {"digits-uvit"}
 
 
 def tokens_before_the_blocks(model: UViT, inputs: tuple) -> Tensor:

@@ -39,11 +39,13 @@ def parse(kind: type[T], argv: list[str] | None, *, prog: str, default: T | None
     """
     argv = sys.argv[1:] if argv is None else argv
     keywords: dict[str, Any] = {} if default is None else {"default": default}
+    # A field that may hold one of several dataclasses keeps the one that the default has.
+    keywords["config"] = (tyro.conf.FlagConversionOff, tyro.conf.AvoidSubcommands)
     report = io.StringIO()
     asks_for_help = any(argument in ("-h", "--help") for argument in argv)
     try:
         with contextlib.redirect_stderr(report), contextlib.nullcontext() if asks_for_help else _wide_terminal():
-            return tyro.cli(kind, args=argv, prog=prog, config=(tyro.conf.FlagConversionOff,), **keywords)
+            return tyro.cli(kind, args=argv, prog=prog, **keywords)
     except SystemExit as stopped:
         if stopped.code in (0, None):
             raise

@@ -5,13 +5,19 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from scalelong.model.checkpointing import Checkpointing, check_checkpointing
-from scalelong.model.skip_scale import SkipScale, SkipScaleName, make_skip_scale
-from scalelong.model.uvit import UViTConfig
+from scalelong.model.architectures import (
+    BackboneConfig,
+    architecture_of,
+    backbone_config_from_dict,
+    backbone_config_to_dict,
+    backbone_of,
+)
+from scalelong.model.checkpointing import Checkpointing
+from scalelong.model.skip_scale import SkipPosition, SkipScale, SkipScaleName, make_skip_scale
 from scalelong.train.diffusion import NUM_TIMES
 from scalelong.train.errors import UserError
 
-ObjectiveName = Literal["vp-sde", "scaled-linear"]
+ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
 SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -98,8 +104,10 @@ class TrainConfig:
     """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1), a shared learned gate, or one gate a skip."""
     kappa: float = 0.5
     """Of "cs", in (0, 1]."""
+    skip_position: SkipPosition = "before-norm"
+    """Of a UNet: scale what the first norm of a decoder block reads, or what it yields."""
     objective: ObjectiveName = "vp-sde"
-    """Noise prediction under the continuous VP-SDE, or under Stable Diffusion's discrete schedule."""
+    """Noise prediction under the continuous VP-SDE, or the discrete schedule of DDPM, ADM or Stable Diffusion."""
     label_drop: float = 0.0
     """Share of labels replaced by the null label, for guidance; 0: no null label."""
     precision: PrecisionName = "fp32"
@@ -109,8 +117,8 @@ class TrainConfig:
     accumulation_steps: int = bookkeeping(1)
     """Micro-batches that make one step on each process."""
     checkpointing: Checkpointing = bookkeeping("none")
-    """What blocks keep for backward: all of it, only their inputs ("blocks"), or at most a share in (0, 1)."""
-    model: UViTConfig
+    """What blocks keep for backward: all, only their inputs ("blocks"), or (U-ViT) at most a share in (0, 1)."""
+    model: BackboneConfig
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
@@ -137,11 +145,12 @@ class TrainConfig:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
         if self.model.context_tokens or self.model.in_channels not in (1, 3):
             raise ValueError("from a folder of images only models with 1 or 3 channels and no text can be trained")
-        self.make_skip_scale()
-        check_checkpointing(self.checkpointing)
+        if getattr(self.model, "out_channels", 0) not in (0, self.model.in_channels):
+            raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
+        backbone_of(self.model).check_options(self.make_skip_scale(), self.checkpointing)
 
     def make_skip_scale(self) -> SkipScale:
-        return make_skip_scale(self.skip_scale, self.kappa)
+        return make_skip_scale(self.skip_scale, self.kappa, self.skip_position)
 
     @property
     def null_label(self) -> int | None:
@@ -163,7 +172,8 @@ def _check(config: Any, names: tuple[str, ...], holds: Any, what: str) -> None:
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
     """A JSON-able form of the configuration."""
-    return json.loads(json.dumps(asdict(config), default=str))
+    values = {**asdict(config), "model": backbone_config_to_dict(config.model)}
+    return json.loads(json.dumps(values, default=str))
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainConfig:
@@ -172,9 +182,9 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: a field that this version does not know.
     """
-    parts = {"model": UViTConfig, "optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig}
+    parts = {"optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig}
     try:
-        values = dict(values)
+        values = {**values, "model": backbone_config_from_dict(values["model"])}
         for name, part in parts.items():
             values[name] = part(**values[name])
         return TrainConfig(**{**values, "run": Path(values["run"])})
@@ -192,7 +202,9 @@ def _differences(old: Any, new: Any, prefix: str) -> list[str]:
     for f in fields(old):
         before, after = getattr(old, f.name), getattr(new, f.name)
         flag = prefix + f.name.replace("_", "-")
-        if is_dataclass(before):
+        if type(before) is not type(after) and f.name == "model":
+            found.append(f"{flag} {architecture_of(before)} -> {architecture_of(after)}")
+        elif is_dataclass(before):
             found += _differences(before, after, flag + ".")
         elif before != after and not f.metadata.get("bookkeeping"):
             found.append(f"{flag} {before} -> {after}")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from scalelong.train.config import TrainConfig
 from scalelong.train.data import Source
-from scalelong.train.data_order import BatchPlan, Order, draw_noise, draw_samples
+from scalelong.train.data_order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
 from scalelong.train.errors import UserError
 
 
@@ -27,6 +27,8 @@ class Batch:
     """Uniform in [0, 1): the objective makes its time of it."""
     labels_B: Tensor | None
     """Dropped ones replaced by the null label; None for a model without labels."""
+    dropout_seed: int
+    """Of the activations that the network drops."""
 
 
 def choose_reader(name: str) -> str:
@@ -87,4 +89,5 @@ def _with_draws(
         noise_BCHW=torch.from_numpy(noise).to(device),
         time_u_B=torch.tensor(draws.time_u).to(device),
         labels_B=labels_B,
+        dropout_seed=draw_seed(config.seed, Stream.DROPOUT, positions.start),
     )

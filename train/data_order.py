@@ -18,6 +18,7 @@ class Stream(IntEnum):
     NOISE = 2
     GENERATION = 3
     SAMPLER = 4
+    DROPOUT = 5
 
 
 def generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:
@@ -62,6 +63,12 @@ def draw_samples(seed: int, positions: range) -> SampleDraws:
     # 24 bits are exact in fp32: a number rounded up to 1 would be a time past the end.
     uniform = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
     return SampleDraws(*uniform.T[:3])
+
+
+def draw_seed(seed: int, stream: Stream, position: int) -> int:
+    """A seed for a generator of torch."""
+    # Hashed down to 32 bits, all that torch's CPU generator makes use of.
+    return int(generator(seed, stream, position).integers(2**32))
 
 
 def draw_noise(seed: int, position: int, shape: tuple[int, ...], stream: Stream = Stream.NOISE) -> np.ndarray:

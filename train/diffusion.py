@@ -1,11 +1,12 @@
-"""The training objective: noise prediction under two forward processes.
+"""The training objective: noise prediction under a forward process.
 
-VPSDE: Song et al., arXiv:2011.13456 (as U-ViT trains its pixel models); ScaledLinear: the discrete schedule of latent
-diffusion (arXiv:2112.10752). Loss: Ho et al., arXiv:2006.11239, eq. 14.
+VPSDE: Song et al., arXiv:2011.13456 (as U-ViT trains its pixel models). Discrete schedules: of DDPM (arXiv:2006.11239),
+of ADM (Nichol and Dhariwal, arXiv:2102.09672) and of latent diffusion (arXiv:2112.10752). Loss: DDPM's, eq. 14.
 
 Shapes: B batch, C channels, H height, W width.
 """
 
+import math
 from collections.abc import Callable
 from typing import Protocol
 
@@ -54,28 +55,61 @@ class VPSDE:
         return n / NUM_TIMES
 
 
-class ScaledLinear:
-    """Discrete time n in 1 .. 1000, β = linspace(√0.00085, √0.012, 1000)² (Stable Diffusion's)."""
+class Discrete:
+    """Discrete time n in 1 .. 1000, ᾱ_n = Π_{m ≤ n} (1 - β_m)."""
 
-    beta_start, beta_end = 0.00085, 0.012
+    first_network_time = 0
+    """What the network is fed for n = 1."""
+
+    def betas(self) -> Tensor:
+        """β_1 .. β_1000, fp64."""
+        raise NotImplementedError
 
     def draw_time(self, u_B: Tensor) -> Tensor:
         return (u_B * NUM_TIMES).floor() + 1
 
     def alpha_bar(self, t: Tensor) -> Tensor:
-        """ᾱ_n = Π_{m ≤ n} (1 - β_m)."""
-        root = torch.linspace(self.beta_start**0.5, self.beta_end**0.5, NUM_TIMES, dtype=torch.float64)
-        table = torch.cumprod(1 - root**2, dim=0).to(t.device, t.dtype)
+        table = torch.cumprod(1 - self.betas(), dim=0).to(t.device, t.dtype)
         return table[t.long() - 1]
 
     def network_time(self, t: Tensor) -> Tensor:
-        return t
+        return t - 1 + self.first_network_time
 
     def grid_time(self, n: Tensor) -> Tensor:
         return n
 
 
-PROCESSES: dict[str, Process] = {"vp-sde": VPSDE(), "scaled-linear": ScaledLinear()}
+class Linear(Discrete):
+    """β = linspace(0.0001, 0.02, 1000) (DDPM's)."""
+
+    def betas(self) -> Tensor:
+        return torch.linspace(1e-4, 0.02, NUM_TIMES, dtype=torch.float64)
+
+
+class Cosine(Discrete):
+    """β_n = min(1 - f(n) / f(n - 1), 0.999), f(n) = cos²((n / 1000 + 0.008) / 1.008 · π / 2) (ADM's)."""
+
+    def betas(self) -> Tensor:
+        n = torch.arange(NUM_TIMES + 1, dtype=torch.float64)
+        f = torch.cos((n / NUM_TIMES + 0.008) / 1.008 * math.pi / 2) ** 2
+        return (1 - f[1:] / f[:-1]).clamp(max=0.999)
+
+
+class ScaledLinear(Discrete):
+    """β = linspace(√0.00085, √0.012, 1000)² (Stable Diffusion's, fed to U-ViT from 1 on)."""
+
+    first_network_time = 1
+
+    def betas(self) -> Tensor:
+        return torch.linspace(0.00085**0.5, 0.012**0.5, NUM_TIMES, dtype=torch.float64) ** 2
+
+
+PROCESSES: dict[str, Process] = {
+    "vp-sde": VPSDE(),
+    "linear": Linear(),
+    "cosine": Cosine(),
+    "scaled-linear": ScaledLinear(),
+}
 
 
 def add_noise(x0_BCHW: Tensor, noise_BCHW: Tensor, alpha_bar_B: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """``python -m scalelong.train.export RUN --out DIR``: weights in safetensors with a JSON configuration.
 
-``UViT.from_pretrained(DIR)`` reads the folder.
+``UViT.from_pretrained(DIR)``, or ``UNet``, reads the folder.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from scalelong.train.run_folder import load_model
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(RunArguments):
-    """Export a run's model: safetensors weights and a JSON configuration, for ``UViT.from_pretrained``."""
+    """Export a run's model: safetensors weights and a JSON configuration, for ``from_pretrained``."""
 
     out: Path
     """Folder to write; must be new or empty."""

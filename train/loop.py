@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalelong.model.uvit import UViT
+from scalelong.model.architectures import make_backbone
 from scalelong.train import engine as ds
 from scalelong.train.checkpoint import (
     TrainState,
@@ -127,6 +127,7 @@ def train_step(run: Run, *, measures: bool) -> tuple[Tensor, dict[str, float]]:
     losses, measured = [], {}
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
+        torch.manual_seed(batch.dropout_seed)
         loss = noise_prediction_loss(
             engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.labels_B
         )
@@ -256,7 +257,7 @@ def start_run(
         keep_freed_memory()
     processes.agree(lambda: write_config(config) if processes.is_main else None)
     torch.manual_seed(config.seed)
-    model = UViT(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
+    model = make_backbone(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
     if checkpoint is not None:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     monitor = SkipMonitor(model)
@@ -334,7 +335,7 @@ def make_grid(run: Run) -> None:
 
 def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
     config, sample = run.config, run.config.sample
-    model = UViT(config.model, skip_scale=config.make_skip_scale())
+    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
     model.load_state_dict(weights)
     images = generate(
         model.to(run.processes.device).eval(),

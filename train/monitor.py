@@ -23,7 +23,7 @@ class SkipMonitor:
         def record(_module: nn.Module, inputs: tuple, output: Tensor) -> None:
             if not self.active:
                 return
-            _, skip, scale = inputs
+            *_, skip, scale = inputs
             self._values[f"skip/{i}/scale"] = 1.0 if scale is None else _mean(scale)
             self._values[f"skip/{i}/feature_norm"] = _mean_norm(skip)
             self._values[f"skip/{i}/hidden_norm"] = _mean_norm(output)

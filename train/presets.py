@@ -1,12 +1,15 @@
-"""Training presets: what the published recipes fix, and the embedded default that a laptop finishes.
+"""Training presets: what the published recipes fix, and the embedded defaults that a laptop finishes.
 
-The recipes are those of https://github.com/baofff/U-ViT with the skips scaled; steps are given in images.
+The recipes are those of U-ViT (https://github.com/baofff/U-ViT), DDPM (https://github.com/hojonathanho/diffusion) and
+ADM (arXiv:2105.05233, table 12) with the skips scaled; steps are given in images.
 """
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scalelong.model.presets import MODEL_PRESETS
+from scalelong.model.architectures import BackboneConfig
+from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 
 _DIGITS = TrainConfig(
@@ -17,14 +20,16 @@ _DIGITS = TrainConfig(
     images_per_grid=48_000,
     images_per_log=0,
     label_drop=0.1,
-    model=MODEL_PRESETS["digits-uvit"],
+    model=UVIT_PRESETS["digits-uvit"],
     optimizer=OptimizerConfig(learning_rate=1.5e-3, beta1=0.9, beta2=0.99, warmup_images=12_800, ema_decay=0.997),
     data=DataConfig(path="digits"),
     sample=SampleConfig(steps=30, guidance=1.0, num_images=100),
 )
 
 
-def _published(name: str, *, batch: int, steps: int, learning_rate: float, beta2: float, warmup: int) -> TrainConfig:
+def _published(
+    name: str, model: BackboneConfig, *, batch: int, steps: int, learning_rate: float, beta2: float, warmup: int
+) -> TrainConfig:
     """A pixel-space recipe of U-ViT; the data's folder has to be given with --data.path."""
     return TrainConfig(
         run=Path("runs") / name,
@@ -35,9 +40,22 @@ def _published(name: str, *, batch: int, steps: int, learning_rate: float, beta2
         images_per_log=batch * 100,
         precision="bf16",
         zero_stage=1,
-        model=MODEL_PRESETS[name],
+        model=model,
         optimizer=OptimizerConfig(learning_rate=learning_rate, beta2=beta2, warmup_images=batch * warmup),
         data=DataConfig(path="", flip=True),
+    )
+
+
+def _published_unet(
+    name: str, *, batch: int, steps: int, learning_rate: float, warmup: int, clip_grad_norm: float, objective: Any
+) -> TrainConfig:
+    """As ``_published`` for a UNet. A learned variance is left out: the network predicts the noise alone."""
+    model = replace(UNET_PRESETS[name], out_channels=0)
+    base = _published(name, model, batch=batch, steps=steps, learning_rate=learning_rate, beta2=0.999, warmup=warmup)
+    return replace(
+        base,
+        objective=objective,
+        optimizer=replace(base.optimizer, beta1=0.9, weight_decay=0.0, clip_grad_norm=clip_grad_norm),
     )
 
 
@@ -48,6 +66,12 @@ _PUBLISHED: dict[str, Any] = {
     "imagenet64-uvit-m4": _IMAGENET64,
     "imagenet64-uvit-l4": _IMAGENET64,
 }
+_CIFAR10_DDPM = {"batch": 128, "steps": 800_000, "learning_rate": 2e-4, "warmup": 5_000, "clip_grad_norm": 1.0}
+_IMAGENET64_ADM = {"batch": 2048, "steps": 540_000, "learning_rate": 3e-4, "warmup": 0, "clip_grad_norm": 0.0}
+_PUBLISHED_UNETS: dict[str, Any] = {
+    "cifar10-ddpm-unet": {**_CIFAR10_DDPM, "objective": "linear"},
+    "imagenet64-adm": {**_IMAGENET64_ADM, "objective": "cosine"},
+}
 
 DESCRIPTIONS = {
     "digits-uvit": "the embedded handwritten digits (8x8), class-conditional with guidance; minutes on two CPU cores",
@@ -55,11 +79,21 @@ DESCRIPTIONS = {
     "celeba64-uvit-s4": "CelebA (64x64), unconditional, 44 M parameters",
     "imagenet64-uvit-m4": "ImageNet (64x64), class-conditional, 131 M parameters",
     "imagenet64-uvit-l4": "ImageNet (64x64), class-conditional, 287 M parameters",
+    "digits-unet": "the embedded digits by a convolutional UNet",
+    "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
+    "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
 }
 
 PRESETS: dict[str, TrainConfig] = {
     "digits-uvit": _DIGITS,
-    **{name: _published(name, **recipe) for name, recipe in _PUBLISHED.items()},
+    **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},
+    "digits-unet": replace(
+        _DIGITS,
+        run=Path("runs/digits-unet"),
+        model=UNET_PRESETS["digits-unet"],
+        optimizer=replace(_DIGITS.optimizer, weight_decay=0.0),
+    ),
+    **{name: _published_unet(name, **recipe) for name, recipe in _PUBLISHED_UNETS.items()},
 }
 
 assert PRESETS.keys() == DESCRIPTIONS.keys()

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import torch
 
-from scalelong.model.uvit import UViT
+from scalelong.model.architectures import make_backbone
+from scalelong.model.backbone import Backbone
 from scalelong.train.checkpoint import checkpoints_folder, find_problem, newest_checkpoint, read_tensors
 from scalelong.train.config import TrainConfig, config_from_dict
 from scalelong.train.errors import UserError
@@ -26,7 +27,7 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[UViT, TrainConfig]:
+def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[Backbone, TrainConfig]:
     """The model of a run in evaluation mode, on a GPU if there is one, and the run's configuration.
 
     The weights are those of a checkpoint that is whole.
@@ -48,6 +49,6 @@ def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema"
         problem = find_problem(folder) if folder.is_dir() else "there is no such folder"
         if problem:
             raise UserError(f"cannot use the checkpoint {folder}: {problem}")
-    model = UViT(config.model, skip_scale=config.make_skip_scale())
+    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
     model.load_state_dict(read_tensors(folder, weights))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config

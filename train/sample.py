@@ -16,11 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from scalelong.model.uvit import UViT
+from scalelong.model.backbone import Backbone
 from scalelong.train.command_line import RunArguments, parse, run_command
 from scalelong.train.config import SAMPLER_NAMES, SamplerName, TrainConfig
-from scalelong.train.data_order import Stream, draw_noise, generator
-from scalelong.train.diffusion import NUM_TIMES, PROCESSES, Process, ScaledLinear
+from scalelong.train.data_order import Stream, draw_noise, draw_seed
+from scalelong.train.diffusion import NUM_TIMES, PROCESSES, VPSDE, Process
 from scalelong.train.errors import UserError
 from scalelong.train.run_folder import load_model
 
@@ -50,7 +50,7 @@ def make_scheduler(sampler: str, process: Process):
     if sampler == "euler-ancestral":
         return diffusers.EulerAncestralDiscreteScheduler(**grid)
     if sampler == "euler-maruyama":
-        if isinstance(process, ScaledLinear):
+        if not isinstance(process, VPSDE):
             raise UserError("the sampler euler-maruyama needs a run with --objective vp-sde")
         # From its own file: the package beside it imports transformers, which nothing here needs.
         from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
@@ -115,7 +115,7 @@ def _euler_maruyama(
     return mean_BCHW
 
 
-def guided(model: UViT, labels_B: Tensor | None, null_label: int | None, guidance: float) -> Denoiser:
+def guided(model: Backbone, labels_B: Tensor | None, null_label: int | None, guidance: float) -> Denoiser:
     """The model's noise prediction for the labels, with classifier-free guidance of strength s = ``guidance``."""
 
     def predict(x_BCHW: Tensor, t: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def guided(model: UViT, labels_B: Tensor | None, null_label: int | None, guidanc
 
 @torch.inference_mode()
 def generate(
-    model: UViT,
+    model: Backbone,
     process: Process,
     labels: list[int] | None,
     *,
@@ -152,7 +152,7 @@ def generate(
         labels: one for each image; None for a model without labels.
     """
     config = model.config
-    device = model.pos_embed.device
+    device = next(model.parameters()).device
     shape = (config.in_channels, config.img_size, config.img_size)
     images = []
     for first in range(0, num_images, batch_size):
@@ -173,8 +173,7 @@ def generate(
 
 def _torch_generator(seed: int, number: int) -> torch.Generator:
     """Of the noise that a stochastic sampler adds to image ``number``."""
-    # Hashed down to 32 bits, all that torch's CPU generator makes use of.
-    return torch.Generator().manual_seed(int(generator(seed, Stream.SAMPLER, number).integers(2**32)))
+    return torch.Generator().manual_seed(draw_seed(seed, Stream.SAMPLER, number))
 
 
 def to_uint8(x_BCHW: Tensor) -> np.ndarray:
@@ -230,7 +229,7 @@ class SamplingArguments(RunArguments):
 class Sampling:
     """A run's model and how to sample from it."""
 
-    model: UViT
+    model: Backbone
     config: TrainConfig
     settings: dict[str, Any]
     """Keyword arguments of ``generate``: null_label, sampler, steps, guidance, seed."""

@@ -1,0 +1,96 @@
+"""The UNets written plainly, as published (https://github.com/openai/guided-diffusion), over the parameters of ours.
+
+They multiply the skip, write the concatenation, and normalise and activate in passes of their own.
+"""
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalelong.kernels.group_norm import Scale, concatenated
+from scalelong.model.skip_layers import GroupNorm, skip_gain
+from scalelong.model.skip_scale import SkipScale
+from scalelong.model.unet import AttentionBlock, ResBlock, UNet, queries_first
+
+
+class PublishedGroupNorm(GroupNorm):
+    def forward(self, h: Tensor, *_, **__) -> Tensor:  # type: ignore[override]
+        return F.group_norm(h, self.num_groups, self.weight, self.bias, self.eps)
+
+
+class PublishedResBlock(ResBlock):
+    def forward(self, x_BCHW: Tensor, emb_BE: Tensor, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+        norm, activation, conv = self.in_layers
+        scaled = concatenated(x_BCHW, skip, scale)
+        if skip is not None and scale is not None and self.position == "after-norm":
+            h_BCHW = norm(concatenated(x_BCHW, skip, None)) * (1 + skip_gain(scale, x_BCHW, skip))[:, :, None, None]
+        else:
+            h_BCHW = norm(scaled)
+        h_BCHW = activation(h_BCHW)
+        shortcut = self.skip_connection(scaled)
+        if self.resample is not None:
+            h_BCHW, shortcut = self.resample(h_BCHW), self.resample(shortcut)
+        h_BCHW = conv(h_BCHW)
+        modulation = self.emb_layers[1](emb_BE)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.is_adaptive:
+            gain, shift = modulation.chunk(2, dim=1)
+            h_BCHW = norm(h_BCHW) * (1 + gain) + shift
+        else:
+            h_BCHW = norm(h_BCHW + modulation)
+        for layer in rest:
+            h_BCHW = layer(h_BCHW)
+        return shortcut + h_BCHW
+
+
+class PublishedAttentionBlock(AttentionBlock):
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        weight, bias = self.qkv.weight, self.qkv.bias
+        if self.is_split_by_heads_first:
+            weight, bias = queries_first(weight, self.num_heads), queries_first(bias, self.num_heads)
+        qkv = F.conv1d(self.norm(x_BCHW).flatten(2), weight, bias)
+        q_BHTE, k_BHTE, v_BHTE = (
+            part.unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous() for part in qkv.chunk(3, dim=1)
+        )
+        mixed_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
+        return x_BCHW + self.proj_out(mixed_BHTE.transpose(2, 3).flatten(1, 2)).view_as(x_BCHW)
+
+
+class PublishedUNet(UNet):
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+        emb_BE = self._embed(x_BCHW, t_B, y_B)
+        h_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else x_BCHW
+        skips = []
+        for stage in self.input_blocks:
+            h_BCHW = stage(h_BCHW, emb_BE)
+            skips.append(h_BCHW)
+        h_BCHW = self.middle_block(h_BCHW, emb_BE)
+        for executed, stage in enumerate(self.output_blocks):
+            skip, num_skips = skips.pop(), len(self.output_blocks)
+            scale = self.skip_scale.scale(num_skips - executed, num_skips, skip, self.skip_gates)
+            h_BCHW = stage(h_BCHW, emb_BE, skip, scale)
+        return self.out(h_BCHW)
+
+
+def as_published(model: UNet, *, skip_scale: SkipScale | None = None, channels_last: bool = False) -> UNet:
+    """A plain twin that shares the parameters of ``model``.
+
+    Args:
+        skip_scale: instead of the policy of ``model``, whose gates it then leaves alone.
+        channels_last: the layout of activations.
+    """
+    twins = {
+        UNet: PublishedUNet,
+        ResBlock: PublishedResBlock,
+        AttentionBlock: PublishedAttentionBlock,
+        GroupNorm: PublishedGroupNorm,
+    }
+    twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for module in twin.modules():
+        module.__class__ = twins.get(type(module), type(module))
+    twin.channels_last = channels_last
+    if skip_scale is not None:
+        twin.skip_scale = skip_scale
+    return twin

@@ -1,0 +1,15 @@
+"""How the networks are told the time (Vaswani et al., arXiv:1706.03762), as U-ViT and ADM do it."""
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def time_embedding(t_B: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """[cos(t f), sin(t f)], f_k = 10000^(-k / (dim/2)), k = 0 .. dim/2 - 1. In fp32, or fp64 for an fp64 model."""
+    compute_dtype = torch.promote_types(dtype, torch.float32)
+    half = dim // 2
+    f = torch.exp(-math.log(10000) * torch.arange(half, dtype=compute_dtype, device=t_B.device) / half)
+    angle = t_B.to(compute_dtype)[:, None] * f
+    return torch.cat([angle.cos(), angle.sin()], dim=-1).to(dtype)
