@@ -7,10 +7,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalelong.kernels.group_norm import Scale, concatenated
-from scalelong.model.skip_layers import GroupNorm, skip_gain
+from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, skip_gain
 from scalelong.model.skip_scale import SkipScale
 from scalelong.model.unet import AttentionBlock, ResBlock, UNet, queries_first
 
@@ -81,11 +81,13 @@ def as_published(model: UNet, *, skip_scale: SkipScale | None = None, channels_l
         skip_scale: instead of the policy of ``model``, whose gates it then leaves alone.
         channels_last: the layout of activations.
     """
-    twins = {
+    twins: dict[type, type] = {
         UNet: PublishedUNet,
         ResBlock: PublishedResBlock,
         AttentionBlock: PublishedAttentionBlock,
         GroupNorm: PublishedGroupNorm,
+        Conv3x3: nn.Conv2d,
+        SkipConv1x1: nn.Conv2d,
     }
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in twin.modules():

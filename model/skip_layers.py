@@ -9,6 +9,7 @@ Shapes: N batch, Ch channels of the hidden stream h, Cs channels of the skip s, 
 import torch
 from torch import Tensor, nn
 
+from scalelong.kernels.conv3x3 import conv3x3
 from scalelong.kernels.group_norm import Scale, group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.model.skip_scale import SkipPosition
@@ -40,6 +41,13 @@ class GroupNorm(nn.GroupNorm):
         return skip_group_norm(
             h, s, scale, self.num_groups, self.weight, self.bias, gain=gain, shift=shift, eps=self.eps, act=act
         )
+
+
+class Conv3x3(nn.Conv2d):
+    """A 3x3 nn.Conv2d with stride 1 and padding 1."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return conv3x3(x, self.weight, self.bias)
 
 
 class SkipConv1x1(nn.Conv2d):

@@ -19,7 +19,7 @@ from scalelong.kernels.attention import attention
 from scalelong.kernels.group_norm import Scale
 from scalelong.model.backbone import Backbone
 from scalelong.model.checkpointing import Checkpointing, run_block
-from scalelong.model.skip_layers import GroupNorm, SkipConv1x1
+from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1
 from scalelong.model.skip_scale import SkipPosition, SkipScale, Unscaled
 from scalelong.model.time_embedding import time_embedding
 
@@ -144,7 +144,7 @@ class Upsample(nn.Module):
 
     def __init__(self, channels: int):
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels, 3, padding=1)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.conv(doubled(x_BCHW))
@@ -180,7 +180,7 @@ class ResBlock(nn.Module):
         self.in_layers = nn.Sequential(
             GroupNorm(config.num_groups, in_channels, config.norm_eps),
             nn.SiLU(),
-            nn.Conv2d(in_channels, out_channels, 3, padding=1),
+            Conv3x3(in_channels, out_channels, 3, padding=1),
         )
         modulation = 2 * out_channels if self.is_adaptive else out_channels
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(config.embedding_width, modulation))
@@ -188,7 +188,7 @@ class ResBlock(nn.Module):
             GroupNorm(config.num_groups, out_channels, config.norm_eps),
             nn.SiLU(),
             nn.Dropout(config.dropout),
-            zeroed(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+            zeroed(Conv3x3(out_channels, out_channels, 3, padding=1)),
         )
         self.skip_connection = (
             nn.Identity() if in_channels == out_channels else SkipConv1x1(in_channels, out_channels, 1)
@@ -298,7 +298,7 @@ class UNet(Backbone):
         self.out = nn.Sequential(
             GroupNorm(config.num_groups, channels, config.norm_eps),
             nn.SiLU(),
-            zeroed(nn.Conv2d(channels, config.out_channels or config.in_channels, 3, padding=1)),
+            zeroed(Conv3x3(channels, config.out_channels or config.in_channels, 3, padding=1)),
         )
         # In the order of the decoder.
         self.skip_gates = self.skip_scale.make_channel_gates(skip_channels[::-1])
@@ -312,7 +312,7 @@ class UNet(Backbone):
         """The blocks, and the channels of the skip that each gives."""
         config = self.config
         channels = config.channels[0]
-        stages, skip_channels = [Stage([nn.Conv2d(config.in_channels, channels, 3, padding=1)])], [channels]
+        stages, skip_channels = [Stage([Conv3x3(config.in_channels, channels, 3, padding=1)])], [channels]
         for level, (level_channels, factor) in enumerate(zip(config.channels, config.factors, strict=True)):
             for _ in range(config.num_res_blocks):
                 stages.append(Stage([ResBlock(config, channels, level_channels)]))
@@ -395,7 +395,7 @@ class UNet(Backbone):
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
         num_skips = self.config.num_skips
-        return [(num_skips - executed, stage[0]) for executed, stage in enumerate(self.output_blocks)]
+        return [(num_skips - executed, next(stage.children())) for executed, stage in enumerate(self.output_blocks)]
 
     def flops(self, batch_size: int = 1) -> int:
         config = self.config

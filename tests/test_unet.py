@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalelong.model.presets import UNET_PRESETS
+from scalelong.model.skip_layers import GroupNorm
 from scalelong.model.skip_scale import (
     SKIP_SCALE_NAMES,
     ChannelGate,
@@ -134,10 +135,11 @@ def test_a_channel_gate_is_squeeze_and_excitation():
 def test_gates_keep_the_default_initialisation():
     model = UNet(PLAIN, skip_scale=LearnedScale())
     assert isinstance(model.skip_gates, SharedChannelGates)
-    for gate in model.skip_gates.values():
-        for layer in (gate.layer1, gate.layer2):
-            bound = layer.in_features**-0.5
-            assert 0.5 * bound < layer.weight.abs().max() <= bound
+    layers = [layer for layer in model.skip_gates.modules() if isinstance(layer, nn.Linear)]
+    assert len(layers) == 2 * 3
+    for layer in layers:
+        bound = layer.in_features**-0.5
+        assert 0.5 * bound < layer.weight.abs().max() <= bound
 
 
 @torch.no_grad()
@@ -158,15 +160,14 @@ def test_a_factor_before_the_norm_changes_only_groups_that_straddle():
 
 @torch.no_grad()
 def test_a_factor_after_the_norm_multiplies_the_skips_share():
-    norm = make_model(PLAIN).output_blocks[0][0].in_layers[0].double()  # type: ignore[index]
-    h, s = torch.randn(2, 2, 48, 4, 4, dtype=torch.float64)[:, :, : norm.num_channels // 2]
+    norm = GroupNorm(8, 24).double()
+    h, s = torch.randn(2, 2, 12, 4, 4, dtype=torch.float64)
     plain = norm(h, s, None, act=None)
     for scale in (0.3, torch.rand(2, s.shape[1], dtype=torch.float64)):
         scaled = norm(h, s, scale, "after-norm", act=None)
-        factor = scale if isinstance(scale, float) else scale[:, :, None, None]
-        half = h.shape[1]
-        torch.testing.assert_close(scaled[:, :half], plain[:, :half])
-        torch.testing.assert_close(scaled[:, half:], plain[:, half:] * factor)
+        factor = scale[:, :, None, None] if isinstance(scale, Tensor) else scale
+        torch.testing.assert_close(scaled[:, :12], plain[:, :12])
+        torch.testing.assert_close(scaled[:, 12:], plain[:, 12:] * factor)
 
 
 @each_config

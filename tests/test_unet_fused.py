@@ -1,6 +1,7 @@
 """The fused UNet against the network written plainly, over the same parameters."""
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ def make_model(config: UNetConfig, mode: tuple = ("none", "before-norm"), **more
     return model
 
 
-def make_batch(config: UNetConfig, B: int = 3) -> tuple[Tensor | None, ...]:
+def make_batch(config: UNetConfig, B: int = 3) -> tuple:
     x, noise = torch.randn(2, B, config.in_channels, config.img_size, config.img_size)
     return x, torch.linspace(1, 999, B), torch.arange(B) % 7 if config.num_classes else None, noise
 
@@ -165,7 +166,7 @@ def test_a_step_takes_less_memory_than_the_plain_network(channels_last):
         F.mse_loss(model(x, t, y), noise).backward()
         model.zero_grad()
 
-    def peak(checkpointing: str) -> int:
+    def peak(checkpointing: Literal["none", "blocks"]) -> int:
         ours.checkpointing = checkpointing
         return peak_bytes(step, (ours,), "cpu")
 

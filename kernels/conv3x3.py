@@ -1,0 +1,79 @@
+"""The 3x3 convolution of residual blocks, with the gradients of its parameters from the native library on a CPU.
+
+Most of a UNet's training step on a CPU goes into convolutions, and most of theirs into the gradient of the weights,
+where PyTorch's library reaches half the speed it has elsewhere. Forward and the gradient of the input are PyTorch's.
+
+Shapes: N batch, C channels of the input, O channels of the output, H height, W width.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalelong.kernels.arguments import described
+from scalelong.kernels.backend import get_backend
+
+
+def conv3x3_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The specification."""
+    return F.conv2d(x, weight, bias, padding=1)
+
+
+def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``conv2d(x, weight, bias, padding=1)``.
+
+    PyTorch's own wherever the native library does not run (GPUs, 16 bits, fp64, autocast, torch.compile).
+
+    Args:
+        x: (N, C, H, W), contiguous or channels_last.
+        weight: (O, C, 3, 3).
+        bias: (O,) or None.
+
+    Returns:
+        (N, O, H, W), differentiable in every argument.
+
+    Raises:
+        ValueError: shapes that do not fit, naming both.
+    """
+    if x.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+        raise ValueError(f"conv3x3: weight {tuple(weight.shape)} does not fit x {described(x)}")
+    if torch.compiler.is_compiling() or not _runs_natively(x, weight, bias):
+        return conv3x3_ref(x, weight, bias)
+    return _Conv3x3.apply(x, weight, bias)
+
+
+def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    return (
+        get_backend(x) == "native"
+        and not torch.is_autocast_enabled("cpu")
+        and all(y is None or y.dtype == torch.float32 for y in (x, weight, bias))
+        and weight.requires_grad
+        and x.numel() > 0
+    )
+
+
+class _Conv3x3(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return conv3x3_ref(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: what PyTorch can differentiate again
+            return _backward_of_reference(dy, x, weight, list(ctx.needs_input_grad))
+        dx, _, _ = _backward_of_reference(dy, x, weight, [ctx.needs_input_grad[0], False, False])
+        dweight, dbias = weight.new_empty(weight.shape), weight.new_empty(weight.shape[0])
+        native = torch.ops.scalelong_native
+        scratch = x.new_empty(native.conv3x3_scratch.default(dy, x))
+        native.conv3x3_weight_grad.default(dweight, dbias, scratch, dy, x)
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None
+
+
+def _backward_of_reference(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[bool]) -> tuple[Tensor, ...]:
+    return torch.ops.aten.convolution_backward(
+        dy, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
+    )
