@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark, without network or installation.
-# bench/gpu.sh [tests|group-norm|uvit|tune|rest|all], most informative first: parity on the GPU, the benchmark of the
-# fused GroupNorm, U-ViT's training step with its operators, the tilings of GroupNorm timed, then the models and the rest
-# of the first. Each part takes less than ten minutes and ends with a table; all take less than 35. Rows land in
-# bench/results as they are measured.
+# bench/gpu.sh [tests|group-norm|uvit|unet|tune|rest|all], most informative first: parity on the GPU, the benchmark of
+# the fused GroupNorm, U-ViT's training step with its operators, that of the UNets, the tilings of GroupNorm timed, then the
+# models and the rest of the first. Each part takes less than ten minutes and ends with a table; all take less than 45.
+# Rows land in bench/results as they are measured. The patched UNets need diffusers, and are skipped without it.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -41,6 +41,9 @@ part_uvit() {
     benchmarks 220 "skip projection and attention" bench/bench_skip_linear.py bench/bench_attention.py
     benchmarks 370 "U-ViT's training step" bench/bench_uvit_step.py
 }
+part_unet() {
+    benchmarks 580 "the UNets' training step" bench/bench_unet_step.py
+}
 part_tune() {
     if [ -f bench/tune_group_norm.py ]; then
         run 170 "tilings of the fused GroupNorm" "$PYTHON" -m scalelong.bench.tune_group_norm --max-seconds 150
@@ -48,9 +51,9 @@ part_tune() {
 }
 part_rest() {
     local files=(tests/test_{attention,gelu_linear,skip_conv1x1,skip_linear,skip_scale}.py)
-    files+=(tests/test_uvit{,_checkpoint,_fused}.py)
+    files+=(tests/test_{uvit,unet}{,_fused}.py tests/test_{uvit,adm}_checkpoint.py tests/test_conv3x3.py)
     "$PYTHON" -c 'import hypothesis' 2>/dev/null && files+=(tests/test_group_norm.py)
-    tests 190 "operators and models" "${files[@]}"
+    tests 280 "operators and models" "${files[@]}"
     benchmarks 250 "fused GroupNorm, the rest" bench/bench_group_norm.py -k 'forward or backward or all-compilers'
 }
 
@@ -58,17 +61,19 @@ case $PART in
     tests) part_tests ;;
     group-norm) part_group_norm ;;
     uvit) part_uvit ;;
+    unet) part_unet ;;
     tune) part_tune ;;
     rest) part_rest ;;
     all)
         part_tests
         part_group_norm
         part_uvit
+        part_unet
         part_tune
         part_rest
         ;;
     *)
-        echo "bench/gpu.sh: no part '$PART'; there are tests, group-norm, uvit, tune, rest and all"
+        echo "bench/gpu.sh: no part '$PART'; there are tests, group-norm, uvit, unet, tune, rest and all"
         exit 2
         ;;
 esac

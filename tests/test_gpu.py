@@ -1,6 +1,8 @@
 """The same numbers on a GPU: what a machine with one has to show before it is measured."""
 
+import copy
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -10,14 +12,16 @@ from parity import assert_within_budget
 from torch import Tensor
 
 from scalelong.bench.compare import kept_bytes
+from scalelong.bench.published_unet import as_published
 from scalelong.kernels.attention import attention, attention_ref
 from scalelong.kernels.backend import get_backend, use_backend
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
-from scalelong.model.presets import UVIT_PRESETS
+from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
+from scalelong.model.unet import UNet
 from scalelong.model.uvit import UViT
 
 pytestmark = [
@@ -263,6 +267,27 @@ def test_gelu_linear_is_within_budget(dtype):
     shapes = {"x": (2, 257, 2048), "weight": (512, 2048), "bias": (512,)}
     inputs = {name: torch.randn(*shape, dtype=dtype, device="cuda") for name, shape in shapes.items()}
     assert_within_budget(gelu_linear, gelu_linear_ref, inputs)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", ["cifar10-ddpm-unet", "imagenet64-adm"])
+@pytest.mark.parametrize("policy", [make_skip_scale("ls"), make_skip_scale("cs", 0.7, "after-norm")], ids=["ls", "cs"])
+def test_a_unet_gives_the_outputs_of_the_plain_one_under_autocast(policy, name, channels_last):
+    config = replace(UNET_PRESETS[name], dropout=0.0)
+    model = UNet(config, skip_scale=policy, channels_last=channels_last).cuda()
+    with torch.no_grad():  # residual branches begin at zero
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    plain = as_published(model, channels_last=channels_last)
+    x, t = torch.randn(2, 3, config.img_size, config.img_size, device="cuda"), torch.tensor([10.0, 900.0]).cuda()
+    y = torch.tensor([3, 5]).cuda() if config.num_classes else None
+    with torch.no_grad():
+        truth = copy.deepcopy(plain).double()(x.double(), t.double(), y)
+    with torch.autocast("cuda", torch.bfloat16):
+        expected, found = plain(x, t, y).double(), model(x, t, y)
+    found.float().square().mean().backward()
+    assert (found.double() - truth).norm() <= 2 * (expected - truth).norm()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.parametrize("name", SKIP_SCALE_NAMES)

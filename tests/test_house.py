@@ -77,6 +77,7 @@ def test_kernels_import_torch_and_triton_only(path):
 
 def test_kernels_and_models_load_no_heavy_package():
     lower = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("kernels", "model")]
+    lower.remove(ROOT / "model" / "diffusers_blocks.py")  # imported by patch_diffusers when it is called
     names = ["scalelong." + ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in lower]
     loaded = modules_loaded_by("import " + ", ".join(names))
     assert "scalelong.model.uvit" in loaded

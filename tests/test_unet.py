@@ -71,6 +71,23 @@ def test_published_sizes(name):
     assert found == concatenations
 
 
+@pytest.mark.parametrize(
+    ("name", "straddling"), [("cifar10-ddpm-unet", [3, 4]), ("imagenet64-adm", [4, 5, 8, 9, 12, 13])]
+)
+def test_skips_whose_norm_has_a_group_over_both_parts(name, straddling):
+    """The table in docs/unet.md."""
+    with torch.device("meta"):
+        model = UNet(UNET_PRESETS[name])
+    skip_channels = [hidden_and_skip[1] for hidden_and_skip in PUBLISHED[name][1]]
+    found = []
+    for (i, block), channels in zip(model.skip_blocks(), skip_channels, strict=True):
+        norm = block.get_submodule("in_layers.0")
+        assert isinstance(norm, GroupNorm)
+        if (norm.num_channels - channels) % (norm.num_channels // norm.num_groups):
+            found.append(i)
+    assert sorted(found) == straddling
+
+
 @pytest.mark.parametrize("name", UNET_PRESETS)
 def test_flops_are_those_that_torch_counts(name):
     with torch.device("meta"):

@@ -5,11 +5,17 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "UNet": "scalelong.model.unet",
+    "UNetConfig": "scalelong.model.unet",
     "UViT": "scalelong.model.uvit",
     "UViTConfig": "scalelong.model.uvit",
+    "load_adm_checkpoint": "scalelong.model.adm_checkpoint",
     "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
+    "PatchReport": "scalelong.model.diffusers_patch",
+    "patch_diffusers": "scalelong.model.diffusers_patch",
+    "unpatch_diffusers": "scalelong.model.diffusers_patch",
 }
-__all__ = ["UViT", "UViTConfig", "__version__", "load_uvit_checkpoint"]  # pyright: ignore[reportUnsupportedDunderAll]
+__all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]
 
 
 def __getattr__(name: str):

@@ -1,0 +1,56 @@
+"""The examples, run as commands."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from running import environment
+from safetensors.torch import load_file
+
+for package in ("diffusers", "sklearn", "tyro"):
+    pytest.importorskip(package)
+
+DIFFUSERS = Path(__file__).resolve().parents[1] / "examples" / "diffusers_finetune.py"
+
+
+def run(*arguments: object) -> str:
+    line = [sys.executable, str(DIFFUSERS), *map(str, arguments)]
+    # On so small a network, threads only wait for one another.
+    one_thread = {**environment(), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(line, env=one_thread, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
+
+
+def losses(printed: str) -> list[float]:
+    return [float(loss) for loss in re.findall(r"step \d+: loss ([\d.]+)", printed)]
+
+
+@pytest.mark.slow
+def test_the_network_of_diffusers_learns_is_saved_and_continued(tmp_path):
+    small = ("--batch-size", 32, "--channels", 16, "--skip-scale", "ls")
+    first = run("--steps", 60, "--output", tmp_path / "first", *small)
+    assert "6 skips scaled by LearnedScale" in first
+    assert len(losses(first)) == 10
+    assert losses(first)[-1] < 0.5 * losses(first)[0]
+    with Image.open(tmp_path / "first" / "samples.png") as samples:
+        assert samples.size == (4 * 32, 4 * 32)
+
+    start = ("--model", tmp_path / "first", "--gates-from", tmp_path / "first")
+    second = run("--steps", 2, "--output", tmp_path / "second", "--learning-rate", 1e-6, *start, *small)
+    assert losses(second)[0] < 0.5 * losses(first)[0]
+    before, after = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("first", "second"))
+    assert list(before) == list(after)
+    assert any("skip_gates" in name for name in before)
+    assert all((after[name] - before[name]).abs().max() < 1e-3 for name in before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("skip_scale", ["none", "cs"])
+def test_every_policy_trains(tmp_path, skip_scale):
+    printed = run("--steps", 2, "--batch-size", 8, "--channels", 8, "--skip-scale", skip_scale, "--output", tmp_path)
+    assert len(losses(printed)) == 2
+    assert (tmp_path / "samples.png").is_file()
