@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch import Tensor
 
-from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.backbone import Backbone
+from scalelong.model.presets import UVIT_PRESETS
 from scalelong.train import sample
 from scalelong.train.config import SAMPLER_NAMES
 from scalelong.train.diffusion import PROCESSES, Process

@@ -1,6 +1,10 @@
 """The fused UNet against the network written plainly, over the same parameters."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Literal
 
 import pytest
@@ -67,13 +71,7 @@ def gates_as_one(results: dict[str, Tensor]) -> dict[str, Tensor]:
     return {**others, "skip_gates": torch.cat(gates)} if gates else others
 
 
-@each_config
-@each_mode
-@each_layout
-@each_dtype
-def test_outputs_and_gradients_of_every_parameter_are_within_budget(dtype, channels_last, mode, config):
-    ours = make_model(config, mode, channels_last=channels_last)
-    plain, batch = as_published(ours, channels_last=channels_last), make_batch(config)
+def assert_parity(ours: UNet, plain: UNet, batch: tuple, dtype: torch.dtype) -> None:
     truths = output_and_gradients(plain, batch, torch.float64)
     expected, found = (output_and_gradients(model, batch, dtype) for model in (plain, ours))
     # The few numbers of the gates are what remains where large ones cancel: judged together.
@@ -85,6 +83,22 @@ def test_outputs_and_gradients_of_every_parameter_are_within_budget(dtype, chann
         # A bias before a norm over one channel has a gradient of zero.
         floor = 4 * torch.finfo(torch.float32).eps * (truth.norm() + 1e-2 * largest)
         assert error <= budget * plain_error + floor, f"{name}: {error:.3g}, plain {plain_error:.3g}"
+
+
+@each_config
+@each_mode
+@each_layout
+@each_dtype
+def test_outputs_and_gradients_of_every_parameter_are_within_budget(dtype, channels_last, mode, config):
+    ours = make_model(config, mode, channels_last=channels_last)
+    assert_parity(ours, as_published(ours, channels_last=channels_last), make_batch(config), dtype)
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_are_within_budget():
+    program = Path(__file__).parent / "interpreted_unet.py"
+    environment = {**os.environ, "PYTHONPATH": str(program.parents[1] / "src")}
+    subprocess.run([sys.executable, program], env=environment, check=True)
 
 
 @each_mode
