@@ -47,6 +47,10 @@ class Conv3x3(nn.Conv2d):
     """A 3x3 nn.Conv2d with stride 1 and padding 1."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        # An adapter makes layers of the class of the one it adapts, of other sizes too.
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        if shape != ((3, 3), (1, 1), (1, 1), (1, 1), 1):
+            return super().forward(x)
         return conv3x3(x, self.weight, self.bias)
 
 
