@@ -117,35 +117,35 @@ class LearnedScale(SkipScale):
         return gate(skip)
 
 
-class TokenGate(nn.Module):
-    """g = σ(W₂ relu(W₁ mean_D(s))): pools each token over its features and excites across tokens.
+class Gate(nn.Module):
+    """g = σ(W₂ relu(W₁ pooled)): one factor in (0, 1) for each of ``size`` pooled numbers, which it mixes.
 
     The weights keep nn.Linear's default initialisation, so that gates start near σ(0 ± 0.25), about one half.
     The state dict has the published names.
     """
 
-    def __init__(self, num_tokens: int, reduction: int):
+    def __init__(self, size: int, reduction: int):
         super().__init__()
-        hidden = max(1, num_tokens // reduction)
-        self.layer1 = nn.Linear(num_tokens, hidden)
-        self.layer2 = nn.Linear(hidden, num_tokens)
+        hidden = max(1, size // reduction)
+        self.layer1 = nn.Linear(size, hidden)
+        self.layer2 = nn.Linear(hidden, size)
+
+    def of_pooled(self, pooled: Tensor) -> Tensor:
+        return torch.sigmoid(self.layer2(torch.relu(self.layer1(pooled))))
+
+
+class TokenGate(Gate):
+    """Pools each token over its features and excites across tokens: (B, T, D) to (B, T, 1)."""
 
     def forward(self, skip_BTD: Tensor) -> Tensor:
-        gate_BT = torch.sigmoid(self.layer2(torch.relu(self.layer1(skip_BTD.mean(dim=-1)))))
-        return gate_BT.unsqueeze(-1)
+        return self.of_pooled(skip_BTD.mean(dim=-1)).unsqueeze(-1)
 
 
-class ChannelGate(nn.Module):
-    """g = σ(W₂ relu(W₁ mean(s))): pools each channel over space and excites across channels."""
-
-    def __init__(self, num_channels: int, reduction: int):
-        super().__init__()
-        hidden = max(1, num_channels // reduction)
-        self.layer1 = nn.Linear(num_channels, hidden)
-        self.layer2 = nn.Linear(hidden, num_channels)
+class ChannelGate(Gate):
+    """Pools each channel over space and excites across channels: (B, C, *) to (B, C)."""
 
     def forward(self, skip: Tensor) -> Tensor:
-        return torch.sigmoid(self.layer2(torch.relu(self.layer1(skip.flatten(2).mean(dim=-1)))))
+        return self.of_pooled(skip.flatten(2).mean(dim=-1))
 
 
 class SharedChannelGates(nn.ModuleDict):
