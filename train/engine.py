@@ -101,15 +101,37 @@ def loss_scale(engine) -> float:
     return 1.0 if scaler is None else scaler.get_scale()
 
 
-def local_shards(module: nn.Module) -> list[Tensor]:
-    """This rank's part of every parameter: all of it, or its shard under ZeRO 3."""
-    return [getattr(p, "ds_tensor", p).detach() for p in module.parameters()]
+def master_shards(engine) -> list[Tensor]:
+    """This rank's part of every weight, in the order of the parameters, where its optimizer updates it.
+
+    All of it without ZeRO; under ZeRO 1 and 2 the flat fragment that lies in the rank's partition, for most parameters
+    none or all of it; under ZeRO 3 the flat shard, padded.
+    """
+    stage = engine.zero_optimization_stage()
+    return [_master_shard(parameter, stage) for parameter in engine.module.parameters()]
 
 
-def whole_tensors(module: nn.Module, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) from tensors laid out as ``local_shards``. Every rank must iterate to the end."""
-    for (name, parameter), shard in zip(module.named_parameters(), shards, strict=True):
-        yield name, _gather_shard(parameter, shard).cpu()
+def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole weight on the CPU). Every rank must iterate to the end."""
+    if engine.zero_optimization_stage() == 3:
+        yield from whole_tensors(engine, master_shards(engine))
+    else:
+        for name, parameter in engine.module.named_parameters():
+            yield name, parameter.detach().cpu()
+
+
+def whole_tensors(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) from parts laid out as ``master_shards``. Every rank must iterate to the end."""
+    stage = engine.zero_optimization_stage()
+    for (name, parameter), shard in zip(engine.module.named_parameters(), shards, strict=True):
+        yield name, _gather(cast(Any, parameter), shard.to(engine.device), stage).cpu()
+
+
+def shards_of(engine, whole: dict[str, Tensor]) -> list[Tensor]:
+    """The inverse of ``whole_tensors``: this rank's part of every tensor, on the device of its master weights."""
+    stage = engine.zero_optimization_stage()
+    parts = (_cut(parameter, whole[name], stage) for name, parameter in engine.module.named_parameters())
+    return [part.to(master.device, copy=True) for part, master in zip(parts, master_shards(engine), strict=True)]
 
 
 def optimizer_state(engine) -> Iterator[tuple[str, Tensor]]:
@@ -157,7 +179,7 @@ def restore_optimizer(engine, state: dict[str, Tensor], step_count: int) -> None
             if stage == 0:
                 base.state[parameter][key].copy_(value)
             elif stage == 3:
-                safe_set_local_optimizer_state(parameter, _cut_shard(parameter, value), key)
+                safe_set_local_optimizer_state(parameter, _cut(parameter, value, stage), key)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
 
@@ -174,11 +196,6 @@ def restore_scaler(engine, state: dict[str, Any] | None) -> None:
         scaler.load_state_dict(state)
 
 
-def shards_of(module: nn.Module, whole: dict[str, Tensor]) -> list[Tensor]:
-    """The inverse of ``whole_tensors``: this rank's part of every tensor."""
-    return [_cut_shard(p, whole[name].to(p.device)).clone() for name, p in module.named_parameters()]
-
-
 def _base_optimizer(engine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
@@ -190,20 +207,40 @@ def _grad_scaler(engine) -> torch.amp.GradScaler | None:
     return engine.optimizer.torch_autocast_gradscaler
 
 
-def _gather_shard(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    if not hasattr(parameter, "ds_tensor"):
+def _master_shard(parameter: Any, stage: int) -> Tensor:
+    if stage == 0:
+        return parameter.detach()
+    if stage == 3:
+        return parameter.ds_tensor.detach()
+    fragment = parameter._hp_mapping
+    return parameter.new_empty(0).detach() if fragment is None else fragment.hp_fragment.detach()
+
+
+def _gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
+    if stage == 0:
         return shard
-    sharded = cast(Any, parameter)
-    world_size = torch.distributed.get_world_size()
-    parts = [torch.empty_like(shard) for _ in range(world_size)]
-    torch.distributed.all_gather(parts, shard.contiguous())
-    return torch.cat(parts)[: sharded.ds_numel].view(sharded.ds_shape)
+    if stage == 3:
+        parts = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, shard.contiguous())
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    # Fragments differ in size from rank to rank; each element is on one rank, so that the sum is exact.
+    whole = shard.new_zeros(parameter.numel())
+    if parameter._hp_mapping is not None:
+        address = parameter._hp_mapping.lp_fragment_address
+        whole[address.start :][: address.numel] = shard
+    torch.distributed.all_reduce(whole)
+    return whole.view(parameter.shape)
 
 
-def _cut_shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    if not hasattr(parameter, "ds_tensor"):
+def _cut(parameter: Any, whole: Tensor, stage: int) -> Tensor:
+    if stage == 0:
         return whole
-    size = cast(Any, parameter).ds_tensor.numel()
-    padded = whole.new_zeros(size * torch.distributed.get_world_size())
-    padded[: whole.numel()] = whole.flatten()
-    return padded[size * torch.distributed.get_rank() :][:size]
+    if stage == 3:
+        size = parameter.ds_tensor.numel()
+        padded = whole.new_zeros(size * torch.distributed.get_world_size())
+        padded[: whole.numel()] = whole.flatten()
+        return padded[size * torch.distributed.get_rank() :][:size]
+    if parameter._hp_mapping is None:
+        return whole.new_empty(0)
+    address = parameter._hp_mapping.lp_fragment_address
+    return whole.flatten()[address.start :][: address.numel]
