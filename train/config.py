@@ -22,6 +22,7 @@ ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
 SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+OffloadName = Literal["none", "optimizer", "parameters"]
 
 
 def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
@@ -122,6 +123,10 @@ class TrainConfig:
     """fp32, or autocast to bf16 or fp16 with fp32 weights."""
     zero_stage: Literal[0, 1, 2, 3] = bookkeeping(0)
     """What DeepSpeed ZeRO shards: nothing, optimizer state, gradients too, parameters too."""
+    offload: OffloadName = bookkeeping("none")
+    """What lies in the host's memory: nothing, optimizer state (ZeRO 1 to 3), parameters as well (ZeRO 3)."""
+    deepspeed_config: Path | None = bookkeeping(None)
+    """A DeepSpeed JSON whose values are added to those that the flags give."""
     accumulation_steps: int = bookkeeping(1)
     """Micro-batches that make one step on each process."""
     checkpointing: Checkpointing = bookkeeping("none")
@@ -207,7 +212,10 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
         values = {**values, "model": backbone_config_from_dict(values["model"])}
         for name, part in parts.items():
             values[name] = part(**values[name])
-        return TrainConfig(**{**values, "run": Path(values["run"])})
+        file = values.get("deepspeed_config")
+        return TrainConfig(
+            **{**values, "run": Path(values["run"]), "deepspeed_config": None if file is None else Path(file)}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the run's config.json does not fit this version of scalelong: {error}") from error
 

@@ -10,15 +10,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scalelong.train.config import TrainConfig
+from scalelong.train.config import OffloadName, TrainConfig
+from scalelong.train.deepspeed_file import merge_file
 from scalelong.train.errors import UserError
 from scalelong.train.processes import Processes
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+# Elements that are reduced or gathered at a time.
+BUCKET_SIZE = 200_000_000
 
 
-def deepspeed_config(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
-    """Every DeepSpeed value that matters, written out: its defaults change between releases."""
+def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> dict[str, Any]:
+    """Every DeepSpeed value that matters, written out: its defaults change between releases.
+
+    What the user's own file adds is merged in.
+
+    Raises:
+        UserError: the file does not fit, or offloading does not fit the ZeRO stage.
+    """
+    # DeepSpeed takes memory for a whole bucket, however small the network.
+    bucket_size = min(BUCKET_SIZE, num_params)
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.accumulation_steps,
@@ -28,9 +39,12 @@ def deepspeed_config(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "reduce_bucket_size": 200_000_000,
-            "allgather_bucket_size": 200_000_000,
+            "reduce_bucket_size": bucket_size,
+            "allgather_bucket_size": bucket_size,
+            **_offload_sections(config.offload),
         },
+        # AdamW of torch has a fused kernel on CPUs too, where DeepSpeed's own is compiled on first use.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -38,15 +52,39 @@ def deepspeed_config(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
     if config.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
         values["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if config.deepspeed_config is not None:
+        offloads = config.offload != "none"
+        values = merge_file(config.deepspeed_config, values, batch=config.images_per_step, offloads=offloads)
+    _check_offload(values["zero_optimization"])
     return values
 
 
-def check_engine_config(config: TrainConfig) -> None:
-    """Refuses what DeepSpeed would accept and compute wrongly.
+def _offload_sections(offload: OffloadName) -> dict[str, Any]:
+    where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    sections = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+    return {section: dict(where) for section in sections[offload]}
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    def is_off(section: str) -> bool:
+        return (zero.get(section) or {}).get("device", "none") == "none"
+
+    if not is_off("offload_optimizer") and zero["stage"] == 0:
+        raise UserError("optimizer state can be offloaded with --zero-stage 1, 2 or 3, not 0")
+    if not is_off("offload_param") and zero["stage"] != 3:
+        raise UserError(f"parameters can be offloaded with --zero-stage 3, not {zero['stage']}")
+
+
+def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
+    """Refuses what DeepSpeed cannot do, or would accept and compute wrongly.
 
     Raises:
-        UserError: fp16 with clipping under ZeRO (0.19.8 clips the gradients before the loss scale is taken out).
+        UserError: a DeepSpeed file or offloading that does not fit; fp16 with clipping under ZeRO (0.19.8 clips the
+            gradients before the loss scale is taken out) or with offloading (not tested).
     """
+    zero = deepspeed_config(config, micro_batch, num_params=1)["zero_optimization"]
+    if config.precision == "fp16" and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
+        raise UserError("--precision fp16 cannot offload: take bf16")
     if config.precision == "fp16" and config.zero_stage > 0 and config.optimizer.clip_grad_norm > 0:
         raise UserError("--precision fp16 cannot clip gradients under ZeRO: take bf16, or --zero-stage 0")
 
@@ -59,8 +97,11 @@ def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, mic
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
     )
+    num_params = sum(parameter.numel() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(
-        model=model.to(processes.device), optimizer=optimizer, config=deepspeed_config(config, micro_batch)
+        model=model.to(processes.device),
+        optimizer=optimizer,
+        config=deepspeed_config(config, micro_batch, num_params),
     )
     return engine
 

@@ -203,7 +203,6 @@ def check_before_training(
     Raises:
         UserError: what is wrong.
     """
-    ds.check_engine_config(config)
     choose_reader(config.data.reader)
     if checkpoint is not None and not checkpoint.is_dir():
         raise UserError(f"{socket.gethostname()} does not see {checkpoint}: all hosts must share the run folder")
@@ -218,6 +217,7 @@ def check_before_training(
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    ds.check_engine_config(config, plan.micro_batch)
     source = open_source(config.data.path, config.num_data_classes)
     if state is not None and state.data_fingerprint != source.fingerprint():
         raise UserError(
