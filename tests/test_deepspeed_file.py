@@ -60,7 +60,10 @@ def test_a_file_adds_to_what_the_flags_give(tmp_path):
         ({"zero_optimization": {"mics_shard_size": 8}}, r"MiCS .* has been removed"),
         ({"zero_optimization": {"zero_quantized_weights": True}}, r"zero_quantized_weights is not supported"),
         ({"zero_optimization": {"offload_optimizer": {"device": "nvme"}}}, r"device nvme is not supported"),
-        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, r"parameters can be offloaded with --zero-stage 3"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            r"parameters can be offloaded with --zero-stage 3",
+        ),
         ("{", r"is no JSON"),
         ([], r"must hold a JSON object"),
     ],
