@@ -11,6 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from scalelong.kernels.arguments import described
 from scalelong.kernels.backend import get_backend
@@ -24,7 +25,7 @@ def conv3x3_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``conv2d(x, weight, bias, padding=1)``.
 
-    PyTorch's own wherever the native library does not run (GPUs, 16 bits, fp64, autocast, torch.compile).
+    PyTorch's own wherever the native library does not run (GPUs, 16 bits, fp64, autocast, torch.compile, fake tensors).
 
     Args:
         x: (N, C, H, W), contiguous or channels_last.
@@ -50,6 +51,7 @@ def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and all(y is None or y.dtype == torch.float32 for y in (x, weight, bias))
         and weight.requires_grad
+        and not isinstance(x, FakeTensor)
         and x.numel() > 0
     )
 

@@ -69,3 +69,21 @@ def log_rows(run: Path) -> list[dict]:
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in log_rows(run)]
+
+
+def run_on_ranks(num_ranks: int, script: str, *arguments: object, port: int, timeout: float = 180) -> list[str]:
+    """A script of this folder on several ranks of this machine, without a launcher: what each has printed."""
+    line = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
+    ranks = []
+    for rank in range(num_ranks):
+        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks}
+        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        env = {**environment(), **{name: str(value) for name, value in variables.items()}}
+        ranks.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(out + err for out, err in outputs)
+    return [out for out, _ in outputs]

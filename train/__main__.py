@@ -33,15 +33,25 @@ def parse_train_arguments(argv: list[str]) -> TrainConfig:
     if argv and argv[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0)
+    name, flags = choose_preset(argv, program=PROGRAM)
+    return parse(TrainConfig, flags, prog=f"{PROGRAM} {name}", default=PRESETS[name])
+
+
+def choose_preset(argv: list[str], *, program: str) -> tuple[str, list[str]]:
+    """The preset's name, which comes first, and the flags behind it.
+
+    Raises:
+        UserError: none, or an unknown one; the presets are listed.
+    """
     presets = ", ".join(PRESETS)
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"which preset? {PROGRAM} PRESET [--field value ...]; presets: {presets}")
+        raise UserError(f"which preset? {program} PRESET [--field value ...]; presets: {presets}")
     name, *flags = argv
     if name not in PRESETS:
         close = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; perhaps you meant {close[0]}" if close else ""
         raise UserError(f"unknown preset {name!r}{hint}; presets: {presets}")
-    return parse(TrainConfig, flags, prog=f"{PROGRAM} {name}", default=PRESETS[name])
+    return name, flags
 
 
 def usage() -> str:

@@ -3,6 +3,7 @@
 A checkpoint is a folder ``checkpoints/<images_seen>/`` of whole (unsharded) tensors: model.safetensors,
 ema.safetensors, optimizer.safetensors, state.json and, written last, manifest.json with a SHA-256 of each. It is
 written aside, synced and renamed; a folder without a manifest that matches is passed over. Nothing in it can run code.
+Averages of the weights that are kept for later, ``averages/<images_seen>/``, are written in the same way.
 """
 
 import hashlib
@@ -24,6 +25,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.processes import Processes
 
 MANIFEST = "manifest.json"
+Tensors = Iterator[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,11 @@ def checkpoints_folder(run: Path) -> Path:
 
 def list_checkpoints(run: Path) -> list[Path]:
     """The folders of checkpoints, whole or not, newest first."""
-    folder = checkpoints_folder(run)
+    return numbered_folders(checkpoints_folder(run))
+
+
+def numbered_folders(folder: Path) -> list[Path]:
+    """Those that are called by their images_seen, the largest first."""
     if not folder.is_dir():
         return []
     return sorted((p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: -int(p.name))
@@ -99,26 +105,53 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     Raises:
         UserError: it cannot be written, on a full disk say; earlier checkpoints stay as they are.
     """
-    module = engine.module
-    tensors = {
-        "model": ds.whole_tensors(module, ds.local_shards(module)),
-        "ema": ds.whole_tensors(module, ema.shards),
-        "optimizer": ds.optimizer_state(engine),
-    }
+    averages = {name: ds.whole_tensors(engine, shards) for name, shards in ema.averages.items()}
+    tensors = {"model": ds.whole_weights(engine), **averages, "optimizer": ds.optimizer_state(engine)}
     final = checkpoints_folder(run) / str(state.images_seen)
-    problem = None
-    if processes.is_main:
-        problem = _write(final, state, tensors, keep)
-    else:
-        for iterator in tensors.values():
-            _exhaust(iterator)
-    problem = processes.from_main(problem)
+    problem = _write_on_main(final, asdict(state), tensors, processes)
     if problem:
-        raise UserError(problem)
+        kept = processes.from_main(_last_good(run) if processes.is_main else None)
+        raise UserError(f"cannot write the checkpoint {final}: {problem}; {kept}")
+    if processes.is_main:
+        _prune(final, keep)
     return final
 
 
-def _write(final: Path, state: TrainState, tensors: dict[str, Iterator[tuple[str, Tensor]]], keep: int) -> str | None:
+def averages_folder(run: Path) -> Path:
+    return run / "averages"
+
+
+def save_averages(run: Path, images_seen: int, step: int, engine, ema: Ema, processes: Processes) -> None:
+    """Keeps the power-function averages as they stand, for ``ema_posthoc``. All ranks must call it.
+
+    Raises:
+        UserError: they cannot be written.
+    """
+    tensors = {name: ds.whole_tensors(engine, ema.averages[name]) for name in ema.exponents}
+    final = averages_folder(run) / str(images_seen)
+    state = {"images_seen": images_seen, "step": step, "exponents": ema.exponents}
+    problem = _write_on_main(final, state, tensors, processes)
+    if problem:
+        raise UserError(f"cannot write the averages {final}: {problem}")
+
+
+def _write_on_main(final: Path, state: dict[str, Any], tensors: dict[str, Tensors], processes: Processes) -> str | None:
+    """Rank 0 writes what all ranks gather; every rank learns of what went wrong."""
+    problem = None
+    if processes.is_main:
+        problem = _write(final, state, tensors)
+    else:
+        for iterator in tensors.values():
+            _exhaust(iterator)
+    return processes.from_main(problem)
+
+
+def _last_good(run: Path) -> str:
+    whole = [c for c in list_checkpoints(run) if find_problem(c) is None]
+    return f"the last good checkpoint is {whole[0]}" if whole else "there is no earlier checkpoint"
+
+
+def _write(final: Path, state: dict[str, Any], tensors: dict[str, Tensors]) -> str | None:
     staging = final.with_name(f".{final.name}.writing")
     remaining = iter(tensors.items())
     try:
@@ -128,7 +161,7 @@ def _write(final: Path, state: TrainState, tensors: dict[str, Iterator[tuple[str
             # Gathered before anything can fail on this rank alone: the others are in the same collectives.
             whole = dict(iterator)
             save_file(whole, staging / f"{name}.safetensors")
-        _write_json(staging / "state.json", asdict(state))
+        _write_json(staging / "state.json", state)
         hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
         for name in hashes:
             _sync(staging / name)
@@ -143,10 +176,7 @@ def _write(final: Path, state: TrainState, tensors: dict[str, Iterator[tuple[str
         for _, iterator in remaining:
             _exhaust(iterator)
         shutil.rmtree(staging, ignore_errors=True)
-        whole = [c for c in list_checkpoints(final.parent.parent) if find_problem(c) is None]
-        kept = f"the last good checkpoint is {whole[0]}" if whole else "there is no earlier checkpoint"
-        return f"cannot write the checkpoint {final}: {error}; {kept}"
-    _prune(final, keep)
+        return str(error)
     return None
 
 

@@ -1,4 +1,4 @@
-"""The console script ``scalelong``: train, sample, evaluate, export."""
+"""The console script ``scalelong``: train, plan, sample, evaluate, export, ema-posthoc."""
 
 import importlib
 import sys
@@ -10,6 +10,8 @@ COMMANDS = {
     "train": ("scalelong.train.__main__", "train a preset, or go on with a run"),
     "sample": ("scalelong.train.sample", "draw samples from a run as one picture"),
     "evaluate": ("scalelong.train.evaluate", "score a run's samples against real images"),
+    "ema-posthoc": ("scalelong.train.ema_posthoc", "averaged weights of a width chosen after the run"),
+    "plan": ("scalelong.train.plan", "memory, traffic and ZeRO stage of a preset on given GPUs"),
     "export": ("scalelong.train.export", "write a run's model as safetensors and JSON"),
 }
 
@@ -22,7 +24,7 @@ def _main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] in ("-h", "--help"):
         print("usage: scalelong COMMAND ...\n\ncommands:")
         for name, (_, description) in COMMANDS.items():
-            print(f"  {name:<9} {description}")
+            print(f"  {name:<12} {description}")
         print("\nscalelong COMMAND --help says more.")
         return
     name, *arguments = sys.argv[1:]

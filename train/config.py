@@ -15,12 +15,14 @@ from scalelong.model.architectures import (
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.skip_scale import SkipPosition, SkipScale, SkipScaleName, make_skip_scale
 from scalelong.train.diffusion import NUM_TIMES
+from scalelong.train.ema_profile import LARGEST_STD
 from scalelong.train.errors import UserError
 
 ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
 SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
+OffloadName = Literal["none", "optimizer", "parameters"]
 
 
 def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
@@ -64,6 +66,11 @@ class OptimizerConfig:
     """Largest norm of the gradient; 0: no clipping."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, per step."""
+    ema_stds: tuple[float, ...] = ()
+    """Relative widths of further averages, kept to make one of any width later (ema_posthoc): 0.05 0.1, say."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "ema_stds", tuple(self.ema_stds))  # JSON has lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +101,8 @@ class TrainConfig:
     """How often a checkpoint is written."""
     images_per_grid: int = bookkeeping(1_280_000)
     """How often a grid of samples is made; 0: only at the end."""
+    images_per_average: int = bookkeeping(1_280_000)
+    """How often the averages of optimizer.ema_stds are kept; 0: only at the end."""
     images_per_log: int = bookkeeping(12_800)
     """How often a line is logged; 0: every step."""
     keep_checkpoints: int = bookkeeping(2)
@@ -114,6 +123,10 @@ class TrainConfig:
     """fp32, or autocast to bf16 or fp16 with fp32 weights."""
     zero_stage: Literal[0, 1, 2, 3] = bookkeeping(0)
     """What DeepSpeed ZeRO shards: nothing, optimizer state, gradients too, parameters too."""
+    offload: OffloadName = bookkeeping("none")
+    """What lies in the host's memory: nothing, optimizer state (ZeRO 1 to 3), parameters as well (ZeRO 3)."""
+    deepspeed_config: Path | None = bookkeeping(None)
+    """A DeepSpeed JSON whose values are added to those that the flags give."""
     accumulation_steps: int = bookkeeping(1)
     """Micro-batches that make one step on each process."""
     checkpointing: Checkpointing = bookkeeping("none")
@@ -125,7 +138,7 @@ class TrainConfig:
 
     def __post_init__(self):
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
-        not_negative = ("images_per_grid", "images_per_log", "seed")
+        not_negative = ("images_per_grid", "images_per_average", "images_per_log", "seed")
         _check(self, positive, lambda v: v >= 1, "at least 1")
         _check(self, not_negative, lambda v: v >= 0, "not negative")
         _check(self, ("keep_checkpoints",), lambda v: v >= 2, "at least 2")
@@ -133,6 +146,7 @@ class TrainConfig:
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
+        check_ema_stds(self.optimizer.ema_stds)
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
@@ -163,6 +177,17 @@ class TrainConfig:
         return self.model.num_classes - (1 if self.label_drop else 0)
 
 
+def check_ema_stds(stds: tuple[float, ...]) -> None:
+    """Raises:
+    ValueError: a width that no power function has, or one given twice.
+    """
+    for std in stds:
+        if not 0.001 <= std <= LARGEST_STD:
+            raise ValueError(f"a relative width must be in [0.001, {LARGEST_STD:.4f}], got {std:g}")
+    if len({f"{std:g}" for std in stds}) < len(stds):
+        raise ValueError(f"ema_stds must differ, got {' '.join(f'{std:g}' for std in stds)}")
+
+
 def _check(config: Any, names: tuple[str, ...], holds: Any, what: str) -> None:
     for name in names:
         value = getattr(config, name)
@@ -187,7 +212,10 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
         values = {**values, "model": backbone_config_from_dict(values["model"])}
         for name, part in parts.items():
             values[name] = part(**values[name])
-        return TrainConfig(**{**values, "run": Path(values["run"])})
+        file = values.get("deepspeed_config")
+        return TrainConfig(
+            **{**values, "run": Path(values["run"]), "deepspeed_config": None if file is None else Path(file)}
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the run's config.json does not fit this version of scalelong: {error}") from error
 

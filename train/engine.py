@@ -10,15 +10,26 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from scalelong.train.config import TrainConfig
+from scalelong.train.config import OffloadName, TrainConfig
+from scalelong.train.deepspeed_file import merge_file
 from scalelong.train.errors import UserError
 from scalelong.train.processes import Processes
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
+# Elements that are reduced or gathered at a time.
+BUCKET_SIZE = 200_000_000
 
 
-def deepspeed_config(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
-    """Every DeepSpeed value that matters, written out: its defaults change between releases."""
+def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> dict[str, Any]:
+    """Every DeepSpeed value that matters, written out: its defaults change between releases.
+
+    What the user's own file adds is merged in.
+
+    Raises:
+        UserError: the file does not fit, or offloading does not fit the ZeRO stage.
+    """
+    # DeepSpeed takes memory for a whole bucket, however small the network.
+    bucket_size = min(BUCKET_SIZE, num_params)
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.accumulation_steps,
@@ -28,9 +39,12 @@ def deepspeed_config(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
             "overlap_comm": False,
             "contiguous_gradients": True,
             "reduce_scatter": True,
-            "reduce_bucket_size": 200_000_000,
-            "allgather_bucket_size": 200_000_000,
+            "reduce_bucket_size": bucket_size,
+            "allgather_bucket_size": bucket_size,
+            **_offload_sections(config.offload),
         },
+        # AdamW of torch has a fused kernel on CPUs too, where DeepSpeed's own is compiled on first use.
+        "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": False,
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
@@ -38,15 +52,39 @@ def deepspeed_config(config: TrainConfig, micro_batch: int) -> dict[str, Any]:
     if config.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
         values["torch_autocast"] = {"enabled": True, "dtype": dtype}
+    if config.deepspeed_config is not None:
+        offloads = config.offload != "none"
+        values = merge_file(config.deepspeed_config, values, batch=config.images_per_step, offloads=offloads)
+    _check_offload(values["zero_optimization"])
     return values
 
 
-def check_engine_config(config: TrainConfig) -> None:
-    """Refuses what DeepSpeed would accept and compute wrongly.
+def _offload_sections(offload: OffloadName) -> dict[str, Any]:
+    where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    sections = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
+    return {section: dict(where) for section in sections[offload]}
+
+
+def _check_offload(zero: dict[str, Any]) -> None:
+    def is_off(section: str) -> bool:
+        return (zero.get(section) or {}).get("device", "none") == "none"
+
+    if not is_off("offload_optimizer") and zero["stage"] == 0:
+        raise UserError("optimizer state can be offloaded with --zero-stage 1, 2 or 3, not 0")
+    if not is_off("offload_param") and zero["stage"] != 3:
+        raise UserError(f"parameters can be offloaded with --zero-stage 3, not {zero['stage']}")
+
+
+def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
+    """Refuses what DeepSpeed cannot do, or would accept and compute wrongly.
 
     Raises:
-        UserError: fp16 with clipping under ZeRO (0.19.8 clips the gradients before the loss scale is taken out).
+        UserError: a DeepSpeed file or offloading that does not fit; fp16 with clipping under ZeRO (0.19.8 clips the
+            gradients before the loss scale is taken out) or with offloading (not tested).
     """
+    zero = deepspeed_config(config, micro_batch, num_params=1)["zero_optimization"]
+    if config.precision == "fp16" and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
+        raise UserError("--precision fp16 cannot offload: take bf16")
     if config.precision == "fp16" and config.zero_stage > 0 and config.optimizer.clip_grad_norm > 0:
         raise UserError("--precision fp16 cannot clip gradients under ZeRO: take bf16, or --zero-stage 0")
 
@@ -59,8 +97,11 @@ def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, mic
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
     )
+    num_params = sum(parameter.numel() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(
-        model=model.to(processes.device), optimizer=optimizer, config=deepspeed_config(config, micro_batch)
+        model=model.to(processes.device),
+        optimizer=optimizer,
+        config=deepspeed_config(config, micro_batch, num_params),
     )
     return engine
 
@@ -101,15 +142,37 @@ def loss_scale(engine) -> float:
     return 1.0 if scaler is None else scaler.get_scale()
 
 
-def local_shards(module: nn.Module) -> list[Tensor]:
-    """This rank's part of every parameter: all of it, or its shard under ZeRO 3."""
-    return [getattr(p, "ds_tensor", p).detach() for p in module.parameters()]
+def master_shards(engine) -> list[Tensor]:
+    """This rank's part of every weight, in the order of the parameters, where its optimizer updates it.
+
+    All of it without ZeRO; under ZeRO 1 and 2 the flat fragment that lies in the rank's partition, for most parameters
+    none or all of it; under ZeRO 3 the flat shard, padded.
+    """
+    stage = engine.zero_optimization_stage()
+    return [_master_shard(parameter, stage) for parameter in engine.module.parameters()]
 
 
-def whole_tensors(module: nn.Module, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole tensor on the CPU) from tensors laid out as ``local_shards``. Every rank must iterate to the end."""
-    for (name, parameter), shard in zip(module.named_parameters(), shards, strict=True):
-        yield name, _gather_shard(parameter, shard).cpu()
+def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole weight on the CPU). Every rank must iterate to the end."""
+    if engine.zero_optimization_stage() == 3:
+        yield from whole_tensors(engine, master_shards(engine))
+    else:
+        for name, parameter in engine.module.named_parameters():
+            yield name, parameter.detach().cpu()
+
+
+def whole_tensors(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """(name, whole tensor on the CPU) from parts laid out as ``master_shards``. Every rank must iterate to the end."""
+    stage = engine.zero_optimization_stage()
+    for (name, parameter), shard in zip(engine.module.named_parameters(), shards, strict=True):
+        yield name, _gather(cast(Any, parameter), shard.to(engine.device), stage).cpu()
+
+
+def shards_of(engine, whole: dict[str, Tensor]) -> list[Tensor]:
+    """The inverse of ``whole_tensors``: this rank's part of every tensor, on the device of its master weights."""
+    stage = engine.zero_optimization_stage()
+    parts = (_cut(parameter, whole[name], stage) for name, parameter in engine.module.named_parameters())
+    return [part.to(master.device, copy=True) for part, master in zip(parts, master_shards(engine), strict=True)]
 
 
 def optimizer_state(engine) -> Iterator[tuple[str, Tensor]]:
@@ -157,7 +220,7 @@ def restore_optimizer(engine, state: dict[str, Tensor], step_count: int) -> None
             if stage == 0:
                 base.state[parameter][key].copy_(value)
             elif stage == 3:
-                safe_set_local_optimizer_state(parameter, _cut_shard(parameter, value), key)
+                safe_set_local_optimizer_state(parameter, _cut(parameter, value, stage), key)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
 
@@ -174,11 +237,6 @@ def restore_scaler(engine, state: dict[str, Any] | None) -> None:
         scaler.load_state_dict(state)
 
 
-def shards_of(module: nn.Module, whole: dict[str, Tensor]) -> list[Tensor]:
-    """The inverse of ``whole_tensors``: this rank's part of every tensor."""
-    return [_cut_shard(p, whole[name].to(p.device)).clone() for name, p in module.named_parameters()]
-
-
 def _base_optimizer(engine) -> torch.optim.Optimizer:
     return engine.optimizer.optimizer if engine.zero_optimization_stage() else engine.optimizer
 
@@ -190,20 +248,40 @@ def _grad_scaler(engine) -> torch.amp.GradScaler | None:
     return engine.optimizer.torch_autocast_gradscaler
 
 
-def _gather_shard(parameter: nn.Parameter, shard: Tensor) -> Tensor:
-    if not hasattr(parameter, "ds_tensor"):
+def _master_shard(parameter: Any, stage: int) -> Tensor:
+    if stage == 0:
+        return parameter.detach()
+    if stage == 3:
+        return parameter.ds_tensor.detach()
+    fragment = parameter._hp_mapping
+    return parameter.new_empty(0).detach() if fragment is None else fragment.hp_fragment.detach()
+
+
+def _gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
+    if stage == 0:
         return shard
-    sharded = cast(Any, parameter)
-    world_size = torch.distributed.get_world_size()
-    parts = [torch.empty_like(shard) for _ in range(world_size)]
-    torch.distributed.all_gather(parts, shard.contiguous())
-    return torch.cat(parts)[: sharded.ds_numel].view(sharded.ds_shape)
+    if stage == 3:
+        parts = [torch.empty_like(shard) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, shard.contiguous())
+        return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    # Fragments differ in size from rank to rank; each element is on one rank, so that the sum is exact.
+    whole = shard.new_zeros(parameter.numel())
+    if parameter._hp_mapping is not None:
+        address = parameter._hp_mapping.lp_fragment_address
+        whole[address.start :][: address.numel] = shard
+    torch.distributed.all_reduce(whole)
+    return whole.view(parameter.shape)
 
 
-def _cut_shard(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    if not hasattr(parameter, "ds_tensor"):
+def _cut(parameter: Any, whole: Tensor, stage: int) -> Tensor:
+    if stage == 0:
         return whole
-    size = cast(Any, parameter).ds_tensor.numel()
-    padded = whole.new_zeros(size * torch.distributed.get_world_size())
-    padded[: whole.numel()] = whole.flatten()
-    return padded[size * torch.distributed.get_rank() :][:size]
+    if stage == 3:
+        size = parameter.ds_tensor.numel()
+        padded = whole.new_zeros(size * torch.distributed.get_world_size())
+        padded[: whole.numel()] = whole.flatten()
+        return padded[size * torch.distributed.get_rank() :][:size]
+    if parameter._hp_mapping is None:
+        return whole.new_empty(0)
+    address = parameter._hp_mapping.lp_fragment_address
+    return whole.flatten()[address.start :][: address.numel]

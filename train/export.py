@@ -6,6 +6,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from scalelong.model.backbone import Backbone
 from scalelong.train.command_line import RunArguments, parse, run_command
 from scalelong.train.errors import UserError
 from scalelong.train.run_folder import load_model
@@ -23,13 +24,20 @@ def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong export``."""
     arguments = parse(ExportArguments, argv, prog="scalelong export")
     model, _ = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
-    try:
-        if arguments.out.exists() and any(arguments.out.iterdir()):
-            raise UserError(f"{arguments.out} is not empty")
-        model.save_pretrained(arguments.out)
-    except OSError as error:
-        raise UserError(f"cannot write {arguments.out}: {error}") from error
+    write_export(model, arguments.out)
     print(f"{model.num_params():,} parameters -> {arguments.out}")
+
+
+def write_export(model: Backbone, out: Path) -> None:
+    """Raises:
+    UserError: the folder is not empty, or cannot be written.
+    """
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty")
+        model.save_pretrained(out)
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
 
 
 if __name__ == "__main__":

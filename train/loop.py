@@ -3,6 +3,7 @@
 import json
 import math
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from scalelong.train.checkpoint import (
     newest_checkpoint,
     read_state,
     read_tensors,
+    save_averages,
     save_checkpoint,
 )
 from scalelong.train.command_line import without_local_rank
@@ -30,7 +32,7 @@ from scalelong.train.data import Source, find_broken_images, open_source
 from scalelong.train.data_loader import Batch, choose_reader, read_batches
 from scalelong.train.data_order import BatchPlan
 from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
-from scalelong.train.ema import Ema
+from scalelong.train.ema import FIXED_DECAY, Ema
 from scalelong.train.errors import UserError
 from scalelong.train.host_memory import keep_freed_memory
 from scalelong.train.monitor import SkipMonitor
@@ -63,7 +65,8 @@ def train(config: TrainConfig) -> int:
         UserError: bad input, before anything is written; or a run that cannot go on, its last checkpoint intact.
     """
     processes = join_processes()
-    checkpoint, source, plan = processes.agree(lambda: check_before_training(config, processes))
+    checkpoint = processes.on_main(lambda: find_checkpoint(config))
+    source, plan = processes.agree(lambda: check_before_training(config, processes, checkpoint))
     if plan.first_position >= config.total_images:
         if processes.is_main:
             print(f"already trained to {plan.first_position:,} images; a larger --total-images goes on")
@@ -89,7 +92,7 @@ def train(config: TrainConfig) -> int:
                 # Elsewhere the loss is left on the GPU, so that no step waits for it.
                 losses = check_losses(run, unchecked_losses, run.step)
                 unchecked_losses.clear()
-            run.ema.update()
+            run.ema.update(run.step)
             seconds, images_timed = seconds + time.perf_counter() - step_began, images_timed + config.images_per_step
 
             if logs:
@@ -105,6 +108,9 @@ def train(config: TrainConfig) -> int:
                 seconds, images_timed = 0.0, 0
             if last or passes(previous, now, config.images_per_grid):
                 make_grid(run)
+            if run.ema.exponents and (last or passes(previous, now, config.images_per_average)):
+                # Before the checkpoint: a run that goes on from there has them all.
+                save_averages(config.run, run.images_seen, run.step, run.engine, run.ema, processes)
             if saves or stops:
                 save(run)
             if last or stops:
@@ -183,18 +189,23 @@ def passes(previous: int, now: int, every: int) -> bool:
     return every > 0 and now // every > previous // every
 
 
-def check_before_training(config: TrainConfig, processes: Processes) -> tuple[Path | None, Source, BatchPlan]:
-    """Everything that can be wrong with the input, before anything is written.
+def check_before_training(
+    config: TrainConfig, processes: Processes, checkpoint: Path | None
+) -> tuple[Source, BatchPlan]:
+    """Everything else that can be wrong with the input, before anything is written.
+
+    Args:
+        checkpoint: what rank 0 resumes from.
 
     Returns:
-        The checkpoint to resume from, the images, and which of them this rank takes.
+        The images, and which of them this rank takes.
 
     Raises:
         UserError: what is wrong.
     """
-    ds.check_engine_config(config)
     choose_reader(config.data.reader)
-    checkpoint = find_checkpoint(config)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(f"{socket.gethostname()} does not see {checkpoint}: all hosts must share the run folder")
     state = read_state(checkpoint) if checkpoint is not None else None
     try:
         plan = BatchPlan(
@@ -206,6 +217,7 @@ def check_before_training(config: TrainConfig, processes: Processes) -> tuple[Pa
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    ds.check_engine_config(config, plan.micro_batch)
     source = open_source(config.data.path, config.num_data_classes)
     if state is not None and state.data_fingerprint != source.fingerprint():
         raise UserError(
@@ -223,11 +235,11 @@ def check_before_training(config: TrainConfig, processes: Processes) -> tuple[Pa
     if broken:
         more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
         raise UserError(f"cannot decode {', '.join(broken[:3])}{more}")
-    return checkpoint, source, plan
+    return source, plan
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; None for a new run.
+    """The checkpoint to resume from; None for a new run. It is read whole to see that it is undamaged.
 
     Raises:
         UserError: the folder holds another run, or something else, or no checkpoint that is whole.
@@ -262,12 +274,13 @@ def start_run(
         model.load_state_dict(read_tensors(checkpoint, "model"))
     monitor = SkipMonitor(model)
     engine = ds.make_engine(model, config, processes, plan.micro_batch)
-    ema = Ema(engine.module, config.optimizer.ema_decay)
+    ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
     step = 0
     if checkpoint is not None:
         state = read_state(checkpoint)
         step = state.step
-        ema.restore(read_tensors(checkpoint, "ema"))
+        for name in ema.averages:
+            ema.restore(name, read_tensors(checkpoint, name))
         ds.restore_optimizer(engine, read_tensors(checkpoint, "optimizer"), state.optimizer_steps)
         ds.restore_scaler(engine, state.grad_scaler)
     threads = num_reader_threads(config)
@@ -329,7 +342,7 @@ def save(run: Run) -> None:
 
 def make_grid(run: Run) -> None:
     """Draws samples with the averaged weights; the same noise and labels each time, so that grids can be compared."""
-    weights = dict(ds.whole_tensors(run.engine.module, run.ema.shards))
+    weights = dict(ds.whole_tensors(run.engine, run.ema.averages[FIXED_DECAY]))
     run.processes.agree(lambda: _draw_grid(run, weights) if run.processes.is_main else None)
 
 

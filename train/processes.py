@@ -55,6 +55,15 @@ class Processes:
         """Rank 0's value, on every rank."""
         return self.gather(value)[0]
 
+    def on_main(self, action: Callable[[], T]) -> T:
+        """Runs an action on rank 0 alone; every rank gets its result.
+
+        Raises:
+            UserError: what rank 0 met, on every rank.
+        """
+        result = self.agree(lambda: action() if self.is_main else None)
+        return cast(T, self.from_main(result))
+
     def agree(self, action: Callable[[], T]) -> T:
         """Runs an action on every rank; an error that any of them meets is raised on all, so that none waits.
 
