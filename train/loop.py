@@ -40,6 +40,8 @@ from scalelong.train.run_folder import read_config
 from scalelong.train.sample import default_labels, generate, grid_columns, save_grid
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL, StopSignals
 
+CONFIG_STAGING = ".config.json.writing"
+
 
 @dataclass
 class Run:
@@ -235,7 +237,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if not config.run.exists():
         return None
     if not (config.run / "config.json").is_file():
-        if not config.run.is_dir() or any(config.run.iterdir()):
+        # Whoever was killed while starting has left the one, and no more.
+        if not config.run.is_dir() or any(path.name != CONFIG_STAGING for path in config.run.iterdir()):
             raise UserError(f"{config.run} exists and is no run folder; take another --run")
         return None
     differences = config_differences(read_config(config.run), config)
@@ -292,7 +295,7 @@ def num_reader_threads(config: TrainConfig) -> int:
 def write_config(config: TrainConfig) -> None:
     try:
         config.run.mkdir(parents=True, exist_ok=True)
-        staging = config.run / ".config.json.writing"
+        staging = config.run / CONFIG_STAGING
         staging.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
         staging.rename(config.run / "config.json")
     except OSError as error:
