@@ -1,5 +1,6 @@
 """Training runs that are cheap to kill: each is a fork of a server that has imported torch and DeepSpeed already."""
 
+import ctypes
 import multiprocessing
 import os
 import random
@@ -27,6 +28,7 @@ STEP = 8
 SECONDS_TO_NOTICE_A_DEAD_RANK = 60
 FILE_OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 SAVING = "survival.save_file"
+CLONE_NEWNS = 0x20000
 
 _server = multiprocessing.get_context("forkserver")
 
@@ -35,6 +37,13 @@ def start_server() -> None:
     """Imports once what every run needs; the environment of the runs is that of this moment."""
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
     _server.set_forkserver_preload(["deepspeed", "scalelong.train.loop", "torch.utils.tensorboard", "diffusers"])
+
+
+def warm_server() -> None:
+    """Waits for the imports, so that the first run takes no longer than the others."""
+    process = _server.Process(target=int)
+    process.start()
+    process.join()
 
 
 def make_images(folder: Path) -> Path:
@@ -74,7 +83,11 @@ class Kill:
         return "at a file operation" if self.operation is not None else "after a time"
 
 
-def _train(config: TrainConfig, variables: dict[str, str], kill: Kill | None, output: Path) -> None:
+def _train(
+    config: TrainConfig, variables: dict[str, str], kill: Kill | None, output: Path, mounts_of: int | None
+) -> None:
+    if mounts_of is not None:
+        enter_mounts(mounts_of)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -115,16 +128,32 @@ def die_at_file_operation(run: Path, number: int) -> None:
     sys.addaudithook(hook)
 
 
-def start(config: TrainConfig, *, world_size: int = 1, kill: Kill | None = None, victim: int = 0) -> list[BaseProcess]:
+def enter_mounts(pid: int) -> None:
+    """Sees the files that another process sees from now on."""
+    with Path(f"/proc/{pid}/ns/mnt").open() as namespace:
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.setns(namespace.fileno(), CLONE_NEWNS):
+            raise OSError(ctypes.get_errno(), "setns")
+
+
+def start(
+    config: TrainConfig,
+    *,
+    world_size: int = 1,
+    kill: Kill | None = None,
+    victim: int = 0,
+    mounts_of: int | None = None,
+) -> list[BaseProcess]:
     """One process for each rank; ``victim`` is the rank that ``kill`` is for."""
-    config.run.parent.mkdir(parents=True, exist_ok=True)
+    output = output_of(config)
+    output.parent.mkdir(parents=True, exist_ok=True)
     port = str(free_port())
     processes = []
     for rank in range(world_size):
         variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        variables |= {"LOCAL_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         own_kill = kill if rank == victim else None
-        process = _server.Process(target=_train, args=(config, variables, own_kill, output_of(config)))
+        process = _server.Process(target=_train, args=(config, variables, own_kill, output, mounts_of))
         process.start()
         processes.append(process)
     return processes
@@ -196,26 +225,27 @@ def last_start(output: Path) -> int | None:
     return int((told[1] or "0").replace(",", "")) if told else None
 
 
-def draw_kill(rng: random.Random, *, seconds: float, operations: int) -> Kill:
-    """Half of the kills after a time, half at a file operation."""
+def draw_kill(rng: random.Random, *, world_size: int, seconds: float, operations: int) -> tuple[Kill, int]:
+    """A kill and the rank it is for: half after a time, half at a file operation, which rank 0 alone does."""
     if rng.random() < 0.5:
-        return Kill(seconds=rng.uniform(0, seconds))
-    return Kill(operation=rng.randint(1, operations))
+        return Kill(seconds=rng.uniform(0, seconds)), rng.randrange(world_size)
+    return Kill(operation=rng.randint(1, operations)), 0
 
 
-def kill_again_and_again(config: TrainConfig, draw: Callable[[], Kill], rng: random.Random, world_size: int) -> Counter:
+def kill_again_and_again(config: TrainConfig, draw: Callable[[], tuple[Kill, int]], world_size: int) -> Counter[str]:
     """Kills every start of a run until one comes to its end first; returns how many kills of each kind there were.
 
-    Every start must go on at the newest checkpoint, which must be whole, with no step lost.
+    Every start must go on at the newest checkpoint, which must be whole: no step before it is lost.
     """
     kills: Counter[str] = Counter()
+    output = output_of(config)
+    output.parent.mkdir(parents=True, exist_ok=True)
     while True:
         position = expect_whole_checkpoints(config.run)
-        output_of(config).parent.mkdir(parents=True, exist_ok=True)
-        output_of(config).write_text("")
-        kill = draw()
-        killed = train_until_killed(config, kill, world_size=world_size, victim=rng.randrange(world_size))
-        assert last_start(output_of(config)) in (None, position)
+        output.write_text("")
+        kill, victim = draw()
+        killed = train_until_killed(config, kill, world_size=world_size, victim=victim)
+        assert last_start(output) in (None, position), output.read_text()
         if not killed:
             return kills
         kills[kill.kind] += 1

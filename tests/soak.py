@@ -2,8 +2,8 @@
 
     python tests/soak.py FOLDER --kills 200 --seed 0
 
-Every run is killed in each of its starts until one comes to its end; then its checkpoint and its losses must be those of
-the undisturbed run, bit for bit. What has been counted is kept in FOLDER/counts.json: the same command goes on.
+Every run is killed in each of its starts until one comes to its end; then its checkpoint and its losses must be those
+of the undisturbed run, bit for bit. What has been counted is kept in FOLDER/counts.json: the same command goes on.
 """
 
 import argparse
@@ -13,9 +13,11 @@ import shutil
 import sys
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 from killing import (
+    Kill,
     draw_kill,
     expect_same_run,
     kill_again_and_again,
@@ -23,13 +25,17 @@ from killing import (
     make_images,
     start_server,
     train_to_the_end,
+    warm_server,
 )
 
+from scalelong.train.config import TrainConfig
+
 STEPS = 24
-# Of one start: about as many as the start itself and a few steps take, so that a run advances between kills.
 FILE_OPERATIONS = 120
-SECONDS_ALONE, SECONDS_TOGETHER = 2.0, 4.0
-SHAPES = ((1, 0), (2, 1), (1, 2), (2, 3), (1, 1), (2, 2), (1, 3), (2, 0))
+"""Of one start: those of the start itself and of about four checkpoints."""
+SHARE_OF_TIME = 0.4
+"""Kills come within this share of what an undisturbed run takes, so that a run is killed more than once."""
+SHAPES = ((1, 0), (1, 2), (2, 1), (1, 1), (1, 3), (2, 3), (1, 0), (2, 2))
 """(processes, ZeRO stage)."""
 
 
@@ -40,10 +46,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     start_server()
+    warm_server()
     soak(arguments.folder.resolve(), arguments.kills, arguments.seed)
 
 
-def soak(folder: Path, kills: int, seed: int) -> Counter:
+def soak(folder: Path, kills: int, seed: int) -> Counter[str]:
     """Counts kills until there are ``kills`` of them; returns the counts, which it also prints."""
     counts = read_counts(folder, seed)
     if not (folder / "images").is_dir():
@@ -63,28 +70,37 @@ def soak(folder: Path, kills: int, seed: int) -> Counter:
     return counts
 
 
-def killed_run(folder: Path, rng: random.Random, world_size: int, stage: int) -> Counter:
+def killed_run(folder: Path, rng: random.Random, world_size: int, stage: int) -> Counter[str]:
     """One run, killed until it comes to its end, and compared."""
     reference = folder / f"undisturbed-{world_size}-{stage}"
     config = killable_config(reference / "run", folder / "images", steps=STEPS, zero_stage=stage)
-    if not (reference / "done").exists():
-        shutil.rmtree(reference, ignore_errors=True)
-        train_to_the_end(config, world_size)
-        (reference / "done").touch()
+    seconds = SHARE_OF_TIME * train_undisturbed(config, world_size)
     killed = folder / "killed"
     shutil.rmtree(killed, ignore_errors=True)
-    seconds = SECONDS_ALONE if world_size == 1 else SECONDS_TOGETHER
-    own = killable_config(killed / "run", folder / "images", steps=STEPS, zero_stage=stage)
-    kinds = kill_again_and_again(
-        own, lambda: draw_kill(rng, seconds=seconds, operations=FILE_OPERATIONS), rng, world_size
-    )
+    own = replace(config, run=killed / "run")
+
+    def draw() -> tuple[Kill, int]:
+        return draw_kill(rng, world_size=world_size, seconds=seconds, operations=FILE_OPERATIONS)
+
+    kinds = kill_again_and_again(own, draw, world_size)
     expect_same_run(own.run, config.run)
     total = kinds.total()
     shape = f"kills of {world_size} processes under ZeRO {stage}"
     return Counter({"kills": total, "runs": 1, shape: total, **{f"kills {kind}": n for kind, n in kinds.items()}})
 
 
-def read_counts(folder: Path, seed: int) -> Counter:
+def train_undisturbed(config: TrainConfig, world_size: int) -> float:
+    """Seconds that the run to compare with took; it is made once for each shape."""
+    done = config.run.with_name("seconds.txt")
+    if not done.exists():
+        shutil.rmtree(config.run, ignore_errors=True)
+        began = time.monotonic()
+        train_to_the_end(config, world_size)
+        done.write_text(str(time.monotonic() - began))
+    return float(done.read_text())
+
+
+def read_counts(folder: Path, seed: int) -> Counter[str]:
     path = folder / "counts.json"
     if not path.exists():
         return Counter()

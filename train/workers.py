@@ -1,4 +1,4 @@
-"""The training processes of one launch on this host: ``python -m scalelong.train.workers NUMBER LAUNCH_ID`` signals them.
+"""The training processes of a launch on this host; ``python -m scalelong.train.workers NUMBER LAUNCH_ID`` signals them.
 
 They are found by the launch's own identifier on their command line, so that other runs of this host are left alone.
 """
