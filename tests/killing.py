@@ -86,11 +86,11 @@ class Kill:
 def _train(
     config: TrainConfig, variables: dict[str, str], kill: Kill | None, output: Path, mounts_of: int | None
 ) -> None:
-    if mounts_of is not None:
-        enter_mounts(mounts_of)
     descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
+    if mounts_of is not None:
+        enter_mounts(mounts_of)
     os.environ.update(variables)
     if kill is not None and kill.operation is not None:
         die_at_file_operation(config.run, kill.operation)

@@ -3,11 +3,8 @@
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +29,9 @@ SECONDS_TO_END = 60
 def why_not() -> str | None:
     """What this machine lacks to make two hosts."""
     path = f"{os.environ.get('PATH', '')}:/usr/sbin"
-    missing = [name for name in ("unshare", "ip", "ssh", "sshd", "ssh-keygen", "pdsh") if not shutil.which(name, path=path)]
+    missing = [
+        name for name in ("unshare", "ip", "ssh", "sshd", "ssh-keygen", "pdsh") if not shutil.which(name, path=path)
+    ]
     if missing:
         return f"not installed: {', '.join(missing)}"
     done = subprocess.run([*UNSHARE, "ip", "netns", "list"], capture_output=True, text=True)

@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong launch``."""
     options, training = split_arguments(sys.argv[1:] if argv is None else argv)
     config = parse(LaunchConfig, options, prog=PROGRAM)
-    # What is wrong with the training's own arguments is told once, before anything is started.
+    # What is wrong with the training's own arguments is told once, before anything starts.
     parse_train_arguments(training)
     hosts = find_hosts(config)
     launch_id = secrets.token_hex(8)
