@@ -25,7 +25,8 @@ from scalelong.train.command_line import run_command
 from scalelong.train.config import DataConfig, TrainConfig
 
 STEP = 8
-SECONDS_TO_NOTICE_A_DEAD_RANK = 60
+SECONDS_OF_A_RUN = 120
+SECONDS_TO_NOTICE_A_DEAD_RANK = 3
 FILE_OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 SAVING = "survival.save_file"
 CLONE_NEWNS = 0x20000
@@ -159,7 +160,7 @@ def start(
     return processes
 
 
-def finish(processes: list[BaseProcess], seconds: float = 120) -> list[int]:
+def finish(processes: list[BaseProcess], seconds: float = SECONDS_OF_A_RUN) -> list[int]:
     """Waits for all of them and gives their exit codes; none may take longer."""
     deadline = time.monotonic() + seconds
     try:
@@ -178,16 +179,21 @@ def train_to_the_end(config: TrainConfig, world_size: int = 1) -> None:
 
 
 def train_until_killed(config: TrainConfig, kill: Kill, *, world_size: int = 1, victim: int = 0) -> bool:
-    """Whether the kill came before the end of the run; then the other ranks have ended by themselves, not with 0."""
+    """Whether the kill came before the end of the run. The other ranks are then ended, as launchers do."""
     processes = start(config, world_size=world_size, kill=kill, victim=victim)
     if kill.seconds is not None:
         processes[victim].join(kill.seconds)
         processes[victim].kill()
-    codes = finish(processes, SECONDS_TO_NOTICE_A_DEAD_RANK)
-    if codes[victim] != -signal.SIGKILL:
-        assert codes == [0] * world_size, output_of(config).read_text()
-        return False
-    return True
+    processes[victim].join(SECONDS_OF_A_RUN)
+    if processes[victim].exitcode == -signal.SIGKILL:
+        for process in processes:
+            process.join(SECONDS_TO_NOTICE_A_DEAD_RANK)
+            process.kill()
+            process.join()
+        return True
+    codes = finish(processes)
+    assert codes == [0] * world_size, output_of(config).read_text()
+    return False
 
 
 def output_of(config: TrainConfig) -> Path:
