@@ -19,7 +19,7 @@ from scalelong.train.checkpoint import list_checkpoints
 from scalelong.train.loop import train
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+pytestmark = pytest.mark.slow
 
 STEP = 32
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -45,7 +45,7 @@ class TwoNodes:
     folder: Path
 
     def start(self, *line: object) -> subprocess.Popen[str]:
-        """A command on nodea, in the folder. Signals go to it, not to the hosts around it, by ``signal_file``."""
+        """A command on nodea, in the folder."""
         script = Path(__file__).with_name("two_nodes.sh")
         command = [*UNSHARE, "bash", str(script), str(self.folder), *map(str, line)]
         return subprocess.Popen(
@@ -64,7 +64,7 @@ class TwoNodes:
                 out, err = process.communicate(timeout=seconds)
             finally:
                 process.kill()
-        return subprocess.CompletedProcess(line, process.returncode, out, err)
+        return subprocess.CompletedProcess(list(map(str, line)), process.returncode, out, err)
 
 
 @pytest.fixture
