@@ -30,6 +30,18 @@ SECONDS_TO_NOTICE_A_DEAD_RANK = 3
 FILE_OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}
 SAVING = "survival.save_file"
 CLONE_NEWNS = 0x20000
+IMPORTED_BY_RUNS = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "diffusers.schedulers.scheduling_dpmsolver_multistep",
+    "PIL.PngImagePlugin",
+    "scalelong.train.loop",
+    "torch._inductor.compiler_bisector",
+    "torch._inductor.metrics",
+    "torch.utils.tensorboard",
+)
+"""Modules on the way of a run; one that another version does not have is passed over."""
 
 _server = multiprocessing.get_context("forkserver")
 
@@ -37,7 +49,7 @@ _server = multiprocessing.get_context("forkserver")
 def start_server() -> None:
     """Imports once what every run needs; the environment of the runs is that of this moment."""
     os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
-    _server.set_forkserver_preload(["deepspeed", "scalelong.train.loop", "torch.utils.tensorboard", "diffusers"])
+    _server.set_forkserver_preload(list(IMPORTED_BY_RUNS))
 
 
 def warm_server() -> None:

@@ -123,15 +123,16 @@ began = time.monotonic()
 if what == "cut":
     subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
 elif what == "kill":
-    workers = subprocess.run(["pgrep", "-f", "--", "--local_rank=0 --launch-id"], capture_output=True, text=True)
+    workers = subprocess.run(["pgrep", "-f", "--", "[-]-local_rank=0 --launch-id"], capture_output=True, text=True)
     subprocess.run(["kill", "-9", workers.stdout.split()[-1]], check=True)
 else:
     launch.send_signal(signal.SIGTERM)
 code = launch.wait()
-left = subprocess.run(["pgrep", "-c", "-f", "--", "--local_rank=0 --launch-id"], capture_output=True, text=True).stdout
+left = subprocess.run(["pgrep", "-c", "-f", "--", "[-]-local_rank=0 --launch-id"], capture_output=True, text=True).stdout
 print(f"CODE {code} SECONDS {time.monotonic() - began:.1f} LEFT {left.strip()}", flush=True)
 """
-"""On nodea: starts the command, waits for a checkpoint, does the harm, and says how the command ended."""
+"""On nodea: starts the command, waits for a checkpoint, does the harm, and says how the command ended. (The pattern's
+first bracket keeps it from finding this text itself, which stands on a command line too.)"""
 
 
 @pytest.mark.parametrize(
