@@ -115,6 +115,7 @@ import re, signal, subprocess, sys, time
 from pathlib import Path
 
 what, run, *line = sys.argv[1:]
+WORKERS = "[-]-local_rank=0 --launch-id"
 launch = subprocess.Popen(line)
 while not list(Path(run).glob("checkpoints/[0-9]*")):
     assert launch.poll() is None, "the run ended before its first checkpoint"
@@ -123,12 +124,12 @@ began = time.monotonic()
 if what == "cut":
     subprocess.run(["ip", "link", "set", "eth0", "down"], check=True)
 elif what == "kill":
-    workers = subprocess.run(["pgrep", "-f", "--", "[-]-local_rank=0 --launch-id"], capture_output=True, text=True)
+    workers = subprocess.run(["pgrep", "-f", "--", WORKERS], capture_output=True, text=True)
     subprocess.run(["kill", "-9", workers.stdout.split()[-1]], check=True)
 else:
     launch.send_signal(signal.SIGTERM)
 code = launch.wait()
-left = subprocess.run(["pgrep", "-c", "-f", "--", "[-]-local_rank=0 --launch-id"], capture_output=True, text=True).stdout
+left = subprocess.run(["pgrep", "-c", "-f", "--", WORKERS], capture_output=True, text=True).stdout
 print(f"CODE {code} SECONDS {time.monotonic() - began:.1f} LEFT {left.strip()}", flush=True)
 """
 """On nodea: starts the command, waits for a checkpoint, does the harm, and says how the command ended. (The pattern's
