@@ -216,7 +216,10 @@ def test_harm_ends_all_processes_and_the_same_command_goes_on(tmp_path, harm, po
     else:
         (victim,) = [p for p in training_processes(run) if "--local_rank=1" in p.cmdline()]
         os.kill(victim.pid, signal.SIGKILL)
-    out, err = launch.communicate(timeout=SECONDS_TO_END)
+    try:
+        out, err = launch.communicate(timeout=SECONDS_TO_END)
+    finally:
+        launch.kill()
     assert training_processes(run) == []
     saved = int(list_checkpoints(run)[0].name)
     if harm.startswith("SIG"):
