@@ -8,13 +8,14 @@ ARGS ?=
 # Of make gpu: tests, group-norm, uvit, unet, tune, rest or all.
 PART ?= all
 
-.PHONY: help install train test test-fast test-all lint format bench gpu clean
+.PHONY: help install train test test-fast test-all soak lint format bench gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-all   also the exhaustive ones, which take minutes and tens of gigabytes"
+	@echo "make soak       SOAK_KILLS=200 kills of training runs at random moments, each run compared with an undisturbed one"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
@@ -53,6 +54,14 @@ test-fast: install
 
 test-all: install
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# Counts are kept in SOAK_FOLDER: interrupted, the same command goes on.
+SOAK_KILLS ?= 200
+SOAK_SEED ?= 0
+SOAK_FOLDER ?= runs/soak
+
+soak: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(SOAK_FOLDER) --kills $(SOAK_KILLS) --seed $(SOAK_SEED)
 
 lint: install
 	$(BIN)/ruff check .

@@ -241,7 +241,7 @@ def test_the_console_script_lists_its_commands(capsys, monkeypatch):
 def test_the_console_script_names_an_unknown_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scalelong", "tarin"])
     assert exit_of(cli.main) == EXIT_USER_ERROR
-    assert capsys.readouterr().err.startswith("error: unknown command 'tarin'; there are train, sample")
+    assert capsys.readouterr().err.startswith("error: unknown command 'tarin'; there are train, launch, sample")
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "export"])

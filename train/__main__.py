@@ -2,13 +2,15 @@
 
 import difflib
 import sys
+import time
 
 from scalelong.train.command_line import parse, run_command, without_local_rank
 from scalelong.train.config import TrainConfig
-from scalelong.train.errors import UserError
+from scalelong.train.errors import RankError, UserError
 from scalelong.train.presets import DESCRIPTIONS, PRESETS
 
 PROGRAM = "python -m scalelong.train"
+SECONDS_BEHIND_THE_DEAD = 3.0
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -16,9 +18,16 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_train_arguments(sys.argv[1:] if argv is None else argv)
 
     from scalelong.train.loop import train
-    from scalelong.train.processes import leave_processes
+    from scalelong.train.processes import has_lost_contact, leave_processes
 
-    exit_code = train(config)
+    try:
+        exit_code = train(config)
+    except RuntimeError as error:
+        if not has_lost_contact(error):
+            raise
+        # The launcher is to meet the one that died before it meets this one.
+        time.sleep(SECONDS_BEHIND_THE_DEAD)
+        raise RankError("lost contact with another process of the run: it, or its machine, has died") from None
     leave_processes()
     sys.exit(exit_code)
 

@@ -26,6 +26,8 @@ from scalelong.train.processes import Processes
 
 MANIFEST = "manifest.json"
 Tensors = Iterator[tuple[str, Tensor]]
+FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
+"""What every checkpoint has, whatever else it has."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ def find_problem(checkpoint: Path) -> str | None:
         return f"{MANIFEST} is missing"
     try:
         hashes = json.loads(manifest.read_text())["sha256"]
+        for name in FILES:
+            if name not in hashes:
+                return f"{MANIFEST} does not name {name}"
         for name, expected in hashes.items():
             if _sha256(checkpoint / name) != expected:
                 return f"{name} is not what was written"
@@ -83,7 +88,16 @@ def newest_checkpoint(run: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def read_state(checkpoint: Path) -> TrainState:
-    return TrainState(**json.loads((checkpoint / "state.json").read_text()))
+    """What the checkpoint says of the run.
+
+    Raises:
+        UserError: the file is missing or damaged, or of another version.
+    """
+    path = checkpoint / "state.json"
+    try:
+        return TrainState(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:

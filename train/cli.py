@@ -1,4 +1,4 @@
-"""The console script ``scalelong``: train, plan, sample, evaluate, export, ema-posthoc."""
+"""The console script ``scalelong``: train, launch, plan, sample, evaluate, export, ema-posthoc."""
 
 import importlib
 import sys
@@ -8,6 +8,7 @@ from scalelong.train.errors import UserError
 
 COMMANDS = {
     "train": ("scalelong.train.__main__", "train a preset, or go on with a run"),
+    "launch": ("scalelong.train.launch", "train on several processes or hosts"),
     "sample": ("scalelong.train.sample", "draw samples from a run as one picture"),
     "evaluate": ("scalelong.train.evaluate", "score a run's samples against real images"),
     "ema-posthoc": ("scalelong.train.ema_posthoc", "averaged weights of a width chosen after the run"),

@@ -90,14 +90,14 @@ def _first_paragraph(boxed: str) -> str:
 
 
 def without_local_rank(argv: list[str]) -> list[str]:
-    """The arguments without the ``--local_rank`` that the deepspeed launcher puts among them."""
+    """The arguments without the ``--local_rank`` and ``--launch-id`` that launchers put among them."""
     kept, skip_next = [], False
     for argument in argv:
         if skip_next:
             skip_next = False
         elif argument in ("--local_rank", "--local-rank"):
             skip_next = True
-        elif not argument.startswith(("--local_rank=", "--local-rank=")):
+        elif not argument.startswith(("--local_rank=", "--local-rank=", "--launch-id=")):
             kept.append(argument)
     return kept
 

@@ -74,6 +74,20 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """What is done about instability. Off: a loss that is not finite stops the run, and no loss is too high."""
+
+    skip_steps: int = bookkeeping(0)
+    """How many steps in a row are left out if their loss or gradient is not finite; 0: the first stops the run."""
+    roll_back_factor: float = bookkeeping(0.0)
+    """How many times its running median a loss may be; 0: any number."""
+    roll_back_steps: int = bookkeeping(10)
+    """How many losses in a row above that undo the steps since the last checkpoint before them."""
+    roll_backs: int = bookkeeping(3)
+    """How often that is done in one start; then the run stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SampleConfig:
     """The grids of samples made during training."""
 
@@ -135,6 +149,7 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
+    guard: GuardConfig = bookkeeping(default_factory=GuardConfig)
 
     def __post_init__(self):
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
@@ -151,6 +166,9 @@ class TrainConfig:
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
+        _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")
+        _check(self.guard, ("roll_back_factor",), lambda v: v == 0 or v > 1, "0 or above 1")
+        _check(self.guard, ("roll_back_steps",), lambda v: v >= 1, "at least 1")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if self.label_drop and not self.model.num_classes:
@@ -207,11 +225,12 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: a field that this version does not know.
     """
-    parts = {"optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig}
+    parts = {"optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig, "guard": GuardConfig}
     try:
         values = {**values, "model": backbone_config_from_dict(values["model"])}
         for name, part in parts.items():
-            values[name] = part(**values[name])
+            # Runs older than the guard have none.
+            values[name] = part(**(values.get(name, {}) if name == "guard" else values[name]))
         file = values.get("deepspeed_config")
         return TrainConfig(
             **{**values, "run": Path(values["run"]), "deepspeed_config": None if file is None else Path(file)}

@@ -4,6 +4,7 @@ Weights are fp32 in every precision (bf16 and fp16 are autocast), so the module'
 replicated under ZeRO 0 to 2, sharded under ZeRO 3.
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any, cast
 
@@ -111,12 +112,22 @@ def set_learning_rate(engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def take_step(engine) -> bool:
+def take_step(engine, *, only_finite: bool = False) -> bool:
     """The optimizer's step, at the end of the last micro-batch.
 
+    Args:
+        only_finite: without ZeRO, too, leave the step out if the gradient is not finite, which makes a GPU wait.
+
     Returns:
-        False if ZeRO left it out because a gradient is not finite, unless that is fp16 finding its loss scale.
+        False if it was left out because a gradient is not finite, unless that is fp16 finding its loss scale.
     """
+    looks = only_finite and engine.zero_optimization_stage() == 0 and _grad_scaler(engine) is None
+    if looks and not math.isfinite(gradient_norm(engine)):
+        for parameter in engine.module.parameters():
+            # The optimizer passes over parameters without a gradient; DeepSpeed's own counters go on.
+            parameter.grad = None
+        engine.step()
+        return False
     engine.step()
     if engine.was_step_applied():
         return True
@@ -127,6 +138,12 @@ def take_step(engine) -> bool:
     # lower its scale.
     scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
     return True
+
+
+def loss_with_telling_gradient(loss: Tensor) -> Tensor:
+    """The same loss; if it is not finite, nor is any gradient of it, which alone is what ZeRO looks at."""
+    value = loss.detach()
+    return loss * (1 + (value - value))
 
 
 def gradient_norm(engine) -> float:

@@ -1,13 +1,12 @@
 """The training loop: ``train`` is one visible function; what it calls stands below it."""
 
 import json
-import math
 import shlex
 import socket
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from scalelong.model.architectures import make_backbone
 from scalelong.train import engine as ds
 from scalelong.train.checkpoint import (
     TrainState,
+    find_problem,
     list_checkpoints,
     newest_checkpoint,
     read_state,
@@ -34,6 +34,7 @@ from scalelong.train.data_order import BatchPlan
 from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
 from scalelong.train.ema import FIXED_DECAY, Ema
 from scalelong.train.errors import UserError
+from scalelong.train.guard import Guard
 from scalelong.train.host_memory import keep_freed_memory
 from scalelong.train.monitor import SkipMonitor
 from scalelong.train.processes import Processes, cores_per_process, join_processes
@@ -41,6 +42,8 @@ from scalelong.train.report import QuietReport, Report, warn
 from scalelong.train.run_folder import read_config
 from scalelong.train.sample import default_labels, generate, grid_columns, save_grid
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL, StopSignals
+
+CONFIG_STAGING = ".config.json.writing"
 
 
 @dataclass
@@ -54,6 +57,7 @@ class Run:
     ema: Ema
     monitor: SkipMonitor
     batches: Iterator[Batch]
+    guard: Guard
     images_seen: int
     step: int
 
@@ -84,15 +88,22 @@ def train(config: TrainConfig) -> int:
             saves = last or passes(previous, now, config.images_per_checkpoint)
 
             ds.set_learning_rate(run.engine, learning_rate(config, run.images_seen))
-            loss, measured = train_step(run, measures=logs)
+            loss, is_finite, measured = train_step(run, measures=logs)
             unchecked_losses.append(loss)
             run.images_seen, run.step = now, run.step + 1
             stops = processes.any(signals.received is not None)
-            if logs or saves or stops or processes.device.type == "cpu":
+            counts = True
+            if logs or saves or stops or run.guard.watches or processes.device.type == "cpu":
                 # Elsewhere the loss is left on the GPU, so that no step waits for it.
-                losses = check_losses(run, unchecked_losses, run.step)
+                losses, counts = check_losses(run, unchecked_losses, is_finite)
                 unchecked_losses.clear()
-            run.ema.update(run.step)
+            if counts:
+                run.ema.update(run.step)
+            else:
+                report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
+            if run.guard.asks_to_roll_back:
+                # Saved at once: a restart must not walk into the same steps again.
+                run, saves = roll_back(run, source, plan, report), True
             seconds, images_timed = seconds + time.perf_counter() - step_began, images_timed + config.images_per_step
 
             if logs:
@@ -126,8 +137,12 @@ def train(config: TrainConfig) -> int:
     return 0 if last else EXIT_SAVED_AFTER_SIGNAL
 
 
-def train_step(run: Run, *, measures: bool) -> tuple[Tensor, dict[str, float]]:
-    """One optimizer step over this rank's micro-batches: their mean loss and, if asked for, what there is to log."""
+def train_step(run: Run, *, measures: bool) -> tuple[Tensor, bool, dict[str, float]]:
+    """One optimizer step over this rank's micro-batches.
+
+    Returns:
+        Their mean loss; whether the gradient was finite, so that the step was taken; what there is to log if asked for.
+    """
     engine, config = run.engine, run.config
     run.monitor.active = measures
     losses, measured = [], {}
@@ -138,44 +153,62 @@ def train_step(run: Run, *, measures: bool) -> tuple[Tensor, dict[str, float]]:
             engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.labels_B
         )
         losses.append(loss.detach())
-        engine.backward(loss)
+        engine.backward(ds.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
     # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
     scale = ds.loss_scale(engine) if measures else 1.0
     norm = ds.gradient_norm(engine) if measures and config.zero_stage == 0 else None
-    is_finite = ds.take_step(engine)
+    is_finite = ds.take_step(engine, only_finite=config.guard.skip_steps > 0)
     if measures:
         norm = ds.gradient_norm(engine) if norm is None else norm
         rate = learning_rate(config, run.images_seen)
         measured = {"grad_norm": norm / scale, "learning_rate": rate, **run.monitor.take()}
         if config.precision == "fp16":
             measured["loss_scale"] = scale
-    loss = torch.stack(losses).mean()
-    if not is_finite:
-        check_losses(run, [loss], run.step + 1)
-        raise UserError(f"the gradient is not finite at step {run.step + 1}; nothing was saved after it")
-    return loss, measured
+        if config.guard.skip_steps:
+            measured["steps_left_out"] = run.guard.left_out
+    return torch.stack(losses).mean(), is_finite, measured
 
 
-def check_losses(run: Run, losses: list[Tensor], last_step: int) -> list[float]:
-    """The losses of the steps up to ``last_step``, averaged over all ranks.
+def check_losses(run: Run, losses: list[Tensor], is_finite: bool) -> tuple[list[float], bool]:
+    """The losses of the steps up to this one, averaged over all ranks, and whether this one counts.
 
     Raises:
-        UserError: one that is not finite, naming its step.
+        UserError: one that is not finite and may not be left out, naming its step.
     """
     mean = torch.stack(losses)
     if run.processes.world_size > 1:
         dist.all_reduce(mean)
         mean /= run.processes.world_size
-    values = mean.tolist()
-    for step, value in enumerate(values, start=last_step - len(values) + 1):
-        if not math.isfinite(value):
-            raise UserError(
-                f"the loss is {value} at step {step} ({step * run.config.images_per_step:,} images); "
-                f"nothing was saved after it; a lower --optimizer.learning-rate may help"
-            )
-    return values
+    values, counts = mean.tolist(), True
+    for step, value in enumerate(values, start=run.step - len(values) + 1):
+        counts = run.guard.admits(value, is_finite or step < run.step, step, run.config.images_per_step)
+    return values, counts
+
+
+def roll_back(run: Run, source: Source, plan: BatchPlan, report: QuietReport) -> Run:
+    """The run with the weights of its last checkpoint before the loss became too high, at the same place in its data.
+
+    Raises:
+        UserError: there is no such checkpoint, or it has been done too often.
+    """
+    calm_until = run.guard.roll_back()
+    checkpoint = run.processes.agree(lambda: checkpoint_up_to(run.config, calm_until))
+    report.say(
+        f"the loss is above {run.config.guard.roll_back_factor:g} times its median since {calm_until:,} images: "
+        f"back to the weights of {checkpoint}; the images since then are left out"
+    )
+    run.engine.destroy()
+    fresh = start_run(run.config, run.processes, checkpoint, source, replace(plan, first_position=run.images_seen))
+    return replace(fresh, guard=run.guard, step=run.step)
+
+
+def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path:
+    for checkpoint in list_checkpoints(config.run):
+        if int(checkpoint.name) <= images_seen and find_problem(checkpoint) is None:
+            return checkpoint
+    raise UserError(f"the loss has diverged since {images_seen:,} images, and no checkpoint is as old as that")
 
 
 def learning_rate(config: TrainConfig, images_seen: int) -> float:
@@ -247,7 +280,8 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if not config.run.exists():
         return None
     if not (config.run / "config.json").is_file():
-        if not config.run.is_dir() or any(config.run.iterdir()):
+        # Whoever was killed while starting has left the one, and no more.
+        if not config.run.is_dir() or any(path.name != CONFIG_STAGING for path in config.run.iterdir()):
             raise UserError(f"{config.run} exists and is no run folder; take another --run")
         return None
     differences = config_differences(read_config(config.run), config)
@@ -293,6 +327,7 @@ def start_run(
         ema=ema,
         monitor=monitor,
         batches=batches,
+        guard=Guard(config.guard),
         images_seen=plan.first_position,
         step=step,
     )
@@ -305,7 +340,7 @@ def num_reader_threads(config: TrainConfig) -> int:
 def write_config(config: TrainConfig) -> None:
     try:
         config.run.mkdir(parents=True, exist_ok=True)
-        staging = config.run / ".config.json.writing"
+        staging = config.run / CONFIG_STAGING
         staging.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
         staging.rename(config.run / "config.json")
     except OSError as error:

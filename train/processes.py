@@ -129,6 +129,11 @@ def join_processes() -> Processes:
     )
 
 
+def has_lost_contact(error: RuntimeError) -> bool:
+    """Whether a collective failed because another process has gone; gloo says so in words alone."""
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
 def leave_processes() -> None:
     """At the end of the program: DeepSpeed cannot be set up a second time in one process."""
     if dist.is_initialized():

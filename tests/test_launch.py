@@ -1,0 +1,239 @@
+"""``scalelong launch`` on this machine: what it refuses, signals passed on, a dead process, the exit codes."""
+
+import os
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+pytest.importorskip("deepspeed")
+
+from running import SMALL, command, environment, losses, run_command, small_config
+
+from scalelong.train import preflight
+from scalelong.train.checkpoint import list_checkpoints
+from scalelong.train.errors import UserError
+from scalelong.train.launch import Job, LaunchConfig, command_line, find_hosts, split_arguments
+from scalelong.train.loop import train
+from scalelong.train.preflight import check_environment_file, check_hosts, read_hostfile, stale_locks
+from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
+
+STEP = 32
+SECONDS_TO_END = 60
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("node1 slots=8\nnode2 slot=8\n", ["line 2", "node2 slot=8"]),
+        ("node1\n", ["line 1", "NAME slots=NUMBER"]),
+        ("node1 slots=8 8\n", ["line 1"]),
+        ("node1 slots=2\n\n# spare\nnode1 slots=2\n", ["line 4", "node1", "twice"]),
+        ("node1 slots=0\n", ["line 1", "at least one slot"]),
+        ("# none\n", ["names no host"]),
+    ],
+)
+def test_a_hostfile_with_a_mistake_names_its_line(tmp_path, text, words):
+    path = tmp_path / "hosts"
+    path.write_text(text)
+    with pytest.raises(UserError) as caught:
+        read_hostfile(path)
+    assert all(word in str(caught.value) for word in [str(path), *words])
+
+
+def test_a_hostfile_keeps_the_order_of_its_hosts(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("# first\nnode2 slots=4 # four\n\n  node1   slots=8\n")
+    assert list(read_hostfile(path).items()) == [("node2", 4), ("node1", 8)]
+
+
+def test_a_hostfile_that_is_not_there():
+    with pytest.raises(UserError, match="no/hosts: No such file"):
+        read_hostfile(Path("no/hosts"))
+
+
+@pytest.mark.parametrize("line", ["", "# comment", "DS_ACCELERATOR"])
+def test_a_line_that_would_crash_deepspeed_is_named(tmp_path, line):
+    (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\n")
+    with pytest.raises(UserError, match=r"\.deepspeed_env, line 2"):
+        check_environment_file(tmp_path)
+
+
+def test_options_end_at_the_preset():
+    assert split_arguments(["--master-port", "1", "digits-uvit", "--run", "x"]) == (
+        ["--master-port", "1"],
+        ["digits-uvit", "--run", "x"],
+    )
+
+
+def test_slots_that_are_not_there_and_a_node_rank_out_of_range(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=2\nnode2 slots=1\n")
+    with pytest.raises(UserError, match="node2 has 1 slots"):
+        find_hosts(LaunchConfig(hostfile=path, num_accelerators=2))
+    with pytest.raises(UserError, match="hosts 0 to 1"):
+        find_hosts(LaunchConfig(hostfile=path, node_rank=2, master_addr="10.0.0.1"))
+
+
+def test_several_hosts_go_through_pdsh_and_one_by_one_without_ssh(tmp_path):
+    path = tmp_path / "hosts"
+    over_ssh = command_line(LaunchConfig(hostfile=path), ["node1", "node2"], "abc", ["digits-uvit"])
+    assert {"--force_multi", "--no_ssh_check"} <= set(over_ssh)
+    assert over_ssh[over_ssh.index("--master_addr") + 1] == "node1"
+    by_hand = LaunchConfig(hostfile=path, node_rank=1, master_addr="10.0.0.1")
+    line = command_line(by_hand, ["node1", "node2"], "abc", ["digits-uvit"])
+    assert {"--no_ssh", "--node_rank"} <= set(line)
+    assert "--force_multi" not in line
+
+
+@pytest.mark.parametrize(("what", "other"), [("torch", "1.0"), ("python", "3.9.1"), ("scalelong", "0.0.0")])
+def test_another_version_on_a_host_is_named(monkeypatch, what, other):
+    here = preflight.describe_host()
+    answer = {"versions": {**here["versions"], what: other}, "stale_locks": []}
+    monkeypatch.setattr(preflight, "ask", lambda host, port: answer if host == "node2" else here)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: name)
+    with pytest.raises(UserError, match=f"node2 has {what} {other}, this machine has"):
+        check_hosts(["node1", "node2"], None, print)
+
+
+def test_a_host_that_no_ssh_reaches_is_named(monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: name)
+    failed = subprocess.CompletedProcess([], 255, "", "ssh: Could not resolve hostname node9\n")
+    monkeypatch.setattr(preflight.subprocess, "run", lambda *a, **k: failed)
+    with pytest.raises(UserError, match="node9 cannot be reached over ssh: ssh: Could not resolve"):
+        check_hosts(["node9"], None, print)
+
+
+def test_pdsh_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: None if name == "pdsh" else name)
+    with pytest.raises(UserError, match="pdsh is not installed"):
+        check_hosts(["node1"], None, print)
+
+
+def test_only_old_locks_are_stale(tmp_path):
+    lock = tmp_path / ".cache/torch_extensions/py311_cpu/fused_adam/lock"
+    lock.parent.mkdir(parents=True)
+    lock.touch()
+    now = time.time()
+    assert list(stale_locks(tmp_path, now)) == []
+    assert list(stale_locks(tmp_path, now + 3600)) == [lock]
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "expected_code", "told"),
+    [
+        ("[x] [E] [launch.py:1:main] ['python'] exits with return code = -9", 247, 247, "this machine was killed"),
+        (
+            "node2: [x] [E] [launch.py:1:main] [] exits with return code = -11",
+            245,
+            245,
+            "node2 was killed by SIGSE",
+        ),
+        ("pdsh@node1: node2: ssh exited with exit code 255", 255, 255, "the connection to node2 was lost"),
+        ("[x] [E] [launch.py:1:main] ['python'] exits with return code = 75", 75, 75, ""),
+        ("error: cannot decode a.png", 2, 2, ""),
+        ("", 3, 3, "ended with exit code 3"),
+        ("", 0, 0, ""),
+    ],
+)
+def test_what_ended_the_job_is_told_in_one_line(capfd, printed, code, expected_code, told):
+    job = Job(["sh", "-c", 'echo "$0" >&2; exit "$1"', printed, str(code)], lambda number: 0)
+    assert job.run() == expected_code
+    shown = capfd.readouterr().err.strip()
+    assert told in shown
+    assert len(shown.splitlines()) <= 1
+    assert "launch.py" not in shown
+
+
+def test_processes_that_a_killed_launcher_leaves_behind_are_ended(capfd):
+    assert Job(["true"], lambda number: 2).run() == 1
+    assert "the deepspeed launcher was killed" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--hostfile", "no/such/file", "digits-uvit"], ["no/such/file"]),
+        (["--num-acelerators", "2", "digits-uvit"], ["--num-acelerators", "--num-accelerators"]),
+        (["--node-rank", "0", "digits-uvit"], ["hostfile", "master_addr"]),
+        (["digits-uvit", "--total-images", "many"], ["--total-images", "many"]),
+        ([], ["which preset?"]),
+    ],
+)
+def test_bad_input_gets_one_line(options, words):
+    done = run_command(*options, module="scalelong.train.launch")
+    assert done.returncode == 2
+    (line,) = done.stderr.strip().splitlines()
+    assert line.startswith("error: ")
+    assert all(word in line for word in words)
+
+
+def start_two(run: Path, steps: int, port: int) -> subprocess.Popen[str]:
+    training = [
+        "digits-uvit",
+        *SMALL,
+        "--run",
+        run,
+        "--images-per-checkpoint",
+        2 * STEP,
+        "--total-images",
+        steps * STEP,
+    ]
+    line = command("--num-accelerators", 2, "--master-port", port, *training, module="scalelong.train.launch")
+    return subprocess.Popen(
+        line, env={**environment(), "DS_ACCELERATOR": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def training_processes(run: Path) -> list[psutil.Process]:
+    def trains(line: list[str]) -> bool:
+        return str(run) in line and any(argument.startswith("--local_rank=") for argument in line)
+
+    return [p for p in psutil.process_iter(["cmdline"]) if trains(p.info["cmdline"] or [])]
+
+
+def wait_for_a_checkpoint(run: Path, launch: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(run):
+        assert launch.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("harm", "port"), [("SIGTERM", 29751), ("SIGINT", 29753), ("rank 1 dies", 29755)])
+def test_harm_ends_all_processes_and_the_same_command_goes_on(tmp_path, harm, port):
+    run = tmp_path / "run"
+    launch = start_two(run, 100_000, port)
+    wait_for_a_checkpoint(run, launch)
+    if harm.startswith("SIG"):
+        launch.send_signal(signal.Signals[harm])
+    else:
+        (victim,) = [p for p in training_processes(run) if "--local_rank=1" in p.cmdline()]
+        os.kill(victim.pid, signal.SIGKILL)
+    try:
+        out, err = launch.communicate(timeout=SECONDS_TO_END)
+    finally:
+        launch.kill()
+    assert training_processes(run) == []
+    saved = int(list_checkpoints(run)[0].name)
+    if harm.startswith("SIG"):
+        assert launch.returncode == EXIT_SAVED_AFTER_SIGNAL, out + err
+        assert re.search(rf"saved at {saved:,} images", out)
+    else:
+        assert launch.returncode not in (0, EXIT_SAVED_AFTER_SIGNAL)
+        assert "error: a process on this machine was killed by SIGKILL" in err
+        assert "Traceback" not in err
+    # The same command goes on, and what two have computed together is the same with and without the harm.
+    again = start_two(run, saved // STEP + 2, port + 1)
+    out, err = again.communicate(timeout=120)
+    assert again.returncode == 0, out + err
+    assert f"resuming at {saved:,} images" in out
+    alone = tmp_path / "alone"
+    assert train(small_config(alone, total_images=5 * STEP)) == 0
+    assert losses(run)[:5] == pytest.approx(losses(alone)[: len(losses(run)[:5])], abs=1e-4)
