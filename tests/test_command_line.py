@@ -139,7 +139,7 @@ def test_a_misspelt_preset_is_suggested():
         (["--model.num-classes", "0"], ["label_drop", "num_classes"]),
         (["--model.depth", "3"], ["depth", "3", "even"]),
         (["--model.num-heads", "5"], ["width", "96", "num_heads", "5"]),
-        (["--model.in-channels", "4"], ["1 or 3 channels"]),
+        (["--model.context-tokens", "4"], ["text", "cannot be trained"]),
     ],
     ids=lambda value: " ".join(value) if value and value[0].startswith("-") else "",
 )
@@ -303,4 +303,10 @@ def test_a_difference_in_what_is_computed_is_named_as_flags(flags, difference):
 def test_every_field_of_a_configuration_is_compared_or_marked_as_bookkeeping():
     kept = {f.name for f in fields(TrainConfig) if f.metadata.get("bookkeeping")}
     computed = {"images_per_step", "seed", "skip_scale", "kappa", "skip_position", "objective", "label_drop"}
-    assert {f.name for f in fields(TrainConfig)} - kept == computed | {"precision", "model", "optimizer", "data", "sample"}
+    assert {f.name for f in fields(TrainConfig)} - kept == computed | {
+        "precision",
+        "model",
+        "optimizer",
+        "data",
+        "sample",
+    }
