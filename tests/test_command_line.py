@@ -303,10 +303,4 @@ def test_a_difference_in_what_is_computed_is_named_as_flags(flags, difference):
 def test_every_field_of_a_configuration_is_compared_or_marked_as_bookkeeping():
     kept = {f.name for f in fields(TrainConfig) if f.metadata.get("bookkeeping")}
     computed = {"images_per_step", "seed", "skip_scale", "kappa", "skip_position", "objective", "label_drop"}
-    assert {f.name for f in fields(TrainConfig)} - kept == computed | {
-        "precision",
-        "model",
-        "optimizer",
-        "data",
-        "sample",
-    }
+    assert {f.name for f in fields(TrainConfig)} - kept == computed | {"precision", "model", "optimizer", "data", "sample"}

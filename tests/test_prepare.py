@@ -72,7 +72,7 @@ def test_grey_images_stay_grey(tmp_path):
         assert image.mode == "L"
 
 
-class Stopped(Exception):
+class StoppedError(Exception):
     """As Ctrl-C, but no end of the tests."""
 
 
@@ -85,13 +85,13 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp
     def stopping(self, index):
         calls.append(index)
         if len(calls) > stop_after:
-            raise Stopped
+            raise StoppedError
         return encoded(self, index)
 
     monkeypatch.setattr(prepare_module.Work, "_encoded", stopping)
-    with pytest.raises(Stopped):
+    with pytest.raises(StoppedError):
         prepare(asked)
-    with pytest.raises(UserError, match="not prepared to its end|no images in"):
+    with pytest.raises(UserError, match="is not prepared to its end"):
         open_source(str(asked.out), 2)
     done_before = {path: path.stat().st_mtime_ns for path in asked.out.glob("*.tar")}  # type: ignore[union-attr]
     monkeypatch.setattr(prepare_module.Work, "_encoded", encoded)
@@ -160,10 +160,10 @@ def test_options_that_do_not_fit_are_refused(flags, says, tmp_path):
 
 
 def test_adm_halves_by_averaging_and_takes_the_centre():
-    # 4 x as large: two halvings and no bicubic step, so each pixel is the mean of its 16.
+    # 4 x as large: two halvings and no bicubic step, so each pixel is the mean of its 16, rounded four times.
     wide = random_pixels(32, 64, seed=1)
     centre = wide[:, 16:48].astype(float).reshape(8, 4, 8, 4, 3).mean((1, 3))
-    np.testing.assert_allclose(np.asarray(halve_and_crop(Image.fromarray(wide), 8), float), centre, atol=1)
+    np.testing.assert_allclose(np.asarray(halve_and_crop(Image.fromarray(wide), 8), float), centre, atol=2)
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 64), (65, 200), (127, 130), (300, 64), (20, 33)])

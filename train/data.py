@@ -130,13 +130,14 @@ def recognise_source(path: str, split: str = "train", *, labelled: bool = True) 
     """As ``open_source``, whatever the classes. ``labelled``: whether folders of images are classes."""
     from scalelong.train.data_cifar10 import Cifar10, is_cifar10
     from scalelong.train.data_latents import LatentFolder, is_latent_folder
-    from scalelong.train.data_webdataset import WebDataset, is_webdataset
+    from scalelong.train.data_webdataset import WebDataset, check_is_finished, is_webdataset
 
     if path == "digits":
         from scalelong.train.data_digits import digits_folder
 
         return ImageFolder(digits_folder() / split, labelled=labelled)
     root = Path(path)
+    check_is_finished(root)
     if is_cifar10(root):
         return Cifar10(root, split)
     if is_latent_folder(root):

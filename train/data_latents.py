@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from scalelong.train.data_order import BatchPlan, Order, Stream, draw_noise, draw_samples
-from scalelong.train.data_webdataset import check_is_finished
 from scalelong.train.errors import UserError
 
 DESCRIPTION = "latents.json"
@@ -33,7 +32,6 @@ class LatentFolder:
 
     def __init__(self, root: Path):
         self.root = root
-        check_is_finished(root)
         description = _read_description(root)
         self.class_names: list[str] = description["class_names"]
         self.scale: float = description["scale"]

@@ -67,7 +67,6 @@ class WebDataset:
 
     def __init__(self, path: Path):
         self.path, self._shards = path, find_shards(path)
-        check_is_finished(path)
         indices = [load_index(shard, path) for shard in self._shards]
         self._shard_of = np.repeat(np.arange(len(indices)), [len(index.keys) for index in indices])
         self._keys = np.concatenate([index.keys for index in indices])
