@@ -18,6 +18,7 @@ from PIL import Image, ImageOps
 from scalelong.train.data import Source, decode_image
 from scalelong.train.data_order import Stream, generator
 from scalelong.train.errors import RankError
+from scalelong.train.jpeg import regular_jpeg
 
 # What Pillow raises for a file that is no whole image, or too large a one; mutated files bring out all of these.
 IMAGE_ERRORS = (
@@ -26,6 +27,9 @@ IMAGE_ERRORS = (
 )
 # Among so many images drawn at random, one is sound unless hardly any are.
 MAX_STAND_INS = 100
+
+ORIENTATION = 0x0112
+PNG_START = b"\x89PNG"
 
 UNKNOWN, BAD, SOUND, UNUSUAL = range(4)
 
@@ -80,7 +84,9 @@ class SoundImages:
     def read_for_decoder(self, index: int) -> bytes:
         """As ``read``, but decoded already if decoders read its kind differently: 16 bits, palette, alpha, CMYK, ..."""
         shown, data = self._find(index)
-        return data if self._verdicts[shown] == SOUND else self.read_decoded(shown)
+        if self._verdicts[shown] == UNUSUAL:
+            return self.read_decoded(shown)
+        return data if data.startswith(PNG_START) else regular_jpeg(data) or self.read_decoded(shown)
 
     def read_decoded(self, index: int) -> bytes:
         """The image as a portable anymap: its pixels behind a short header, which every decoder takes."""
@@ -146,7 +152,7 @@ def _walk(index: int, num_images: int) -> Iterator[int]:
 
 
 def check_image(data: bytes) -> bool:
-    """Whether any decoder reads these bytes alike: grey or RGB in 8 bits, as JPEG or PNG.
+    """Whether any decoder reads these bytes alike: grey or RGB in 8 bits, upright, as a regular JPEG or a PNG.
 
     A JPEG is read to its end but made at an eighth of its size, which takes 60 % of the time of decoding it.
 
@@ -159,9 +165,11 @@ def check_image(data: bytes) -> bool:
     is_usual = image.format in ("JPEG", "PNG") and image.mode in ("L", "RGB") and "transparency" not in image.info
     if image.format == "JPEG":
         image.draft("L", (1, 1))
+        is_usual = is_usual and regular_jpeg(data) is not None
     image.load()
+    orientation = image.getexif().get(ORIENTATION, 1)
     ImageOps.exif_transpose(image)
-    return is_usual
+    return is_usual and orientation == 1
 
 
 def describe_image_error(error: Exception) -> str:
