@@ -22,7 +22,7 @@ def pixels_and_labels(number: int) -> tuple[np.ndarray, list[int]]:
     return rng.integers(0, 256, (PER_BATCH, 3, 32, 32), dtype=np.uint8), rng.integers(0, 10, PER_BATCH).tolist()
 
 
-def pickled(pixels: np.ndarray, labels: list[int]) -> bytes:
+def pickled(pixels: np.ndarray, labels: list) -> bytes:
     """With the keys, the types and the older name of the array's constructor that the published batches have."""
     batch = {b"data": pixels.reshape(len(pixels), -1), b"labels": labels, b"batch_label": b"imitation"}
     return pickle.dumps(batch, protocol=3).replace(b"numpy._core.multiarray", b"numpy.core.multiarray")
