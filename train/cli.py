@@ -1,4 +1,4 @@
-"""The console script ``scalelong``: train, prepare, sample, evaluate, export."""
+"""The console script ``scalelong``: train, sample, evaluate, export, prepare."""
 
 import importlib
 import sys
@@ -8,10 +8,10 @@ from scalelong.train.errors import UserError
 
 COMMANDS = {
     "train": ("scalelong.train.__main__", "train a preset, or go on with a run"),
-    "prepare": ("scalelong.train.prepare", "make shards of images or of latents, with their indices"),
     "sample": ("scalelong.train.sample", "draw samples from a run as one picture"),
     "evaluate": ("scalelong.train.evaluate", "score a run's samples against real images"),
     "export": ("scalelong.train.export", "write a run's model as safetensors and JSON"),
+    "prepare": ("scalelong.train.prepare", "make shards of images or of latents, with their indices"),
 }
 
 
