@@ -18,8 +18,10 @@ from PIL import Image
 from running import environment
 
 from scalelong.train import data_digits
-from scalelong.train.data import ImageFolder, decode_image, find_broken_images, open_source, resize_and_crop
+from scalelong.train.bad_samples import BadSamples, append_bad_samples, read_bad_samples
+from scalelong.train.data import ImageFolder, decode_image, open_source, resize_and_crop
 from scalelong.train.data_digits import cache_folder, digits_folder
+from scalelong.train.data_sound import BadImage, SoundImages, spread_indices
 from scalelong.train.errors import UserError
 
 # Machines that are shared stall for longer than Hypothesis waits.
@@ -361,42 +363,89 @@ def partly_broken(tmp_path) -> ImageFolder:
     return ImageFolder(tmp_path, labelled=False)
 
 
-def test_broken_images_are_named_each_with_a_reason(partly_broken):
-    found = find_broken_images(partly_broken, channels=3, at_most=100, num_threads=2)
-    unknown = "no image format that Pillow knows"
-    reasons = {"empty.png": unknown, "garbage.png": unknown, "truncated.png": "image file is truncated"}
-    assert found == [f"{partly_broken.root / name} ({reason})" for name, reason in reasons.items()]
+def test_broken_images_are_found_each_with_a_reason(partly_broken):
+    images = SoundImages(partly_broken, 3)
+    found = images.check(range(len(images)), num_threads=2)
+    reasons = {
+        "empty.png": "the file is empty",
+        "garbage.png": "no image format that Pillow knows",
+        "truncated.png": "image file is truncated",
+    }
+    assert {bad.key: bad.reason.partition(" (")[0] for bad in found} == {
+        str(partly_broken.root / name): reason for name, reason in reasons.items()
+    }
+    assert sorted(images.take_found()) == sorted(found)
+    assert images.take_found() == []
 
 
 def test_whole_images_pass(folder):
-    assert find_broken_images(ImageFolder(folder), channels=1, at_most=100, num_threads=2) == []
+    assert SoundImages(ImageFolder(folder), 1).check(range(3), num_threads=2) == []
+
+
+def test_bytes_label_and_key_are_those_of_the_same_image(partly_broken):
+    images = SoundImages(partly_broken, 3)
+    for index in range(len(images)):
+        shown = images.shown(index)
+        assert images.read(index) == partly_broken.read(shown)
+        assert images.key(index) == partly_broken.key(shown)
+        assert (shown == index) == ("whole" in partly_broken.key(index))
+
+
+def test_a_stand_in_depends_on_the_index_alone(partly_broken):
+    shown = [SoundImages(partly_broken, 3).shown(i) for i in range(len(partly_broken))]
+    backwards = SoundImages(partly_broken, 3)
+    assert [backwards.shown(i) for i in reversed(range(len(backwards)))][::-1] == shown
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 20])
-def test_ranks_share_the_checking_without_overlap(partly_broken, world_size):
-    shares = [
-        find_broken_images(partly_broken, channels=3, at_most=9, num_threads=1, rank=rank, world_size=world_size)
-        for rank in range(world_size)
-    ]
-    together = sorted(problem for share in shares for problem in share)
-    assert together == find_broken_images(partly_broken, channels=3, at_most=9, num_threads=1)
+@pytest.mark.parametrize("at_most", [0, 1, 4, 9, 100])
+def test_ranks_share_the_checking_without_overlap(world_size, at_most):
+    shares = [spread_indices(13, at_most, rank=rank, world_size=world_size) for rank in range(world_size)]
+    together = sorted(index for share in shares for index in share)
+    assert together == spread_indices(13, at_most)
+    assert len(set(together)) == min(at_most, 13)
+    assert at_most < 2 or (together[0], together[-1]) == (0, 12)
 
 
-@pytest.mark.parametrize("at_most", [0, 1, 2, 4])
-def test_no_more_images_are_decoded_than_asked_and_they_are_spread_over_the_data(folder, at_most, monkeypatch):
-    for number in range(10):
-        write_image(folder / "c" / f"{number}.png")
-    source, read = ImageFolder(folder), []
-    monkeypatch.setattr(ImageFolder, "read", lambda self, index: read.append(index) or encode(UPRIGHT))
-    find_broken_images(source, channels=3, at_most=at_most, num_threads=1)
-    assert sorted(read) == {0: [], 1: [0], 2: [0, 12], 4: [0, 4, 8, 12]}[at_most]
-
-
-def test_a_file_that_disappeared_is_named(folder):
+def test_a_file_that_vanished_is_not_bad_but_an_error(folder):
     source = ImageFolder(folder)
     (folder / "a" / "1.png").unlink()
-    (problem,) = find_broken_images(source, channels=1, at_most=100, num_threads=1)
-    assert problem.startswith(str(folder / "a" / "1.png"))
+    with pytest.raises(UserError, match=r"1\.png has vanished \(No such file or directory\)"):
+        SoundImages(source, 1).check(range(3), num_threads=1)
+
+
+def test_a_file_that_cannot_be_read_is_bad(folder, monkeypatch):
+    source = ImageFolder(folder)
+
+    def read(index: int) -> bytes:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(source, "read", read)
+    bad = SoundImages(source, 1).check(range(3), num_threads=1)
+    assert [(b.index, b.reason) for b in sorted(bad)] == [(n, "Input/output error") for n in range(3)]
+
+
+def test_the_share_of_bad_images_decides(partly_broken):
+    images = SoundImages(partly_broken, 3)
+    bad = BadSamples(100, 0.03)
+    assert len(bad.add(images.check(range(9), num_threads=1))) == 3
+    bad.check_share()
+    assert bad.add(images.take_found()) == []
+    bad.add([BadImage(50, "x.png", "gone")])
+    with pytest.raises(UserError, match=r"4 of 100 images .*--data\.max-bad-share 0\.03 .* and 1 more") as caught:
+        bad.check_share()
+    assert "\n" not in str(caught.value)
+
+
+def test_the_list_of_bad_samples_survives_a_cut_off_line(tmp_path):
+    known = [BadImage(1, "a", "empty"), BadImage(7, "b", "cut off")]
+    append_bad_samples(tmp_path, known[:1])
+    append_bad_samples(tmp_path, known[1:])
+    with (tmp_path / "bad_samples.jsonl").open("a") as file:
+        file.write('{"index": 3, "ke')
+    assert read_bad_samples(tmp_path) == known
+    append_bad_samples(tmp_path, [BadImage(8, "c", "empty")])
+    assert read_bad_samples(tmp_path) == [*known, BadImage(8, "c", "empty")]
 
 
 def png_chunk(name: bytes, data: bytes) -> bytes:
@@ -410,7 +459,7 @@ def huge_png() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks)
 
 
-def test_an_image_too_large_to_decode_is_named(folder):
+def test_an_image_too_large_to_decode_is_bad(folder):
     (folder / "a" / "1.png").write_bytes(huge_png())
-    (problem,) = find_broken_images(ImageFolder(folder), channels=1, at_most=100, num_threads=1)
-    assert problem.startswith(str(folder / "a" / "1.png"))
+    (bad,) = SoundImages(ImageFolder(folder), 1).check(range(3), num_threads=1)
+    assert bad.key == str(folder / "a" / "1.png")

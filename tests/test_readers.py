@@ -1,6 +1,7 @@
 """The two readers, DALI and Pillow: the same images in the same places, and what is drawn for each of them."""
 
 import importlib.util
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import islice
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 from images import BROKEN, encode, random_pixels, write_image
+from PIL import Image
 from torch import Tensor
 
 from scalelong.train.config import DataConfig, ReaderName, TrainConfig
 from scalelong.train.data import ImageFolder, Source
-from scalelong.train.data_loader import Batch, choose_reader, read_batches
+from scalelong.train.data_loader import Batch, choose_reader, prepare_source, read_batches
 from scalelong.train.data_order import BatchPlan, Order, draw_noise, draw_samples
 from scalelong.train.data_pillow import read_with_pillow
+from scalelong.train.data_sound import SoundImages
 from scalelong.train.errors import RankError, UserError
 from scalelong.train.presets import PRESETS
 
@@ -39,13 +42,14 @@ def read(
     flip: bool = False,
     num_threads: int = 2,
 ) -> Iterator[Tensor]:
-    how = {"img_size": img_size, "channels": channels, "flip": flip, "num_threads": num_threads}
+    how = {"img_size": img_size, "flip": flip, "num_threads": num_threads}
+    images = source if isinstance(source, SoundImages) else SoundImages(source, channels)
     order = Order(seed, len(source))
     if reader == "pillow":
-        return read_with_pillow(source, order, plan, **how)
+        return read_with_pillow(images, order, plan, **how)
     from scalelong.train.data_dali import read_with_dali
 
-    return read_with_dali(source, order, plan, **how, device=CPU)
+    return read_with_dali(images, order, plan, **how, device=CPU)
 
 
 def read_all(reader: str, source: Source, num_images: int, batch_size: int = 8, **how) -> Tensor:
@@ -178,51 +182,116 @@ def five_images(tmp_path) -> Path:
     return tmp_path
 
 
-def read_to_the_error(reader: str, source: Source) -> str:
-    batches = read(reader, source, BatchPlan(0, 2))
-    with pytest.raises(RankError) as caught:
-        for _ in islice(batches, len(source)):
-            pass
-    return str(caught.value)
-
-
 @each_reader
 @pytest.mark.parametrize("name", BROKEN)
-def test_a_broken_image_is_named_in_one_line(reader, name, five_images):
-    (five_images / "3.png").write_bytes(BROKEN[name])
-    message = read_to_the_error(reader, ImageFolder(five_images, labelled=False))
-    assert str(five_images / "3.png") in message
-    assert "\n" not in message
+def test_a_broken_image_is_replaced_and_nothing_else(reader, name, numbered, tmp_path):
+    expected = read_all(reader, numbered, 20)
+    root = Path(shutil.copytree(numbered.root, tmp_path / "copy"))
+    bad = 13
+    (root / "1" / "13.png").write_bytes(BROKEN[name])
+    images = SoundImages(ImageFolder(root), 1)
+    shown = read_all(reader, images, 20)
+    position = next(p for p in range(20) if Order(0, 20).index(p) == bad)
+    differ = [p for p in range(20) if not torch.equal(shown[p], expected[p])]
+    assert differ == [position]
+    stand_in = numbers_of(shown[position : position + 1])[0][0]
+    assert stand_in == images.shown(bad) != bad
+    assert images.label(bad) == stand_in // 10
+    assert [found.index for found in images.take_found()] == [bad]
+
+
+def mistreat(root: Path) -> ImageFolder:
+    """Thirty numbered images of which a third is broken in some way, and some are of an odd kind but whole."""
+    for n in range(30):
+        pixels = np.full((SIZE, SIZE, 3), n, dtype=np.uint8)
+        pixels[:, SIZE // 2 :] += 100
+        write_image(root / f"{n:02d}.png", pixels)
+    broken = [*BROKEN.values(), b"\xff\xd8\xff"]
+    for n, data in zip(range(0, 24, 3), 2 * broken, strict=True):
+        (root / f"{n:02d}.png").write_bytes(data)
+    return ImageFolder(root, labelled=False)
 
 
 @each_reader
-def test_a_broken_image_is_said_once_and_in_words_for_people(reader, five_images):
-    (five_images / "3.png").write_bytes(BROKEN["garbage.png"])
-    message = read_to_the_error(reader, ImageFolder(five_images, labelled=False))
-    assert message.count("3.png") == 1
-    assert "object at 0x" not in message
+def test_any_number_of_ranks_and_threads_replaces_by_the_same_images(reader, tmp_path):
+    source = mistreat(tmp_path)
+    expected = [SoundImages(source, 1).shown(Order(0, 30).index(p)) for p in range(60)]
+    seen = {}
+    for rank in range(3):
+        plan = BatchPlan(0, 12, accumulation_steps=2, rank=rank, world_size=3)
+        for number, images in enumerate(islice(read(reader, source, plan, num_threads=1 + rank), 10)):
+            seen.update(zip(plan.positions(number), numbers_of(images)[0], strict=True))
+    assert [seen[p] for p in range(60)] == expected
 
 
-@pytest.mark.parametrize(
-    "reader",
-    [
-        pytest.param("dali", marks=needs_dali),
-        "pillow",
-    ],
-)
-def test_an_image_that_disappeared_is_named(reader, five_images):
-    source = ImageFolder(five_images, labelled=False)
+@each_reader
+def test_when_as_good_as_nothing_can_be_read_the_run_ends_with_one_line(reader, tmp_path):
+    for n in range(4):
+        (tmp_path / f"{n}.png").write_bytes(b"")
+    with pytest.raises(RankError, match=r"images in a row cannot be decoded, .*\.png") as caught:
+        next(read(reader, ImageFolder(tmp_path, labelled=False), BatchPlan(0, 2)))
+    assert "\n" not in str(caught.value)
+
+
+@each_reader
+def test_an_image_that_vanishes_while_it_is_read_ends_the_run(reader, five_images):
+    """With another in its place the run would not go on as it was once the data is back."""
+    source = SoundImages(ImageFolder(five_images, labelled=False), 1)
+    batches = read(reader, source, BatchPlan(0, 5))
+    next(batches)
     (five_images / "3.png").unlink()
-    assert str(five_images / "3.png") in read_to_the_error(reader, source)
+    with pytest.raises(RankError, match=r"3\.png has vanished \(No such file or directory\)"):
+        for _ in islice(batches, 4):
+            pass
+    assert source.take_found() == []
 
 
-@each_reader
-def test_images_before_the_broken_one_are_still_given(reader, five_images):
-    source = ImageFolder(five_images, labelled=False)
-    order = Order(0, 5)
-    (five_images / f"{order.index(4)}.png").write_bytes(BROKEN["truncated.png"])
-    batches = read(reader, source, BatchPlan(0, 2))
-    assert [len(next(batches)) for _ in range(2)] == [2, 2]
+ODD_KINDS = {
+    "cmyk.jpg": lambda image: encode(image.convert("CMYK"), "JPEG", quality=98),
+    "progressive.jpg": lambda image: encode(image, "JPEG", quality=98, progressive=True),
+    "sixteen bits.png": lambda image: encode(np.asarray(image.convert("L")).astype(np.uint16) * 257),
+    "palette.png": lambda image: encode(image.quantize(64)),
+    "alpha.png": lambda image: encode(image.convert("RGBA")),
+    "grey with alpha.png": lambda image: encode(image.convert("LA")),
+    "one bit.png": lambda image: encode(image.convert("1")),
+    "wrong extension.jpg": lambda image: encode(image, "PNG"),
+    "wrong extension.png": lambda image: encode(image, "JPEG", quality=98),
+    "lossless.webp": lambda image: encode(image, "WEBP", lossless=True),
+    "float.tiff": lambda image: encode(image, "TIFF"),
+}
+
+
+@needs_dali
+@pytest.mark.parametrize("name", ODD_KINDS)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_odd_kinds_of_images_are_read_and_by_both_readers_alike(name, channels, tmp_path):
+    ramp = np.linspace(0, 255, SIZE * SIZE * 3).astype(np.uint8).reshape(SIZE, SIZE, 3)
+    (tmp_path / name).write_bytes(ODD_KINDS[name](Image.fromarray(ramp)))
+    images = SoundImages(ImageFolder(tmp_path, labelled=False), channels)
+    dali, pillow = (read_all(reader, images, 1, batch_size=1, channels=channels) for reader in ("dali", "pillow"))
+    assert images.take_found() == []
+    assert (dali - pillow).abs().max() * 127.5 < 3
+
+
+def without_an_end(png: bytes) -> bytes:
+    return png[:-12]
+
+
+def with_another_checksum(png: bytes) -> bytes:
+    return png[:-16] + bytes(4) + png[-12:]
+
+
+@needs_dali
+@pytest.mark.parametrize("damage", [without_an_end, with_another_checksum])
+def test_an_image_that_dali_alone_refuses_costs_no_batch(numbered, tmp_path, damage):
+    """Pillow reads past both; the first stops DALI's parser, the second its decoder."""
+    expected = read_all("dali", numbered, 60)
+    folder = Path(shutil.copytree(numbered.root, tmp_path / "images"))
+    for path in sorted(folder.rglob("*.png"))[10:30:10]:
+        path.write_bytes(damage(path.read_bytes()))
+    damaged = SoundImages(ImageFolder(folder, labelled=False), 1)
+    assert torch.equal(read_all("dali", damaged, 60), expected)
+    assert damaged.take_found() == []
 
 
 def config_for(reader: ReaderName, num_classes: int = 2, **changes) -> TrainConfig:
@@ -235,7 +304,8 @@ def config_for(reader: ReaderName, num_classes: int = 2, **changes) -> TrainConf
 
 
 def first_batches(config: TrainConfig, source: Source, plan: BatchPlan, count: int) -> list[Batch]:
-    return list(islice(read_batches(config, source, plan, num_threads=2, device=CPU), count))
+    batches = read_batches(config, prepare_source(config, source), plan, num_threads=2, device=CPU)
+    return list(islice(batches, count))
 
 
 @each_reader

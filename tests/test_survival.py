@@ -144,7 +144,7 @@ def test_data_that_vanishes_ends_the_run_with_one_line_and_may_come_back(tmp_pat
     own.rename(tmp_path / "elsewhere")
     assert finish([process]) == [EXIT_USER_ERROR]
     told = output_of(config).read_text()
-    assert "error: cannot decode" in told
+    assert "has vanished (No such file or directory)" in told
     assert "Traceback" not in told
     (process,) = start(config)
     assert finish([process]) == [EXIT_USER_ERROR]

@@ -56,6 +56,7 @@ def test_a_run_leaves_what_the_house_promises(straight):
     rows = log_rows(straight)
     assert [row["step"] for row in rows] == list(range(1, 21))
     expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
+    expected |= {"data_wait", "bad_images"}
     expected |= {f"skip/1/{what}" for what in ("scale", "feature_norm", "hidden_norm")}
     assert rows[-1].keys() == expected
     assert all(np.isfinite(list(row.values())).all() for row in rows)
@@ -302,6 +303,56 @@ def test_a_broken_image_is_named_before_anything_is_written(tmp_path):
     done = run_command("digits-uvit", *SMALL, "--run", tmp_path / "run", "--data.path", folder)
     expect_one_line_error(done, str(broken))
     assert not (tmp_path / "run").exists()
+
+
+def many_images(folder: Path, num_bad: int) -> None:
+    """Two hundred and twenty images of ten classes, the first ones empty."""
+    for number in range(220):
+        path = folder / str(number % 10) / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (8, 8), number).save(path)
+        if number < num_bad:
+            path.write_bytes(b"")
+
+
+def test_a_few_bad_images_are_replaced_counted_and_listed_once(tmp_path):
+    folder, run = tmp_path / "images", tmp_path / "run"
+    many_images(folder, num_bad=2)
+    config = small_config(run, data=DataConfig(path=str(folder), check_images=0))
+    train(replace(config, total_images=8 * STEP))
+    rows = log_rows(run)
+    assert rows[-1]["bad_images"] == 2
+    assert all(0 <= row["data_wait"] <= 1 for row in rows)
+    listed = [json.loads(line) for line in (run / "bad_samples.jsonl").read_text().splitlines()]
+    assert sorted((bad["key"], bad["reason"]) for bad in listed) == [
+        (f"{folder}/{n}/{n}.png", "the file is empty") for n in range(2)
+    ]
+    train(replace(config, total_images=10 * STEP))
+    assert len((run / "bad_samples.jsonl").read_text().splitlines()) == 2
+    assert log_rows(run)[-1]["bad_images"] == 2
+
+
+def test_too_many_bad_images_stop_the_run_when_they_are_met(tmp_path):
+    folder = tmp_path / "images"
+    many_images(folder, num_bad=3)
+    config = small_config(tmp_path / "run", data=DataConfig(path=str(folder), check_images=0), total_images=8 * STEP)
+    with pytest.raises(UserError, match=r"3 of 220 images cannot be decoded, more than --data.max-bad-share 0.01"):
+        train(config)
+    assert len((tmp_path / "run/bad_samples.jsonl").read_text().splitlines()) == 3
+
+
+def test_two_processes_count_and_list_what_each_of_them_meets(tmp_path):
+    folder, run = tmp_path / "images", tmp_path / "run"
+    many_images(folder, num_bad=2)
+    arguments = ["digits-uvit", *SMALL, "--run", run, "--data.path", folder, "--data.check-images", 0]
+    done = launch(2, *arguments, "--total-images", 8 * STEP, port=29640)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert log_rows(run)[-1]["bad_images"] == 2
+    alone = small_config(tmp_path / "alone", data=DataConfig(path=str(folder)), total_images=8 * STEP)
+    train(alone)
+    np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=0, atol=1e-4)
+    lists = [(r / "bad_samples.jsonl").read_text().splitlines() for r in (run, tmp_path / "alone")]
+    assert sorted(lists[0]) == sorted(lists[1])
 
 
 def test_a_folder_without_images_is_an_error(tmp_path):

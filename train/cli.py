@@ -1,4 +1,4 @@
-"""The console script ``scalelong``: train, launch, plan, sample, evaluate, export, ema-posthoc."""
+"""The console script ``scalelong``: train, launch, plan, sample, evaluate, export, ema-posthoc, prepare."""
 
 import importlib
 import sys
@@ -14,6 +14,7 @@ COMMANDS = {
     "ema-posthoc": ("scalelong.train.ema_posthoc", "averaged weights of a width chosen after the run"),
     "plan": ("scalelong.train.plan", "memory, traffic and ZeRO stage of a preset on given GPUs"),
     "export": ("scalelong.train.export", "write a run's model as safetensors and JSON"),
+    "prepare": ("scalelong.train.prepare", "make shards of images or of latents, with their indices"),
 }
 
 

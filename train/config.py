@@ -37,7 +37,7 @@ class DataConfig:
     """What is trained on."""
 
     path: str = "digits"
-    """A folder with a sub-folder of images for each class (any folder, for a model without labels), or "digits"."""
+    """A folder of images, tar shards or latents, CIFAR-10 as published, or "digits": docs/data.md."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")
@@ -45,7 +45,11 @@ class DataConfig:
     num_threads: int = bookkeeping(0)
     """Decoding threads for each process; 0: the cores divided among the processes of this host, at most 4."""
     check_images: int = bookkeeping(20_000)
-    """How many images are decoded before training starts, to find broken ones early (spread evenly over the data)."""
+    """How many images are checked before training starts, to find bad ones early (spread evenly over the data)."""
+    max_bad_share: float = bookkeeping(0.01)
+    """A run with a larger share of images that cannot be decoded stops; others stand in for the bad ones until then."""
+    vae: str = bookkeeping("")
+    """Folder of the AutoencoderKL that decodes latents for pictures; without, they show three of their channels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +170,7 @@ class TrainConfig:
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
+        _check(self.data, ("max_bad_share",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")
         _check(self.guard, ("roll_back_factor",), lambda v: v == 0 or v > 1, "0 or above 1")
         _check(self.guard, ("roll_back_steps",), lambda v: v >= 1, "at least 1")
@@ -175,8 +180,8 @@ class TrainConfig:
             raise ValueError("label_drop needs a model with labels (model.num_classes)")
         if self.sample.guidance and not self.label_drop:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
-        if self.model.context_tokens or self.model.in_channels not in (1, 3):
-            raise ValueError("from a folder of images only models with 1 or 3 channels and no text can be trained")
+        if self.model.context_tokens:
+            raise ValueError("models with text (model.context_tokens) cannot be trained")
         if getattr(self.model, "out_channels", 0) not in (0, self.model.in_channels):
             raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
         backbone_of(self.model).check_options(self.make_skip_scale(), self.checkpointing)

@@ -5,8 +5,6 @@ Everything random about a run's sample is decided elsewhere, by (seed, position)
 
 import hashlib
 import io
-import struct
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -16,8 +14,6 @@ from PIL import Image, ImageOps
 
 from scalelong.train.errors import UserError
 
-# What Pillow raises for a file that is no whole image, or too large a one.
-IMAGE_ERRORS = (OSError, ValueError, SyntaxError, struct.error, Image.DecompressionBombError)
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
 
 
@@ -107,38 +103,55 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def open_source(path: str, num_classes: int, *, split: str = "train") -> Source:
-    """The source of a configuration.
+    """The source of a configuration; what the path holds says which.
 
     Args:
-        path: a folder, or "digits".
+        path: "digits"; CIFAR-10 as published; a folder of tar shards, of latents, or of images.
         num_classes: how many classes the model knows besides the null label; 0: labels are not used.
-        split: "train" or "test"; a folder of images has no "test".
+        split: "train" or "test", which the digits and CIFAR-10 have.
 
     Raises:
         UserError: nothing to read there, or another number of classes than the model's.
     """
-    if path == "digits":
-        from scalelong.train.data_digits import digits_folder
-
-        root = digits_folder() / split
-    elif not path:
-        raise UserError("this preset needs a folder of images: --data.path FOLDER")
-    else:
-        root = Path(path)
-    source = ImageFolder(root, labelled=num_classes > 0)
+    if not path:
+        raise UserError("this preset needs data to train on: --data.path FOLDER")
+    source = recognise_source(path, split, labelled=num_classes > 0)
+    if num_classes and not source.class_names:
+        raise UserError(f"{path} has no labels; a model with labels needs them")
     if num_classes and len(source.class_names) != num_classes:
         raise UserError(
-            f"{root} has {len(source.class_names)} classes, the model {num_classes} (the null label not counted): "
+            f"{path} has {len(source.class_names)} classes, the model {num_classes} (the null label not counted): "
             f"set --model.num-classes to the classes of the data, plus 1 where --label-drop is above 0"
         )
     return source
+
+
+def recognise_source(path: str, split: str = "train", *, labelled: bool = True) -> Source:
+    """As ``open_source``, whatever the classes. ``labelled``: whether folders of images are classes."""
+    from scalelong.train.data_cifar10 import Cifar10, is_cifar10
+    from scalelong.train.data_latents import LatentFolder, is_latent_folder
+    from scalelong.train.data_webdataset import WebDataset, check_is_finished, is_webdataset
+
+    if path == "digits":
+        from scalelong.train.data_digits import digits_folder
+
+        return ImageFolder(digits_folder() / split, labelled=labelled)
+    root = Path(path)
+    check_is_finished(root)
+    if is_cifar10(root):
+        return Cifar10(root, split)
+    if is_latent_folder(root):
+        return LatentFolder(root)
+    if is_webdataset(root):
+        return WebDataset(root)
+    return ImageFolder(root, labelled=labelled)
 
 
 def decode_image(data: bytes, channels: int) -> Image.Image:
     """The image upright, as grey (1 channel) or RGB (3).
 
     Raises:
-        IMAGE_ERRORS: what is no whole image.
+        data_sound.IMAGE_ERRORS: what is no whole image.
     """
     image = Image.open(io.BytesIO(data))
     image.load()
@@ -161,30 +174,3 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 def _round(x: float) -> int:
     # Halves up, as DALI's resize and crop round; Python's round would take the even neighbour.
     return int(np.floor(x + 0.5))
-
-
-def find_broken_images(
-    source: Source, *, channels: int, at_most: int, num_threads: int, rank: int = 0, world_size: int = 1
-) -> list[str]:
-    """Decodes up to ``at_most`` images, spread evenly, each rank its share; says for each broken one which and why."""
-    count = min(at_most, len(source))
-    indices = np.linspace(0, len(source) - 1, count).astype(int)[rank::world_size] if count else []
-
-    with ThreadPoolExecutor(max(num_threads, 1)) as pool:
-        problems = pool.map(lambda index: find_image_problem(source, int(index), channels), indices)
-        return [problem for problem in problems if problem]
-
-
-def find_image_problem(source: Source, index: int, channels: int) -> str | None:
-    """Which image it is and why it cannot be decoded, or None."""
-    try:
-        decode_image(source.read(index), channels)
-    except IMAGE_ERRORS as error:
-        return describe_image_error(source, index, error)
-    return None
-
-
-def describe_image_error(source: Source, index: int, error: Exception) -> str:
-    # Pillow names the in-memory file it read, which tells nobody anything.
-    unknown = "cannot identify image file" in str(error)
-    return f"{source.key(index)} ({'no image format that Pillow knows' if unknown else error})"

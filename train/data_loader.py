@@ -1,6 +1,7 @@
 """Training batches: images from a reader, and what (seed, position) decides about each of them."""
 
 import importlib.util
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,9 @@ from torch import Tensor
 
 from scalelong.train.config import TrainConfig
 from scalelong.train.data import Source
+from scalelong.train.data_latents import LatentFolder, read_latents
 from scalelong.train.data_order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
+from scalelong.train.data_sound import SoundImages
 from scalelong.train.errors import UserError
 
 
@@ -43,32 +46,80 @@ def choose_reader(name: str) -> str:
     return name if name != "auto" else ("dali" if has_dali else "pillow")
 
 
+def prepare_source(config: TrainConfig, source: Source) -> Source:
+    """The source as batches are read from it: images with stand-ins for bad ones, or latents as they are.
+
+    Raises:
+        UserError: the model takes something else than the source holds.
+    """
+    model = config.model
+    if isinstance(source, LatentFolder):
+        expected = (model.in_channels, model.img_size, model.img_size)
+        if source.shape != expected:
+            raise UserError(f"{config.data.path} holds latents of {source.shape}, the model takes {expected}")
+        if config.data.flip and not source.has_mirrored:
+            raise UserError(
+                f"{config.data.path} holds no latents of mirrored images: prepare it with --mirrored True, or set "
+                f"--data.flip False"
+            )
+        return source
+    if model.in_channels not in (1, 3):
+        raise UserError(
+            f"{config.data.path} holds images; a model of {model.in_channels} channels takes latents: scalelong prepare"
+        )
+    return SoundImages(source, model.in_channels)
+
+
 def read_batches(
     config: TrainConfig, source: Source, plan: BatchPlan, *, num_threads: int, device: torch.device
 ) -> Iterator[Batch]:
     """Endless micro-batches of this process, from ``plan.first_position`` on.
 
+    Args:
+        source: what ``prepare_source`` returns.
+
     Raises:
-        UserError: an image that cannot be decoded, or a reader that is not installed.
+        UserError: as good as no image can be decoded, or a reader that is not installed.
     """
     order = Order(config.seed, len(source))
-    model = config.model
-    how: Any = {
-        "img_size": model.img_size,
-        "channels": model.in_channels,
-        "flip": config.data.flip,
-        "num_threads": num_threads,
-    }
-    if choose_reader(config.data.reader) == "dali":
-        from scalelong.train.data_dali import read_with_dali
-
-        images = read_with_dali(source, order, plan, **how, device=device)
+    how: Any = {"flip": config.data.flip, "num_threads": num_threads}
+    if isinstance(source, LatentFolder):
+        images = read_latents(source, order, plan, **how)
     else:
-        from scalelong.train.data_pillow import read_with_pillow
+        assert isinstance(source, SoundImages), "prepare_source makes it one"
+        how["img_size"] = config.model.img_size
+        if choose_reader(config.data.reader) == "dali":
+            from scalelong.train.data_dali import read_with_dali
 
-        images = read_with_pillow(source, order, plan, **how)
+            images = read_with_dali(source, order, plan, **how, device=device)
+        else:
+            from scalelong.train.data_pillow import read_with_pillow
+
+            images = read_with_pillow(source, order, plan, **how)
     for number, images_BCHW in enumerate(images):
         yield _with_draws(config, source, order, plan.positions(number), images_BCHW, device)
+
+
+class TimedBatches:
+    """An iterator over batches that knows how long it was waited for."""
+
+    def __init__(self, batches: Iterator[Batch]):
+        self._batches, self._seconds = batches, 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        began = time.perf_counter()
+        try:
+            return next(self._batches)
+        finally:
+            self._seconds += time.perf_counter() - began
+
+    def take_seconds(self) -> float:
+        """Seconds waited since the last call."""
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 def _with_draws(

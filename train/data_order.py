@@ -19,6 +19,8 @@ class Stream(IntEnum):
     GENERATION = 3
     SAMPLER = 4
     DROPOUT = 5
+    STAND_IN = 6
+    LATENT = 7
 
 
 def generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:

@@ -7,26 +7,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.data import IMAGE_ERRORS, Source, decode_image, describe_image_error, resize_and_crop
+from scalelong.train.data import resize_and_crop
 from scalelong.train.data_order import BatchPlan, Order, draw_samples
-from scalelong.train.errors import RankError
+from scalelong.train.data_sound import SoundImages
 
 
 def read_with_pillow(
-    source: Source, order: Order, plan: BatchPlan, *, img_size: int, channels: int, flip: bool, num_threads: int
+    images: SoundImages, order: Order, plan: BatchPlan, *, img_size: int, flip: bool, num_threads: int
 ) -> Iterator[Tensor]:
     """Endless micro-batches (B, C, H, W), fp32 in [-1, 1], on the CPU.
 
     Raises:
-        RankError: an image that cannot be decoded, naming it.
+        RankError: as good as all images are bad.
     """
 
     def pixels(index: int, mirror: bool) -> np.ndarray:
-        try:
-            image = resize_and_crop(decode_image(source.read(index), channels), img_size)
-        except IMAGE_ERRORS as error:
-            raise RankError(f"cannot decode {describe_image_error(source, index, error)}") from error
-        array = np.asarray(image, dtype=np.float32).reshape(img_size, img_size, channels).transpose(2, 0, 1)
+        image = resize_and_crop(images.image(index), img_size)
+        array = np.asarray(image, dtype=np.float32).reshape(img_size, img_size, images.channels).transpose(2, 0, 1)
         if mirror:
             array = array[:, :, ::-1]
         # The arithmetic of DALI, to the bit.

@@ -29,8 +29,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> 
     Raises:
         UserError: the file does not fit, or offloading does not fit the ZeRO stage.
     """
-    # DeepSpeed takes memory for a whole bucket, however small the network.
-    bucket_size = min(BUCKET_SIZE, num_params)
+    # DeepSpeed takes memory for a whole bucket, however small the network, and wants an even number of elements.
+    bucket_size = min(BUCKET_SIZE, num_params + num_params % 2)
     values: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": config.accumulation_steps,

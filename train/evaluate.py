@@ -15,8 +15,10 @@ import numpy as np
 
 from scalelong.train.command_line import parse, run_command
 from scalelong.train.config import TrainConfig
-from scalelong.train.data import Source, decode_image, open_source, resize_and_crop
+from scalelong.train.data import Source, open_source, resize_and_crop
+from scalelong.train.data_latents import LatentFolder
 from scalelong.train.data_order import Stream, generator
+from scalelong.train.data_sound import SoundImages
 from scalelong.train.diffusion import PROCESSES
 from scalelong.train.errors import UserError
 from scalelong.train.sample import SamplingArguments, default_labels, generate, load_sampling
@@ -52,6 +54,8 @@ class RealImages:
 def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
     """The run's training images, and held-out ones: the digits' own, or every fifth of a folder."""
     source = open_source(config.data.path, config.num_data_classes)
+    if isinstance(source, LatentFolder):
+        raise UserError(f"{config.data.path} holds latents; samples are scored against images alone")
     train, train_labels = _read_pixels(source, config, at_most)
     if config.data.path == "digits":
         held_out, labels = _read_pixels(open_source("digits", config.num_data_classes, split="test"), config, at_most)
@@ -66,9 +70,9 @@ def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
 
 def _read_pixels(source: Source, config: TrainConfig, at_most: int) -> tuple[np.ndarray, np.ndarray]:
     indices = np.linspace(0, len(source) - 1, min(at_most, len(source))).astype(int)
-    channels, size = config.model.in_channels, config.model.img_size
-    pixels = [np.asarray(resize_and_crop(decode_image(source.read(i), channels), size)).ravel() for i in indices]
-    return np.stack(pixels) / 255, np.array([source.label(i) for i in indices])
+    images, size = SoundImages(source, config.model.in_channels), config.model.img_size
+    pixels = [np.asarray(resize_and_crop(images.image(i), size)).ravel() for i in indices]
+    return np.stack(pixels) / 255, np.array([images.label(i) for i in indices])
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:

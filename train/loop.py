@@ -5,7 +5,6 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from scalelong.model.architectures import make_backbone
 from scalelong.train import engine as ds
+from scalelong.train.bad_samples import BadSamples, append_bad_samples, read_bad_samples
 from scalelong.train.checkpoint import (
     TrainState,
     find_problem,
@@ -28,14 +28,16 @@ from scalelong.train.checkpoint import (
 )
 from scalelong.train.command_line import without_local_rank
 from scalelong.train.config import TrainConfig, config_differences, config_to_dict
-from scalelong.train.data import Source, find_broken_images, open_source
-from scalelong.train.data_loader import Batch, choose_reader, read_batches
+from scalelong.train.data import Source, open_source
+from scalelong.train.data_loader import TimedBatches, choose_reader, prepare_source, read_batches
 from scalelong.train.data_order import BatchPlan
+from scalelong.train.data_sound import SoundImages, spread_indices
 from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
 from scalelong.train.ema import FIXED_DECAY, Ema
 from scalelong.train.errors import UserError
 from scalelong.train.guard import Guard
 from scalelong.train.host_memory import keep_freed_memory
+from scalelong.train.latents import to_pictures
 from scalelong.train.monitor import SkipMonitor
 from scalelong.train.processes import Processes, cores_per_process, join_processes
 from scalelong.train.report import QuietReport, Report, warn
@@ -56,7 +58,9 @@ class Run:
     engine: Any
     ema: Ema
     monitor: SkipMonitor
-    batches: Iterator[Batch]
+    source: Source
+    batches: TimedBatches
+    bad_samples: BadSamples
     guard: Guard
     images_seen: int
     step: int
@@ -76,7 +80,9 @@ def train(config: TrainConfig) -> int:
             print(f"already trained to {plan.first_position:,} images; a larger --total-images goes on")
             announce_results(config, plan.first_position)
         return 0
+    check_images(config, source, processes)
     run = start_run(config, processes, checkpoint, source, plan)
+    note_bad_samples(run)
     unchecked_losses, seconds, images_timed = [], 0.0, 0
     with StopSignals() as signals, processes.agree(lambda: open_report(run)) as report:
         report.say(describe(run))
@@ -107,12 +113,15 @@ def train(config: TrainConfig) -> int:
             seconds, images_timed = seconds + time.perf_counter() - step_began, images_timed + config.images_per_step
 
             if logs:
+                note_bad_samples(run)
                 report.log(
                     {
                         "images_seen": run.images_seen,
                         "step": run.step,
                         "loss": losses[-1],
                         "images_per_second": images_timed / seconds,
+                        "data_wait": run.batches.take_seconds() / seconds,
+                        "bad_images": len(run.bad_samples),
                         **measured,
                     }
                 )
@@ -231,7 +240,7 @@ def check_before_training(
         checkpoint: what rank 0 resumes from.
 
     Returns:
-        The images, and which of them this rank takes.
+        The images as batches are read from them, and which of them this rank takes.
 
     Raises:
         UserError: what is wrong.
@@ -257,18 +266,36 @@ def check_before_training(
             f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "
             f"removed or changed); take another --run"
         )
-    broken = find_broken_images(
-        source,
-        channels=config.model.in_channels,
-        at_most=config.data.check_images,
-        num_threads=num_reader_threads(config),
-        rank=processes.rank,
-        world_size=processes.world_size,
-    )
-    if broken:
-        more = f" and {len(broken) - 3} more" if len(broken) > 3 else ""
-        raise UserError(f"cannot decode {', '.join(broken[:3])}{more}")
-    return source, plan
+    return prepare_source(config, source), plan
+
+
+def check_images(config: TrainConfig, source: Source, processes: Processes) -> None:
+    """Each rank checks its share of ``data.check_images``.
+
+    Raises:
+        UserError: more of them are bad than ``data.max_bad_share`` allows, on any rank.
+    """
+    if not isinstance(source, SoundImages):
+        return
+    total = min(config.data.check_images, len(source))
+    mine = spread_indices(len(source), total, rank=processes.rank, world_size=processes.world_size)
+    found = processes.agree(lambda: source.check(mine, num_reader_threads(config)))
+    bad = BadSamples(total, config.data.max_bad_share)
+    bad.add(image for share in processes.gather(found) for image in share)
+    bad.check_share()
+
+
+def note_bad_samples(run: Run) -> None:
+    """Lists the bad images that any rank has found, each once.
+
+    Raises:
+        UserError: there are more than ``data.max_bad_share`` allows, on all ranks alike.
+    """
+    found = run.source.take_found() if isinstance(run.source, SoundImages) else []
+    new = run.bad_samples.add(image for share in run.processes.gather(found) for image in share)
+    if run.processes.is_main:
+        append_bad_samples(run.config.run, new)
+    run.bad_samples.check_share()
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -317,6 +344,7 @@ def start_run(
             ema.restore(name, read_tensors(checkpoint, name))
         ds.restore_optimizer(engine, read_tensors(checkpoint, "optimizer"), state.optimizer_steps)
         ds.restore_scaler(engine, state.grad_scaler)
+    known = processes.from_main(read_bad_samples(config.run) if processes.is_main else None)
     threads = num_reader_threads(config)
     batches = read_batches(config, source, plan, num_threads=threads, device=processes.device)
     return Run(
@@ -326,7 +354,9 @@ def start_run(
         engine=engine,
         ema=ema,
         monitor=monitor,
-        batches=batches,
+        source=source,
+        batches=TimedBatches(batches),
+        bad_samples=BadSamples(len(source), config.data.max_bad_share, known),
         guard=Guard(config.guard),
         images_seen=plan.first_position,
         step=step,
@@ -395,6 +425,7 @@ def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
         steps=sample.steps,
         guidance=sample.guidance,
         seed=config.seed,
+        to_pictures=to_pictures(config),
     )
     path = grid_path(config, run.images_seen)
     try:

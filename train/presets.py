@@ -61,12 +61,29 @@ def _published_unet(
     )
 
 
+def _published_latent(name: str, *, label_drop: float, objective: Any, guidance: float, **recipe: Any) -> TrainConfig:
+    """As ``_published``, with guidance, on latents (``scalelong prepare --latents``)."""
+    base = _published(name, UVIT_PRESETS[name], **recipe)
+    sample = replace(base.sample, guidance=guidance)
+    return replace(base, label_drop=label_drop, objective=objective, sample=sample)
+
+
 _IMAGENET64 = {"batch": 1024, "steps": 300_000, "learning_rate": 3e-4, "beta2": 0.99, "warmup": 5_000}
 _PUBLISHED: dict[str, Any] = {
     "cifar10-uvit-s2": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.999, "warmup": 2_500},
     "celeba64-uvit-s4": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.99, "warmup": 5_000},
     "imagenet64-uvit-m4": _IMAGENET64,
     "imagenet64-uvit-l4": _IMAGENET64,
+}
+# On the latents of Stable Diffusion's autoencoder. L trains on the VP-SDE, H on Stable Diffusion's schedule.
+_LATENT: dict[str, Any] = {"batch": 1024, "learning_rate": 2e-4, "beta2": 0.99, "warmup": 5_000}
+_LATENT_L: dict[str, Any] = {**_LATENT, "label_drop": 0.15, "objective": "vp-sde"}
+_LATENT_H: dict[str, Any] = {**_LATENT, "label_drop": 0.1, "objective": "scaled-linear"}
+_PUBLISHED_LATENT: dict[str, Any] = {
+    "imagenet256-uvit-l2": {**_LATENT_L, "steps": 300_000, "guidance": 0.4},
+    "imagenet256-uvit-h2": {**_LATENT_H, "steps": 500_000, "guidance": 0.4},
+    "imagenet512-uvit-l4": {**_LATENT_L, "steps": 500_000, "guidance": 0.7},
+    "imagenet512-uvit-h4": {**_LATENT_H, "steps": 500_000, "guidance": 0.7},
 }
 _CIFAR10_DDPM = {"batch": 128, "steps": 800_000, "learning_rate": 2e-4, "warmup": 5_000, "clip_grad_norm": 1.0}
 _IMAGENET64_ADM = {"batch": 2048, "steps": 540_000, "learning_rate": 3e-4, "warmup": 0, "clip_grad_norm": 0.0}
@@ -81,6 +98,10 @@ DESCRIPTIONS = {
     "celeba64-uvit-s4": "CelebA (64x64), unconditional, 44 M parameters",
     "imagenet64-uvit-m4": "ImageNet (64x64), class-conditional, 131 M parameters",
     "imagenet64-uvit-l4": "ImageNet (64x64), class-conditional, 287 M parameters",
+    "imagenet256-uvit-l2": "ImageNet (latents of 256x256), class-conditional with guidance, 287 M parameters",
+    "imagenet256-uvit-h2": "ImageNet (latents of 256x256), class-conditional with guidance, 501 M parameters",
+    "imagenet512-uvit-l4": "ImageNet (latents of 512x512), class-conditional with guidance, 287 M parameters",
+    "imagenet512-uvit-h4": "ImageNet (latents of 512x512), class-conditional with guidance, 501 M parameters",
     "digits-unet": "the embedded digits by a convolutional UNet",
     "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
     "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
@@ -89,6 +110,7 @@ DESCRIPTIONS = {
 PRESETS: dict[str, TrainConfig] = {
     "digits-uvit": _DIGITS,
     **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},
+    **{name: _published_latent(name, **recipe) for name, recipe in _PUBLISHED_LATENT.items()},
     "digits-unet": replace(
         _DIGITS,
         run=Path("runs/digits-unet"),

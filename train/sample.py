@@ -22,6 +22,7 @@ from scalelong.train.config import SAMPLER_NAMES, SamplerName, TrainConfig
 from scalelong.train.data_order import Stream, draw_noise, draw_seed
 from scalelong.train.diffusion import NUM_TIMES, PROCESSES, VPSDE, Process
 from scalelong.train.errors import UserError
+from scalelong.train.latents import to_pictures
 from scalelong.train.run_folder import load_model
 
 Denoiser = Callable[[Tensor, Tensor], Tensor]
@@ -145,11 +146,13 @@ def generate(
     guidance: float,
     seed: int = 0,
     batch_size: int = 256,
+    to_pictures: Callable[[Tensor], Tensor] | None = None,
 ) -> np.ndarray:
     """Images (N, H, W, C) in uint8; image n depends on (seed, n), its label and the settings, not on the batches.
 
     Args:
         labels: one for each image; None for a model without labels.
+        to_pictures: makes images (B, C, H, W) in [-1, 1] of what the model draws; None: it draws images.
     """
     config = model.config
     device = next(model.parameters()).device
@@ -167,7 +170,7 @@ def generate(
             steps=steps,
             generators=[_torch_generator(seed, n) for n in numbers],
         )
-        images.append(to_uint8(x_BCHW))
+        images.append(to_uint8(x_BCHW if to_pictures is None else to_pictures(x_BCHW)))
     return np.concatenate(images)
 
 
@@ -232,7 +235,7 @@ class Sampling:
     model: Backbone
     config: TrainConfig
     settings: dict[str, Any]
-    """Keyword arguments of ``generate``: null_label, sampler, steps, guidance, seed."""
+    """Keyword arguments of ``generate``: null_label, sampler, steps, guidance, seed, to_pictures."""
 
 
 def load_sampling(arguments: SamplingArguments) -> Sampling:
@@ -255,6 +258,7 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         "steps": arguments.steps or config.sample.steps,
         "guidance": guidance,
         "seed": arguments.seed,
+        "to_pictures": to_pictures(config),
     }
     return Sampling(model, config, settings)
 
