@@ -93,11 +93,27 @@ def test_several_hosts_go_through_pdsh_and_one_by_one_without_ssh(tmp_path):
 @pytest.mark.parametrize(("what", "other"), [("torch", "1.0"), ("python", "3.9.1"), ("scalelong", "0.0.0")])
 def test_another_version_on_a_host_is_named(monkeypatch, what, other):
     here = preflight.describe_host()
-    answer = {"versions": {**here["versions"], what: other}, "stale_locks": []}
+    answer = {**here, "versions": {**here["versions"], what: other}}
     monkeypatch.setattr(preflight, "ask", lambda host, port: answer if host == "node2" else here)
     monkeypatch.setattr(preflight.shutil, "which", lambda name: name)
     with pytest.raises(UserError, match=f"node2 has {what} {other}, this machine has"):
         check_hosts(["node1", "node2"], None, print)
+
+
+def test_a_host_with_gpus_and_no_compiler_is_named(monkeypatch):
+    answer = {**preflight.describe_host(), "lacks_compiler": True}
+    monkeypatch.setattr(preflight, "ask", lambda host, port: answer)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: name)
+    with pytest.raises(UserError, match="node1 has GPUs and no C compiler"):
+        check_hosts(["node1"], None, print)
+
+
+def test_a_compiler_is_looked_for_where_triton_does(monkeypatch):
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(preflight.shutil, "which", lambda name: name if name == "my-cc" else None)
+    assert not preflight.has_compiler()
+    monkeypatch.setenv("CC", "my-cc")
+    assert preflight.has_compiler()
 
 
 def test_a_host_that_no_ssh_reaches_is_named(monkeypatch):

@@ -128,9 +128,13 @@ elif what == "kill":
     subprocess.run(["kill", "-9", workers.stdout.split()[-1]], check=True)
 else:
     launch.send_signal(signal.SIGTERM)
-code = launch.wait()
-left = subprocess.run(["pgrep", "-c", "-f", "--", WORKERS], capture_output=True, text=True).stdout
-print(f"CODE {code} SECONDS {time.monotonic() - began:.1f} LEFT {left.strip()}", flush=True)
+code, seconds = launch.wait(), time.monotonic() - began
+while time.monotonic() < began + 60:
+    left = subprocess.run(["pgrep", "-c", "-f", "--", WORKERS], capture_output=True, text=True).stdout.strip()
+    if left == "0":
+        break
+    time.sleep(0.5)
+print(f"CODE {code} SECONDS {seconds:.1f} LEFT {left} AFTER {time.monotonic() - began:.1f}", flush=True)
 """
 """On nodea: starts the command, waits for a checkpoint, does the harm, and says how the command ended. (The pattern's
 first bracket keeps it from finding this text itself, which stands on a command line too.)"""
@@ -155,8 +159,8 @@ def test_harm_ends_the_run_within_a_minute_and_the_same_command_goes_on(nodes, a
     assert code == EXIT_SAVED_AFTER_SIGNAL if what == "term" else code not in (0, EXIT_SAVED_AFTER_SIGNAL)
     assert seconds < SECONDS_TO_END
     assert cause in done.stdout + done.stderr
-    # The host that was cut off cannot be told; the others have no process left.
-    assert left <= (1 if what == "cut" else 0)
+    # The host that was cut off cannot be told: its process ends by itself.
+    assert left == 0, done.stdout + done.stderr
     saved = int(list_checkpoints(run)[0].name)
     again = nodes.run(*launch_line(*training(run, 2, saved // STEP + 5), *often))
     assert again.returncode == 0, again.stdout + again.stderr

@@ -36,9 +36,11 @@ from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
 from scalelong.train.ema import FIXED_DECAY, Ema
 from scalelong.train.errors import UserError
 from scalelong.train.guard import Guard
+from scalelong.train.heartbeat import Heartbeat
 from scalelong.train.host_memory import keep_freed_memory
 from scalelong.train.latents import to_pictures
 from scalelong.train.monitor import SkipMonitor
+from scalelong.train.preflight import check_versions, installed_versions
 from scalelong.train.processes import Processes, cores_per_process, join_processes
 from scalelong.train.report import QuietReport, Report, warn
 from scalelong.train.run_folder import read_config
@@ -73,6 +75,7 @@ def train(config: TrainConfig) -> int:
         UserError: bad input, before anything is written; or a run that cannot go on, its last checkpoint intact.
     """
     processes = join_processes()
+    check_versions(processes.gather((socket.gethostname(), installed_versions())))
     checkpoint = processes.on_main(lambda: find_checkpoint(config))
     source, plan = processes.agree(lambda: check_before_training(config, processes, checkpoint))
     if plan.first_position >= config.total_images:
@@ -84,7 +87,7 @@ def train(config: TrainConfig) -> int:
     run = start_run(config, processes, checkpoint, source, plan)
     note_bad_samples(run)
     unchecked_losses, seconds, images_timed = [], 0.0, 0
-    with StopSignals() as signals, processes.agree(lambda: open_report(run)) as report:
+    with StopSignals() as signals, Heartbeat(processes), processes.agree(lambda: open_report(run)) as report:
         report.say(describe(run))
         while True:
             step_began = time.perf_counter()

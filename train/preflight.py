@@ -25,6 +25,8 @@ MARK = "scalelong-preflight "
 LOCK_SECONDS = 1800
 SSH_SECONDS = 20
 INSTALLED = ("torch", "deepspeed")
+COMPILERS = ("gcc", "clang", "cc")
+NVIDIA_DRIVER = Path("/proc/driver/nvidia")
 HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
 
 
@@ -78,16 +80,29 @@ def check_hosts(hosts: list[str], ssh_port: int | None, warn: Callable[[str], No
     """
     for program in ("ssh", "pdsh"):
         if shutil.which(program) is None:
-            raise UserError(f"{program} is not installed on this machine; or start each host by itself with --no-ssh")
+            raise UserError(f"{program} is not installed on this machine; or start each host by itself: --node-rank")
     with ThreadPoolExecutor(min(len(hosts), 32)) as pool:
         answers = list(pool.map(lambda host: ask(host, ssh_port), hosts))
-    here = describe_host()
+    versions = [(host, answer["versions"]) for host, answer in zip(hosts, answers, strict=True)]
+    check_versions([("this machine", installed_versions()), *versions])
     for host, answer in zip(hosts, answers, strict=True):
-        for what, expected in here["versions"].items():
-            if answer["versions"].get(what) != expected:
-                raise UserError(f"{host} has {what} {answer['versions'].get(what)}, this machine has {expected}")
+        if answer["lacks_compiler"]:
+            raise UserError(f"{host} has GPUs and no C compiler, which Triton needs: install gcc or clang, or set CC")
         for lock in answer["stale_locks"]:
             warn(f"{host}: {lock} is left from a build that was killed; whoever needs that extension waits for ever")
+
+
+def check_versions(versions_of_hosts: list[tuple[str, dict[str, str]]]) -> None:
+    """Every host has what the first has.
+
+    Raises:
+        UserError: the first that has something else.
+    """
+    (first, expected), *others = versions_of_hosts
+    for host, versions in others:
+        for what, version_there in expected.items():
+            if versions.get(what) != version_there:
+                raise UserError(f"{host} has {what} {versions.get(what)}, {first} has {version_there}")
 
 
 def ask(host: str, ssh_port: int | None) -> dict:
@@ -123,10 +138,23 @@ def over_ssh(host: str, ssh_port: int | None, module: str, *arguments: str) -> s
 
 
 def describe_host() -> dict:
-    """Versions that must agree, and locks that builds of torch extensions have left behind."""
+    """Versions that must agree, whether kernels can be compiled, and locks that killed builds have left behind."""
+    return {
+        "versions": installed_versions(),
+        "lacks_compiler": NVIDIA_DRIVER.exists() and not has_compiler(),
+        "stale_locks": [str(path) for path in stale_locks(Path.home(), time.time())],
+    }
+
+
+def installed_versions() -> dict[str, str]:
+    """What must be the same on all hosts."""
     versions = {"python": platform.python_version(), "scalelong": scalelong.__version__}
-    versions |= {package: installed_version(package) for package in INSTALLED}
-    return {"versions": versions, "stale_locks": [str(path) for path in stale_locks(Path.home(), time.time())]}
+    return versions | {package: installed_version(package) for package in INSTALLED}
+
+
+def has_compiler() -> bool:
+    """Whether Triton finds a C compiler, which it needs for each kernel's launcher."""
+    return any(shutil.which(name) for name in (os.environ.get("CC", ""), *COMPILERS) if name)
 
 
 def installed_version(package: str) -> str:
