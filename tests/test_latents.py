@@ -28,6 +28,11 @@ CPU = torch.device("cpu")
 SHAPE = (4, 4, 4)
 
 
+def moments_of(source: LatentFolder, index: int, mirrored: bool = False) -> np.ndarray:
+    """Mean and standard deviation (2, C, H, W)."""
+    return source.moments(np.array([index]), np.array([mirrored]))[0].numpy()
+
+
 @pytest.fixture(scope="module")
 def vae(tmp_path_factory) -> Path:
     """A random autoencoder of diffusers, small: 8 x 8 pixels to 4 channels of 4 x 4."""
@@ -79,15 +84,17 @@ def test_latents_are_the_moments_that_the_autoencoder_gives(photos, vae, latents
             with torch.no_grad():
                 distribution = encoder.encode(view).latent_dist
             expected = torch.cat([distribution.mean, distribution.std]).numpy()
-            np.testing.assert_allclose(source.moments(index, mirrored), expected, rtol=1e-4, atol=1e-5)
+            np.testing.assert_allclose(moments_of(source, index, mirrored), expected, rtol=1e-4, atol=1e-5)
         assert source.label(index) == images.label(before)
     assert "bad.png" in (latents / "bad_samples.jsonl").read_text()
 
 
 def test_half_precision_is_half_as_large(photos, vae, latents, tmp_path):
     half = prepare(arguments(photos, tmp_path / "out", vae, dtype="fp16"))
-    assert LatentFolder(half).moments(0).dtype == np.float16
-    np.testing.assert_allclose(LatentFolder(half).moments(3), LatentFolder(latents).moments(3), rtol=2e-3, atol=1e-4)
+    assert moments_of(LatentFolder(half), 0).dtype == np.float16
+    np.testing.assert_allclose(
+        moments_of(LatentFolder(half), 3), moments_of(LatentFolder(latents), 3), rtol=2e-3, atol=1e-4
+    )
 
 
 def test_preparing_latents_goes_on_where_it_was_stopped(photos, vae, latents, tmp_path, monkeypatch):
@@ -126,7 +133,7 @@ def test_a_position_samples_its_latent_by_its_own_noise(latents):
     flips = draw_samples(0, range(5, 25)).flips(True)
     assert 0 < flips.sum() < 20
     for row, (position, mirrored) in enumerate(zip(range(5, 25), flips, strict=True)):
-        mean, std = source.moments(order.index(position), mirrored)
+        mean, std = moments_of(source, order.index(position), mirrored)
         expected = 0.25 * (mean + std * draw_noise(0, position, SHAPE, Stream.LATENT))
         np.testing.assert_allclose(batch.images_BCHW[row], expected, rtol=1e-6, atol=1e-6)
         assert batch.labels_B[row] == source.label(order.index(position))
@@ -150,7 +157,7 @@ def test_any_number_of_ranks_and_threads_sees_the_same(latents):
 
 def test_plain_arrays_serve_as_well(latents, tmp_path):
     source = LatentFolder(latents)
-    np.save(tmp_path / "moments.npy", np.stack([source.moments(i) for i in range(12)]))
+    np.save(tmp_path / "moments.npy", np.stack([moments_of(source, i) for i in range(12)]))
     np.save(tmp_path / "labels.npy", np.array([source.label(i) for i in range(12)]))
     plain = open_source(str(tmp_path), 3)
     assert isinstance(plain, LatentFolder)

@@ -8,7 +8,7 @@ Plain arrays serve as well: ``moments.npy`` and ``labels.npy``. Shards are mappe
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class LatentFolder:
                 raise UserError(f"{root / name} holds {moments.shape[1:]}, the first shard {self._shards[0].shape[1:]}")
             if labels.shape != moments.shape[:1]:
                 raise UserError(f"{root / name} has {len(labels)} labels for {len(moments)} latents")
+        # (N V, 2, C, H, W) over the same memory.
+        self._views = [torch.from_numpy(moments.reshape(-1, *moments.shape[2:])) for moments in self._shards]
         self._starts = np.cumsum([0, *map(len, self._shards)])
         self._labels = np.concatenate([labels for _, labels in arrays])
         if not len(self._labels):
@@ -63,13 +65,21 @@ class LatentFolder:
     def has_mirrored(self) -> bool:
         return self._shards[0].shape[1] == 2
 
-    def moments(self, index: int, mirrored: bool = False) -> np.ndarray:
-        """Mean and standard deviation (2, C, H, W), a view into the file."""
-        shard = int(np.searchsorted(self._starts, index, side="right")) - 1
-        return self._shards[shard][index - self._starts[shard], int(mirrored)]
+    def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
+        """Mean and standard deviation (B, 2, C, H, W) of latents, or of those of the mirrored images, as stored."""
+        shards = np.searchsorted(self._starts, indices, side="right") - 1
+        out = torch.empty(len(indices), 2, *self.shape, dtype=self._views[0].dtype)
+        for shard in np.unique(shards):
+            places = np.flatnonzero(shards == shard)
+            rows = (indices[places] - self._starts[shard]) * self._shards[shard].shape[1] + mirrored[places]
+            # One call for all of them copies on several threads.
+            if len(places) == len(indices):
+                return torch.index_select(self._views[shard], 0, torch.from_numpy(rows), out=out)
+            out[torch.from_numpy(places)] = self._views[shard][torch.from_numpy(rows)]
+        return out
 
     def read(self, index: int) -> bytes:
-        return self.moments(index).tobytes()
+        return self.moments(np.array([index]), np.array([False])).numpy().tobytes()
 
     def label(self, index: int) -> int:
         return int(self._labels[index])
@@ -94,24 +104,22 @@ def read_latents(
 ) -> Iterator[Tensor]:
     """Endless micro-batches (B, C, H, W), fp32: scale (mean + std ε), with ε of (seed, position)."""
 
-    def latent(position: int, mirrored: bool) -> np.ndarray:
-        mean, std = source.moments(order.index(position), mirrored).astype(np.float32)
-        noise = draw_noise(order.seed, position, source.shape, Stream.LATENT)
-        return np.float32(source.scale) * (mean + std * noise)
-
     with ThreadPoolExecutor(num_threads) as pool:
 
-        def submit(batch: int) -> list:
+        def noise(position: int) -> np.ndarray:
+            return draw_noise(order.seed, position, source.shape, Stream.LATENT)
+
+        def submit(batch: int) -> tuple[Future, list[Future]]:
             positions = plan.positions(batch)
-            return [
-                pool.submit(latent, p, m)
-                for p, m in zip(positions, draw_samples(order.seed, positions).flips(flip), strict=True)
-            ]
+            indices = np.array([order.index(p) for p in positions])
+            mirrored = draw_samples(order.seed, positions).flips(flip)
+            return pool.submit(source.moments, indices, mirrored), [pool.submit(noise, p) for p in positions]
 
         batch, ahead = 0, submit(0)
         while True:
-            current, ahead = ahead, submit(batch + 1)
-            yield torch.from_numpy(np.stack([future.result() for future in current]))
+            (moments, draws), ahead = ahead, submit(batch + 1)
+            mean, std = moments.result().float().unbind(1)
+            yield source.scale * (mean + std * torch.from_numpy(np.stack([draw.result() for draw in draws])))
             batch += 1
 
 
@@ -144,7 +152,7 @@ def _map_shard(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def _map_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.load(path, mmap_mode="c", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
@@ -156,7 +164,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         UserError: no whole file, or another dtype than fp16, fp32 and int64.
     """
     try:
-        data = np.memmap(path, dtype=np.uint8, mode="r")
+        data = np.memmap(path, dtype=np.uint8, mode="c")
         begin = 8 + int.from_bytes(data[:8].tobytes(), "little")
         header = json.loads(data[8:begin].tobytes())
         header.pop("__metadata__", None)
