@@ -13,10 +13,13 @@ from running import run_on_ranks, small_config
 from scalelong.train.config import TrainConfig, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.plan import find_need, largest_need, main, measure_network, sent_bytes
+from scalelong.train.presets import PRESETS
 
 
 def network_of(kind: str) -> TrainConfig:
     base = small_config(Path("unused"))
+    if kind == "unet":
+        return replace(PRESETS["digits-unet"], run=base.run)
     if kind == "weights":
         return replace(base, model=replace(base.model, width=512, num_heads=8, depth=4))
     return replace(base, model=replace(base.model, img_size=32, width=192, num_heads=6, depth=4))
@@ -31,6 +34,9 @@ def network_of(kind: str) -> TrainConfig:
         ("weights", "fp32", 3, 2, 2, 1),
         ("activations", "fp32", 1, 2, 16, 1),
         ("activations", "fp32", 3, 2, 16, 2),
+        ("weights", "bf16", 2, 2, 2, 1),
+        ("weights", "bf16", 3, 2, 2, 1),
+        ("unet", "fp32", 2, 2, 32, 1),
     ],
 )
 def test_the_memory_is_what_real_steps_take(kind, precision, stage, ranks, micro_batch, accumulation_steps):
