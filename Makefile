@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Further flags for the command: make train ARGS="--skip-scale ls --run runs/ls"
 ARGS ?=
-# Of make gpu: tests, group-norm, uvit, unet, tune, rest or all.
+# Of make gpu: tests, group-norm, uvit, unet, tune, data, rest or all.
 PART ?= all
 
 .PHONY: help install train test test-fast test-all soak lint format bench gpu clean
@@ -20,7 +20,7 @@ help:
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
 	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network;"
-	@echo "                PART=tests, group-norm, uvit, unet, tune or rest runs one part, each shorter than ten minutes"
+	@echo "                PART=tests, group-norm, uvit, unet, tune, data or rest runs one part, each shorter than ten minutes"
 	@echo "make install    only set up $(VENV)"
 
 # Builds the native library again only where its sources are newer.

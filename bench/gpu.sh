@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # On a machine with a GPU, torch >= 2.11, triton >= 3.6, pytest and pytest-benchmark, without network or installation.
-# bench/gpu.sh [tests|group-norm|uvit|unet|tune|rest|all], most informative first: parity on the GPU, the benchmark of
-# the fused GroupNorm, U-ViT's training step with its operators, that of the UNets, the tilings of GroupNorm timed, then the
-# models and the rest of the first. Each part takes less than ten minutes and ends with a table; all take less than 45.
-# Rows land in bench/results as they are measured. The patched UNets need diffusers, and are skipped without it.
+# bench/gpu.sh [tests|group-norm|uvit|unet|tune|data|rest|all], most informative first: parity on the GPU, the benchmark
+# of the fused GroupNorm, U-ViT's training step with its operators, that of the UNets, the tilings of GroupNorm timed,
+# reading, then the models and the rest of the first. Each part takes less than ten minutes and ends with a table; all
+# take less than 50. Rows land in bench/results as they are measured. The patched UNets need diffusers and reading needs
+# DALI; they are skipped without.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -49,6 +50,10 @@ part_tune() {
         run 170 "tilings of the fused GroupNorm" "$PYTHON" -m scalelong.bench.tune_group_norm --max-seconds 150
     fi
 }
+part_data() {
+    tests 200 "reading with nvJPEG" -m gpu tests/test_gpu_data.py
+    benchmarks 200 "the data pipeline" bench/bench_data.py
+}
 part_rest() {
     local files=(tests/test_{attention,gelu_linear,skip_conv1x1,skip_linear,skip_scale}.py)
     files+=(tests/test_{uvit,unet}{,_fused}.py tests/test_{uvit,adm}_checkpoint.py tests/test_conv3x3.py)
@@ -63,6 +68,7 @@ case $PART in
     uvit) part_uvit ;;
     unet) part_unet ;;
     tune) part_tune ;;
+    data) part_data ;;
     rest) part_rest ;;
     all)
         part_tests
@@ -70,10 +76,11 @@ case $PART in
         part_uvit
         part_unet
         part_tune
+        part_data
         part_rest
         ;;
     *)
-        echo "bench/gpu.sh: no part '$PART'; there are tests, group-norm, uvit, unet, tune, rest and all"
+        echo "bench/gpu.sh: no part '$PART'; there are tests, group-norm, uvit, unet, tune, data, rest and all"
         exit 2
         ;;
 esac
