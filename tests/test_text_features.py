@@ -1,6 +1,7 @@
-"""Text features beside latents: read, chosen by position, trained on, and sampled for."""
+"""Text features beside latents: read, chosen by position, trained on, sampled for, and made of U-ViT's files."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import islice
@@ -11,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 from images import random_pixels, write_image
-from safetensors.numpy import save_file
+from safetensors.numpy import load_file, save_file
 
 from scalelong.model.presets import UVIT_PRESETS
 from scalelong.train.config import DataConfig, TrainConfig
 from scalelong.train.data import open_source
+from scalelong.train.data_features import FeatureFolder, read_array
 from scalelong.train.data_latents import LatentFolder
 from scalelong.train.data_loader import Batch, prepare_source, read_batches
 from scalelong.train.data_order import BatchPlan, Order, draw_samples
 from scalelong.train.errors import UserError
+from scalelong.train.prepare import PrepareArguments, Work, main, prepare
 from scalelong.train.presets import PRESETS
 from scalelong.train.sample import default_texts, guided
 
@@ -423,3 +426,212 @@ def test_a_plan_counts_the_text():
     config = replace(PRESETS["mscoco-uvit-s2"], model=MODEL, precision="fp32")
     longer = replace(config, model=replace(MODEL, context_tokens=4 * TOKENS))
     assert simulate(longer, 2, keeps_gradients=True) > simulate(config, 2, keeps_gradients=True)
+
+
+CAPTIONS = [2, 1, 5, 3, 4, 2, 1]
+
+
+def moments_of(number: int) -> np.ndarray:
+    """Mean and log variance (2C, H, W)."""
+    return np.random.default_rng(number).normal(size=(2 * SHAPE[0], *SHAPE[1:])).astype(np.float32)
+
+
+@pytest.fixture
+def features(tmp_path) -> Path:
+    """Seven images with one to five captions, as U-ViT stores them."""
+    root = tmp_path / "coco" / "train"
+    root.mkdir(parents=True)
+    for number, count in enumerate(CAPTIONS):
+        np.save(root / f"{number}.npy", moments_of(number))
+        for k in range(count):
+            np.save(root / f"{number}_{k}.npy", text(number, k))
+    np.save(root.parent / "empty_context.npy", EMPTY)
+    return root
+
+
+def arguments(source: Path, out: Path, **more) -> PrepareArguments:
+    asked = {"images_per_shard": 3, "num_threads": 2, "dtype": "fp32", **more}
+    return PrepareArguments(source=str(source), out=out, **asked)
+
+
+def files_of(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def test_features_become_shards_of_latents_with_text(features, tmp_path):
+    out = prepare(arguments(features, tmp_path / "out", scale=0.25))
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("bad_samples.jsonl", "empty_context.npy", "latents.json"),
+        *(f"shard-{n:05d}.safetensors" for n in range(3)),
+    ]
+    source = open_source(str(out), 0)
+    assert isinstance(source, LatentFolder)
+    assert (len(source), source.shape, source.scale, source.class_names) == (7, SHAPE, 0.25, [])
+    np.testing.assert_array_equal(source.empty_context, EMPTY)
+    np.testing.assert_array_equal(source.num_captions(np.arange(7)), [5, 5, 5, 4, 4, 4, 1])
+    for number, count in enumerate(CAPTIONS):
+        mean, std = source.moments(np.array([number]), np.array([False]))[0].numpy()
+        log_variance = moments_of(number)[SHAPE[0] :]
+        np.testing.assert_array_equal(mean, moments_of(number)[: SHAPE[0]])
+        np.testing.assert_allclose(std, np.exp(0.5 * log_variance), rtol=1e-6)
+        for k in range(int(source.num_captions(np.array([number]))[0])):
+            # Those that are missing are the image's own again, in turn.
+            np.testing.assert_array_equal(
+                source.contexts(np.array([number]), np.array([k]))[0], text(number, k % count)
+            )
+    assert {k: v.shape for k, v in load_file(out / "shard-00000.safetensors").items()} == {
+        "moments": (3, 1, 2, *SHAPE),
+        "context": (3, 5, TOKENS, FEATURES),
+    }
+    assert len(read(config_for(out), BatchPlan(0, 4), 1)) == 1
+
+
+def test_by_default_they_are_stored_in_half_precision_at_the_scale_of_stable_diffusion(features, tmp_path):
+    out = prepare(PrepareArguments(source=str(features), out=tmp_path / "out"))
+    assert {tensor.dtype for tensor in load_file(out / "shard-00000.safetensors").values()} == {np.dtype(np.float16)}
+    assert np.load(out / "empty_context.npy").dtype == np.float16
+    assert LatentFolder(out).scale == 0.18215
+
+
+def test_extreme_log_variances_are_clamped(features, tmp_path):
+    extreme = moments_of(0)
+    extreme[SHAPE[0] :], extreme[SHAPE[0]] = -100, 100
+    np.save(features / "0.npy", extreme)
+    source = LatentFolder(prepare(arguments(features, tmp_path / "out")))
+    std = source.moments(np.array([0]), np.array([False]))[0, 1].numpy()
+    np.testing.assert_allclose([std.min(), std.max()], np.exp([-15, 10]), rtol=1e-6)
+
+
+class StoppedError(Exception):
+    """As Ctrl-C, but no end of the tests."""
+
+
+@pytest.mark.parametrize("stop_after", [0, 2, 4, 6])
+def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(features, tmp_path, monkeypatch, stop_after):
+    (features / "4_1.npy").write_bytes(b"nonsense")
+    expected = files_of(prepare(arguments(features, tmp_path / "straight")))
+    asked, calls, whole = arguments(features, tmp_path / "out"), [], FeatureFolder.features
+
+    def stopping(self, index):
+        calls.append(index)
+        if len(calls) > stop_after:
+            raise StoppedError
+        return whole(self, index)
+
+    monkeypatch.setattr(FeatureFolder, "features", stopping)
+    with pytest.raises(StoppedError):
+        prepare(asked)
+    done = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("shard*.safetensors")}
+    monkeypatch.setattr(FeatureFolder, "features", whole)
+    with pytest.raises(UserError, match="is not prepared to its end"):
+        open_source(str(asked.out), 0)
+    assert files_of(prepare(asked)) == expected
+    assert all(path.stat().st_mtime_ns == time for path, time in done.items())
+
+
+def test_a_begun_folder_asked_for_at_another_scale_is_refused(features, tmp_path, monkeypatch):
+    monkeypatch.setattr(Work, "finish", lambda self, shards: None)
+    prepare(arguments(features, tmp_path / "out"))
+    with pytest.raises(UserError, match="begun with another scale"):
+        prepare(arguments(features, tmp_path / "out", scale=0.5))
+
+
+def not_finite(root: Path) -> None:
+    np.save(root / "2.npy", np.full_like(moments_of(2), np.nan))
+
+
+BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "latent cut off": (lambda root: damage(root / "2.npy"), r"2\.npy: "),
+    "latent empty": (lambda root: (root / "2.npy").write_bytes(b""), r"2\.npy: EOF"),
+    "latent of another shape": (lambda root: np.save(root / "2.npy", np.zeros((8, 2, 2))), r"\(8, 2, 2\), not \(8, 4"),
+    "latent not finite": (not_finite, r"2\.npy has values that are not finite"),
+    "latent gone": (lambda root: (root / "2.npy").unlink(), r"2\.npy: No such file"),
+    "a pickle": (
+        lambda root: np.save(root / "2.npy", np.array([{}]), allow_pickle=True),
+        r"2\.npy: .*allow_pickle=False",
+    ),
+    "text cut off": (lambda root: damage(root / "2_3.npy"), r"2_3\.npy: "),
+    "text of another shape": (lambda root: np.save(root / "2_3.npy", EMPTY[:2]), r"2_3\.npy holds \(2, 6\)"),
+    "text of integers": (lambda root: np.save(root / "2_3.npy", EMPTY.astype(int)), r"2_3\.npy holds int64"),
+    "no text": (lambda root: [path.unlink() for path in root.glob("2_*.npy")], r"there is no 2_0\.npy"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_an_image_with_a_broken_file_is_listed_and_left_out(broken, features, tmp_path, capsys):
+    harm, says = BROKEN[broken]
+    harm(features)
+    flags = ["--images-per-shard", "3", "--num-threads", "1"]
+    main([str(features), str(tmp_path / "out"), *flags])
+    assert "1 images left out" in capsys.readouterr().out
+    (bad,) = [json.loads(line) for line in (tmp_path / "out" / "bad_samples.jsonl").read_text().splitlines()]
+    assert (bad["index"], Path(bad["key"]).name) == (2, "2.npy")
+    assert re.search(says, bad["reason"])
+    source = LatentFolder(tmp_path / "out")
+    assert len(source) == 6
+    np.testing.assert_array_equal(default_texts(6, source)[:, 0, 0], [0, 1, 3, 4, 5, 6])
+
+
+def test_a_shard_without_a_sound_image_is_left_out(features, tmp_path):
+    for number in range(3):
+        (features / f"{number}.npy").write_bytes(b"nonsense")
+    out = prepare(arguments(features, tmp_path / "out"))
+    assert json.loads((out / "latents.json").read_text())["shards"] == [f"shard-{n:05d}.safetensors" for n in (1, 2)]
+    assert len(LatentFolder(out)) == 4
+
+
+def test_without_a_sound_image_nothing_is_made(features, tmp_path):
+    for number in range(7):
+        (features / f"{number}_0.npy").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not one of the 7 images can be read"):
+        prepare(arguments(features, tmp_path / "out"))
+    for number in range(7):
+        (features / f"{number}.npy").write_bytes(b"nonsense")
+    with pytest.raises(UserError, match="not one of the 7 images in"):
+        prepare(arguments(features, tmp_path / "more"))
+
+
+def test_the_empty_context_may_lie_among_the_features(features, tmp_path):
+    (features.parent / "empty_context.npy").rename(features / "empty_context.npy")
+    assert len(LatentFolder(prepare(arguments(features, tmp_path / "out")))) == 7
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda empty: empty.unlink(), r"there is no empty_context\.npy in it or above it"),
+        (lambda empty: empty.write_bytes(b""), r"cannot read .*coco: empty_context\.npy: EOF"),
+        (lambda empty: np.save(empty, EMPTY[0]), r"empty_context\.npy holds \(6,\), not \(L, D\)"),
+    ],
+)
+def test_an_empty_context_that_cannot_serve_is_named(features, tmp_path, harm, says):
+    harm(features.parent / "empty_context.npy")
+    with pytest.raises(UserError, match=says) as caught:
+        prepare(arguments(features, tmp_path / "out"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_images_are_refused_and_so_is_training_on_single_files(features, tmp_path):
+    with pytest.raises(UserError, match="holds features, not images"):
+        prepare(arguments(features, tmp_path / "out", size=8))
+    with pytest.raises(UserError, match="scale must be positive"):
+        main([str(features), str(tmp_path / "out"), "--scale", "0"])
+    with pytest.raises(UserError, match="make shards of them: scalelong prepare"):
+        open_for(config_for(features))
+
+
+def test_flipped_bits_in_an_array_are_an_error_of_one_kind(tmp_path):
+    path = tmp_path / "x.npy"
+    np.save(path, EMPTY)
+    whole, rng = bytearray(path.read_bytes()), np.random.default_rng(0)
+    refused = 0
+    for _ in range(300):
+        data = bytearray(whole)
+        data[rng.integers(128)] = rng.integers(256)
+        path.write_bytes(data)
+        try:
+            read_array(path)
+        except ValueError:
+            refused += 1
+    assert refused > 200
