@@ -38,7 +38,7 @@ def test_epochs_and_seeds_are_shuffled_differently():
 
 
 def stacked(draws) -> np.ndarray:
-    return np.stack([draws.flip_u, draws.drop_u, draws.time_u])
+    return np.stack([draws.flip_u, draws.drop_u, draws.time_u, draws.caption_u])
 
 
 @unhurried
@@ -50,7 +50,7 @@ def test_the_draws_of_a_range_are_those_of_its_parts(seed, first, lengths):
     np.testing.assert_array_equal(np.concatenate(parts, axis=1), whole)
 
 
-@pytest.mark.parametrize("name", ["flip_u", "drop_u", "time_u"])
+@pytest.mark.parametrize("name", ["flip_u", "drop_u", "time_u", "caption_u"])
 def test_draws_are_uniform(name):
     draws = getattr(draw_samples(3, range(20_000)), name)
     assert stats.kstest(draws, "uniform").pvalue > 1e-3
@@ -61,7 +61,7 @@ def test_draws_of_one_position_and_of_neighbours_are_unrelated():
     later = stacked(draw_samples(5, range(1, 40_001)))
     correlations = np.corrcoef(np.concatenate([now, later]))
     # Of 40,000 pairs, five standard errors.
-    assert np.abs(correlations[~np.eye(6, dtype=bool)]).max() < 5 / np.sqrt(40_000)
+    assert np.abs(correlations[~np.eye(8, dtype=bool)]).max() < 5 / np.sqrt(40_000)
 
 
 def test_seeds_draw_differently():

@@ -136,7 +136,7 @@ class TrainConfig:
     objective: ObjectiveName = "vp-sde"
     """Noise prediction under the continuous VP-SDE, or the discrete schedule of DDPM, ADM or Stable Diffusion."""
     label_drop: float = 0.0
-    """Share of labels replaced by the null label, for guidance; 0: no null label."""
+    """Share of labels replaced by the null label, or texts by the empty one, for guidance; 0: no null label."""
     precision: PrecisionName = "fp32"
     """fp32, or autocast to bf16 or fp16 with fp32 weights."""
     zero_stage: Literal[0, 1, 2, 3] = bookkeeping(0)
@@ -176,12 +176,10 @@ class TrainConfig:
         _check(self.guard, ("roll_back_steps",), lambda v: v >= 1, "at least 1")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")
-        if self.label_drop and not self.model.num_classes:
-            raise ValueError("label_drop needs a model with labels (model.num_classes)")
+        if self.label_drop and not (self.model.num_classes or self.model.context_tokens):
+            raise ValueError("label_drop needs a model with labels or text (model.num_classes, model.context_tokens)")
         if self.sample.guidance and not self.label_drop:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
-        if self.model.context_tokens:
-            raise ValueError("models with text (model.context_tokens) cannot be trained")
         if getattr(self.model, "out_channels", 0) not in (0, self.model.in_channels):
             raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
         backbone_of(self.model).check_options(self.make_skip_scale(), self.checkpointing)
@@ -191,13 +189,13 @@ class TrainConfig:
 
     @property
     def null_label(self) -> int | None:
-        """The label that stands for "no label", the last row of the embedding; None without guidance."""
-        return self.model.num_classes - 1 if self.label_drop else None
+        """The label that stands for "no label", the last row of the embedding; None without guidance or labels."""
+        return self.model.num_classes - 1 if self.label_drop and self.model.num_classes else None
 
     @property
     def num_data_classes(self) -> int:
         """Classes that the data must have; 0: labels are not used."""
-        return self.model.num_classes - (1 if self.label_drop else 0)
+        return self.model.num_classes - (0 if self.null_label is None else 1)
 
 
 def check_ema_stds(stds: tuple[float, ...]) -> None:

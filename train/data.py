@@ -115,7 +115,11 @@ def open_source(path: str, num_classes: int, *, split: str = "train") -> Source:
     """
     if not path:
         raise UserError("this preset needs data to train on: --data.path FOLDER")
+    from scalelong.train.data_features import FeatureFolder
+
     source = recognise_source(path, split, labelled=num_classes > 0)
+    if isinstance(source, FeatureFolder):
+        raise UserError(f"{path} holds features, one a file; make shards of them: scalelong prepare {path} OUT")
     if num_classes and not source.class_names:
         raise UserError(f"{path} has no labels; a model with labels needs them")
     if num_classes and len(source.class_names) != num_classes:
@@ -129,6 +133,7 @@ def open_source(path: str, num_classes: int, *, split: str = "train") -> Source:
 def recognise_source(path: str, split: str = "train", *, labelled: bool = True) -> Source:
     """As ``open_source``, whatever the classes. ``labelled``: whether folders of images are classes."""
     from scalelong.train.data_cifar10 import Cifar10, is_cifar10
+    from scalelong.train.data_features import FeatureFolder, is_feature_folder
     from scalelong.train.data_latents import LatentFolder, is_latent_folder
     from scalelong.train.data_webdataset import WebDataset, check_is_finished, is_webdataset
 
@@ -142,6 +147,8 @@ def recognise_source(path: str, split: str = "train", *, labelled: bool = True) 
         return Cifar10(root, split)
     if is_latent_folder(root):
         return LatentFolder(root)
+    if is_feature_folder(root):
+        return FeatureFolder(root)
     if is_webdataset(root):
         return WebDataset(root)
     return ImageFolder(root, labelled=labelled)

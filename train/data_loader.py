@@ -4,15 +4,17 @@ import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from scalelong.model.uvit import UViTConfig
 from scalelong.train.config import TrainConfig
 from scalelong.train.data import Source
-from scalelong.train.data_latents import LatentFolder, read_latents
+from scalelong.train.data_latents import EMPTY_CONTEXT, LatentFolder, read_contexts, read_latents
 from scalelong.train.data_order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
 from scalelong.train.data_sound import SoundImages
 from scalelong.train.errors import UserError
@@ -29,7 +31,7 @@ class Batch:
     time_u_B: Tensor
     """Uniform in [0, 1): the objective makes its time of it."""
     labels_B: Tensor | None
-    """Dropped ones replaced by the null label; None for a model without labels."""
+    """Or text features (B, L, D), fp32. Dropped ones are the null label, or the empty text; None without either."""
     dropout_seed: int
     """Of the activations that the network drops."""
 
@@ -62,12 +64,28 @@ def prepare_source(config: TrainConfig, source: Source) -> Source:
                 f"{config.data.path} holds no latents of mirrored images: prepare it with --mirrored True, or set "
                 f"--data.flip False"
             )
+        if model.context_tokens:
+            _check_text(config, source)
         return source
+    if model.context_tokens:
+        raise UserError(f"{config.data.path} holds images; a model with text takes latents with text features")
     if model.in_channels not in (1, 3):
         raise UserError(
             f"{config.data.path} holds images; a model of {model.in_channels} channels takes latents: scalelong prepare"
         )
     return SoundImages(source, model.in_channels)
+
+
+def _check_text(config: TrainConfig, source: LatentFolder) -> None:
+    path, model = config.data.path, config.model
+    assert isinstance(model, UViTConfig), "no other takes text"
+    expected = (model.context_tokens, model.context_dim)
+    if source.context_shape is None:
+        raise UserError(f"{path} holds no text features, which a model with text (model.context_tokens) needs")
+    if source.context_shape != expected:
+        raise UserError(f"{path} holds text features of {source.context_shape}, the model takes {expected}")
+    if config.label_drop and source.empty_context is None:
+        raise UserError(f"{path} has no {EMPTY_CONTEXT}, which --label-drop and guidance need")
 
 
 def read_batches(
@@ -83,8 +101,11 @@ def read_batches(
     """
     order = Order(config.seed, len(source))
     how: Any = {"flip": config.data.flip, "num_threads": num_threads}
+    contexts: Iterator[Tensor | None] = repeat(None)
     if isinstance(source, LatentFolder):
         images = read_latents(source, order, plan, **how)
+        if config.model.context_tokens:
+            contexts = read_contexts(source, order, plan, label_drop=config.label_drop)
     else:
         assert isinstance(source, SoundImages), "prepare_source makes it one"
         how["img_size"] = config.model.img_size
@@ -96,8 +117,8 @@ def read_batches(
             from scalelong.train.data_pillow import read_with_pillow
 
             images = read_with_pillow(source, order, plan, **how)
-    for number, images_BCHW in enumerate(images):
-        yield _with_draws(config, source, order, plan.positions(number), images_BCHW, device)
+    for number, (images_BCHW, context_BLD) in enumerate(zip(images, contexts, strict=True)):
+        yield _with_draws(config, source, order, plan.positions(number), images_BCHW, context_BLD, device)
 
 
 class TimedBatches:
@@ -123,11 +144,17 @@ class TimedBatches:
 
 
 def _with_draws(
-    config: TrainConfig, source: Source, order: Order, positions: range, images_BCHW: Tensor, device: torch.device
+    config: TrainConfig,
+    source: Source,
+    order: Order,
+    positions: range,
+    images_BCHW: Tensor,
+    context_BLD: Tensor | None,
+    device: torch.device,
 ) -> Batch:
     draws = draw_samples(config.seed, positions)
     noise = np.stack([draw_noise(config.seed, p, tuple(images_BCHW.shape[1:])) for p in positions])
-    labels_B = None
+    labels_B = None if context_BLD is None else context_BLD.to(device)
     if config.model.num_classes:
         dropped = draws.drops_label(config.label_drop)
         labels = [

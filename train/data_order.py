@@ -1,4 +1,4 @@
-"""Sample number p of a run, as a stateless function of (seed, p): which image, flip, label drop, time, noise.
+"""Sample number p of a run, as a stateless function of (seed, p): which image, caption, flip, label drop, time, noise.
 
 The position of a run in its data is therefore one integer, ``images_seen``, and resuming is exact on any number of
 processes and with any reader. Random numbers are NumPy's Philox, a counter-based generator (Salmon et al., 2011).
@@ -45,17 +45,23 @@ class Order:
 
 @dataclass(frozen=True)
 class SampleDraws:
-    """Three uniform numbers in [0, 1) for each of B samples, fp32, and what they decide."""
+    """Four uniform numbers in [0, 1) for each of B samples, fp32, and what they decide."""
 
     flip_u: np.ndarray
     drop_u: np.ndarray
     time_u: np.ndarray
+    caption_u: np.ndarray
 
     def flips(self, enabled: bool) -> np.ndarray:
         return (self.flip_u < 0.5) & enabled
 
     def drops_label(self, probability: float) -> np.ndarray:
         return self.drop_u < probability
+
+    def captions(self, counts: np.ndarray) -> np.ndarray:
+        """Which of its image's captions each sample takes, where the images have so many."""
+        # In fp64, where u * count stays below count.
+        return (self.caption_u.astype(np.float64) * counts).astype(np.int64)
 
 
 def draw_samples(seed: int, positions: range) -> SampleDraws:
@@ -64,7 +70,7 @@ def draw_samples(seed: int, positions: range) -> SampleDraws:
     raw = philox.random_raw(4 * len(positions)).reshape(-1, 4)
     # 24 bits are exact in fp32: a number rounded up to 1 would be a time past the end.
     uniform = (raw >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)
-    return SampleDraws(*uniform.T[:3])
+    return SampleDraws(*uniform.T)
 
 
 def draw_seed(seed: int, stream: Stream, position: int) -> int:

@@ -55,7 +55,7 @@ def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
     """The run's training images, and held-out ones: the digits' own, or every fifth of a folder."""
     source = open_source(config.data.path, config.num_data_classes)
     if isinstance(source, LatentFolder):
-        raise UserError(f"{config.data.path} holds latents; samples are scored against images alone")
+        raise UserError(f"{config.data.path} holds latents; both scores are of images alone, not of latents or text")
     train, train_labels = _read_pixels(source, config, at_most)
     if config.data.path == "digits":
         held_out, labels = _read_pixels(open_source("digits", config.num_data_classes, split="test"), config, at_most)

@@ -29,6 +29,7 @@ from scalelong.train.checkpoint import (
 from scalelong.train.command_line import without_local_rank
 from scalelong.train.config import TrainConfig, config_differences, config_to_dict
 from scalelong.train.data import Source, open_source
+from scalelong.train.data_latents import LatentFolder
 from scalelong.train.data_loader import TimedBatches, choose_reader, prepare_source, read_batches
 from scalelong.train.data_order import BatchPlan
 from scalelong.train.data_sound import SoundImages, spread_indices
@@ -44,7 +45,7 @@ from scalelong.train.preflight import check_versions, installed_versions
 from scalelong.train.processes import Processes, cores_per_process, join_processes
 from scalelong.train.report import QuietReport, Report, warn
 from scalelong.train.run_folder import read_config
-from scalelong.train.sample import default_labels, generate, grid_columns, save_grid
+from scalelong.train.sample import default_labels, default_texts, generate, grid_columns, save_grid
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL, StopSignals
 
 CONFIG_STAGING = ".config.json.writing"
@@ -409,7 +410,7 @@ def save(run: Run) -> None:
 
 
 def make_grid(run: Run) -> None:
-    """Draws samples with the averaged weights; the same noise and labels each time, so that grids can be compared."""
+    """Draws samples with the averaged weights; the same noise, labels and captions each time, to compare grids by."""
     weights = dict(ds.whole_tensors(run.engine, run.ema.averages[FIXED_DECAY]))
     run.processes.agree(lambda: _draw_grid(run, weights) if run.processes.is_main else None)
 
@@ -418,12 +419,16 @@ def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
     config, sample = run.config, run.config.sample
     model = make_backbone(config.model, skip_scale=config.make_skip_scale())
     model.load_state_dict(weights)
+    null_label, labels = config.null_label, default_labels(sample.num_images, config.num_data_classes)
+    if config.model.context_tokens:
+        assert isinstance(run.source, LatentFolder), "prepare_source refuses anything else for text"
+        null_label, labels = run.source.empty_context, default_texts(sample.num_images, run.source)
     images = generate(
         model.to(run.processes.device).eval(),
         PROCESSES[config.objective],
-        default_labels(sample.num_images, config.num_data_classes),
+        labels,
         num_images=sample.num_images,
-        null_label=config.null_label,
+        null_label=null_label,
         sampler=sample.sampler,
         steps=sample.steps,
         guidance=sample.guidance,

@@ -1,5 +1,7 @@
 """``python -m scalelong.train.prepare SOURCE OUT``: shards of images, or of latents, with their indices.
 
+Of a folder with the features of MS-COCO as U-ViT publishes them (data_features.py), shards of latents with text.
+
 Each shard is written aside and renamed, so that an interrupted command, run again, goes on after the last whole one.
 Without OUT, the tar shards in SOURCE are given their indices.
 """
@@ -25,12 +27,14 @@ from torch import Tensor
 from scalelong.train.bad_samples import FILE_NAME as BAD_SAMPLES
 from scalelong.train.command_line import parse, run_command
 from scalelong.train.data import IMAGE_SUFFIXES, Source, decode_image, recognise_source, resize_and_crop
+from scalelong.train.data_features import FeatureFolder
 from scalelong.train.data_latents import DESCRIPTION as LATENTS_DESCRIPTION
-from scalelong.train.data_latents import LatentFolder
+from scalelong.train.data_latents import EMPTY_CONTEXT, LatentFolder
 from scalelong.train.data_sound import IMAGE_ERRORS, BadImage, describe_image_error
 from scalelong.train.data_webdataset import DESCRIPTION, find_shards, make_index, unfinished_path
 from scalelong.train.errors import UserError
 from scalelong.train.latents import encode_moments, load_vae
+from scalelong.train.prepare_features import DTYPES, write_shard
 from scalelong.train.processes import cores_per_process
 
 CELEBA_SIZE, CELEBA_FACE = (178, 218), (25, 57, 153, 185)
@@ -42,7 +46,7 @@ class PrepareArguments:
     """Make shards of images, or of latents, with their indices."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """What is read: as --data.path of a run, "digits" included."""
+    """What is read: as --data.path of a run, "digits" included; or features of MS-COCO as U-ViT publishes them."""
     out: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder to write. Without it, the tar shards in SOURCE get their indices."""
     split: Literal["train", "test"] = "train"
@@ -60,7 +64,9 @@ class PrepareArguments:
     mirrored: bool = False
     """Store the latents of the mirrored images too, for --data.flip."""
     dtype: Literal["fp16", "fp32"] = "fp16"
-    """Of latents."""
+    """Of latents and text features."""
+    scale: float = 0.18215
+    """Scaling factor of the latents that U-ViT's features hold, which are stored without it."""
     batch_size: int = 32
     """Images encoded at a time."""
     num_threads: int = 0
@@ -72,6 +78,8 @@ class PrepareArguments:
         for name in ("images_per_shard", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.scale > 0:
+            raise ValueError(f"scale must be positive, got {self.scale}")
         if self.size < 0 or self.num_threads < 0:
             raise ValueError("size and num_threads must not be negative")
         if self.crop != "plain" and not self.size:
@@ -93,8 +101,10 @@ def prepare(arguments: PrepareArguments) -> Path:
     source = recognise_source(arguments.source, arguments.split, labelled=arguments.labels)
     if isinstance(source, LatentFolder):
         raise UserError(f"{arguments.source} holds latents already")
+    if isinstance(source, FeatureFolder) and arguments.size:
+        raise UserError(f"{arguments.source} holds features, not images: --size and --latents are not for it")
     work = Work.begin(arguments, source)
-    write = work.write_latents if arguments.latents is not None else work.write_images
+    write = work.choose_writer()
     shards = list(work.shards())
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("images", total=len(source))
@@ -152,9 +162,14 @@ class Work:
 
     def shards(self) -> Iterator[tuple[Path, range]]:
         """Each shard and the images that go into it."""
-        step, suffix = self.arguments.images_per_shard, ".tar" if self.arguments.latents is None else ".safetensors"
+        step, suffix = self.arguments.images_per_shard, ".safetensors" if self._makes_latents else ".tar"
         for number, first in enumerate(range(0, len(self.source), step)):
             yield self.out / f"shard-{number:05d}{suffix}", range(first, min(first + step, len(self.source)))
+
+    def choose_writer(self) -> Callable[[Path, range, Callable[[], None]], None]:
+        if isinstance(self.source, FeatureFolder):
+            return self.write_features
+        return self.write_latents if self._makes_latents else self.write_images
 
     def is_whole(self, shard: Path) -> bool:
         """What is written last is there: the list of the shard's bad images."""
@@ -195,6 +210,19 @@ class Work:
             staging.rename(shard)
         self._save_bad(shard, bad)
 
+    def write_features(self, shard: Path, indices: range, advance: Callable[[], None]) -> None:
+        source = self.source
+        assert isinstance(source, FeatureFolder), "choose_writer has looked"
+        bad: list[BadImage] = []
+
+        def features() -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+            for _, made in self._each(source.features, indices, bad):
+                yield made
+                advance()
+
+        write_shard(shard, features(), source.most_captions(indices), self.arguments.dtype)
+        self._save_bad(shard, bad)
+
     def list_bad_samples(self) -> None:
         """``bad_samples.jsonl``: those of all shards so far."""
         lists = [self._bad_path(shard).read_text() for shard, _ in self.shards() if self.is_whole(shard)]
@@ -214,14 +242,22 @@ class Work:
             "crop": self.arguments.crop,
         }
         name = DESCRIPTION
-        if self.arguments.latents is not None:
+        if self._makes_latents:
             name = LATENTS_DESCRIPTION
-            description |= {"shards": [path.name for path in made], "vae": str(self.arguments.latents)}
-            description |= {"scale": self._vae.config.scaling_factor}
+            description |= {"shards": [path.name for path in made]}
+        if isinstance(self.source, FeatureFolder):
+            description |= {"scale": self.arguments.scale}
+            self._write_empty_context(self.source.empty_context)
+        elif self._makes_latents:
+            description |= {"vae": str(self.arguments.latents), "scale": self._vae.config.scaling_factor}
         _write_aside(self.out / name, (json.dumps(description, indent=2) + "\n").encode())
         for shard in shards:
             self._bad_path(shard).unlink()
         unfinished_path(self.out).unlink()
+
+    @property
+    def _makes_latents(self) -> bool:
+        return self.arguments.latents is not None or isinstance(self.source, FeatureFolder)
 
     @property
     def _vae(self) -> Any:
@@ -275,6 +311,11 @@ class Work:
         views = [images_BCHW, images_BCHW.flip(-1)] if self.arguments.mirrored else [images_BCHW]
         dtype = torch.float16 if self.arguments.dtype == "fp16" else torch.float32
         return torch.stack([encode_moments(self._vae, view) for view in views], dim=1).to(dtype)
+
+    def _write_empty_context(self, empty_context: np.ndarray) -> None:
+        data = io.BytesIO()
+        np.save(data, empty_context.astype(DTYPES[self.arguments.dtype][0]))
+        _write_aside(self.out / EMPTY_CONTEXT, data.getvalue())
 
     def _bad_path(self, shard: Path) -> Path:
         return shard.with_name(f".{shard.name}.bad.jsonl")

@@ -68,6 +68,12 @@ def _published_latent(name: str, *, label_drop: float, objective: Any, guidance:
     return replace(base, label_drop=label_drop, objective=objective, sample=sample)
 
 
+def _published_text(name: str, **recipe: Any) -> TrainConfig:
+    """As ``_published_latent``, on text features too (``scalelong prepare`` of U-ViT's features)."""
+    base = _published_latent(name, **recipe)
+    return replace(base, optimizer=replace(base.optimizer, beta1=0.9), data=replace(base.data, flip=False))
+
+
 _IMAGENET64 = {"batch": 1024, "steps": 300_000, "learning_rate": 3e-4, "beta2": 0.99, "warmup": 5_000}
 _PUBLISHED: dict[str, Any] = {
     "cifar10-uvit-s2": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.999, "warmup": 2_500},
@@ -84,6 +90,11 @@ _PUBLISHED_LATENT: dict[str, Any] = {
     "imagenet256-uvit-h2": {**_LATENT_H, "steps": 500_000, "guidance": 0.4},
     "imagenet512-uvit-l4": {**_LATENT_L, "steps": 500_000, "guidance": 0.7},
     "imagenet512-uvit-h4": {**_LATENT_H, "steps": 500_000, "guidance": 0.7},
+}
+# On features of images and captions, which U-ViT trains without mirroring.
+_PUBLISHED_TEXT: dict[str, Any] = {
+    name: {**_LATENT_H, "batch": 256, "steps": 1_000_000, "beta2": 0.9, "guidance": 1.0}
+    for name in ("mscoco-uvit-s2", "mscoco-uvit-s2-deep")
 }
 _CIFAR10_DDPM = {"batch": 128, "steps": 800_000, "learning_rate": 2e-4, "warmup": 5_000, "clip_grad_norm": 1.0}
 _IMAGENET64_ADM = {"batch": 2048, "steps": 540_000, "learning_rate": 3e-4, "warmup": 0, "clip_grad_norm": 0.0}
@@ -102,6 +113,8 @@ DESCRIPTIONS = {
     "imagenet256-uvit-h2": "ImageNet (latents of 256x256), class-conditional with guidance, 501 M parameters",
     "imagenet512-uvit-l4": "ImageNet (latents of 512x512), class-conditional with guidance, 287 M parameters",
     "imagenet512-uvit-h4": "ImageNet (latents of 512x512), class-conditional with guidance, 501 M parameters",
+    "mscoco-uvit-s2": "MS-COCO (latents of 256x256), conditioned on text with guidance, 45 M parameters",
+    "mscoco-uvit-s2-deep": "MS-COCO (latents of 256x256), conditioned on text with guidance, 58 M parameters",
     "digits-unet": "the embedded digits by a convolutional UNet",
     "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
     "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
@@ -111,6 +124,7 @@ PRESETS: dict[str, TrainConfig] = {
     "digits-uvit": _DIGITS,
     **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},
     **{name: _published_latent(name, **recipe) for name, recipe in _PUBLISHED_LATENT.items()},
+    **{name: _published_text(name, **recipe) for name, recipe in _PUBLISHED_TEXT.items()},
     "digits-unet": replace(
         _DIGITS,
         run=Path("runs/digits-unet"),

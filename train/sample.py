@@ -19,6 +19,9 @@ from torch import Tensor
 from scalelong.model.backbone import Backbone
 from scalelong.train.command_line import RunArguments, parse, run_command
 from scalelong.train.config import SAMPLER_NAMES, SamplerName, TrainConfig
+from scalelong.train.data import open_source
+from scalelong.train.data_latents import LatentFolder
+from scalelong.train.data_loader import prepare_source
 from scalelong.train.data_order import Stream, draw_noise, draw_seed
 from scalelong.train.diffusion import NUM_TIMES, PROCESSES, VPSDE, Process
 from scalelong.train.errors import UserError
@@ -116,15 +119,20 @@ def _euler_maruyama(
     return mean_BCHW
 
 
-def guided(model: Backbone, labels_B: Tensor | None, null_label: int | None, guidance: float) -> Denoiser:
-    """The model's noise prediction for the labels, with classifier-free guidance of strength s = ``guidance``."""
+def guided(model: Backbone, labels_B: Tensor | None, null_label: int | Tensor | None, guidance: float) -> Denoiser:
+    """The model's noise prediction for the labels, with classifier-free guidance of strength s = ``guidance``.
+
+    Args:
+        labels_B: labels, or text features (B, L, D).
+        null_label: what stands for none: a label, or the features (L, D) of the empty text.
+    """
 
     def predict(x_BCHW: Tensor, t: Tensor) -> Tensor:
         t_B = t.to(x_BCHW.dtype).expand(len(x_BCHW))
         if guidance == 0 or labels_B is None:
             return model(x_BCHW, t_B, labels_B)
         assert null_label is not None, "guidance needs a null label"
-        null_B = torch.full_like(labels_B, null_label)
+        null_B = torch.as_tensor(null_label).to(labels_B).expand_as(labels_B)
         # One pass over both halves: the batch is doubled, the launches are not.
         both = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([labels_B, null_B]))
         conditional, unconditional = both.chunk(2)
@@ -137,10 +145,10 @@ def guided(model: Backbone, labels_B: Tensor | None, null_label: int | None, gui
 def generate(
     model: Backbone,
     process: Process,
-    labels: list[int] | None,
+    labels: list[int] | Tensor | None,
     *,
     num_images: int,
-    null_label: int | None,
+    null_label: int | Tensor | None,
     sampler: str,
     steps: int,
     guidance: float,
@@ -151,7 +159,8 @@ def generate(
     """Images (N, H, W, C) in uint8; image n depends on (seed, n), its label and the settings, not on the batches.
 
     Args:
-        labels: one for each image; None for a model without labels.
+        labels: one for each image, or text features (N, L, D); None for a model without labels.
+        null_label: as ``guided`` takes it.
         to_pictures: makes images (B, C, H, W) in [-1, 1] of what the model draws; None: it draws images.
     """
     config = model.config
@@ -161,7 +170,7 @@ def generate(
     for first in range(0, num_images, batch_size):
         numbers = range(first, min(first + batch_size, num_images))
         noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in numbers])
-        labels_B = None if labels is None else torch.tensor([labels[n] for n in numbers], device=device)
+        labels_B = None if labels is None else torch.as_tensor(labels[first : numbers.stop]).to(device)
         x_BCHW = denoise(
             guided(model, labels_B, null_label, guidance),
             process,
@@ -187,6 +196,27 @@ def to_uint8(x_BCHW: Tensor) -> np.ndarray:
 def default_labels(num_images: int, num_classes: int) -> list[int] | None:
     """Every class in turn; None for a model without labels."""
     return [n % num_classes for n in range(num_images)] if num_classes else None
+
+
+def open_texts(config: TrainConfig) -> LatentFolder | None:
+    """The source of a run whose model takes text; None for other runs.
+
+    Raises:
+        UserError: it is gone, or no longer what the model takes.
+    """
+    if not config.model.context_tokens:
+        return None
+    if not Path(config.data.path).is_dir():
+        raise UserError(f"samples are drawn for captions of the run's data, and {config.data.path} is gone")
+    source = prepare_source(config, open_source(config.data.path, config.num_data_classes))
+    assert isinstance(source, LatentFolder), "prepare_source refuses anything else for text"
+    return source
+
+
+def default_texts(num_images: int, source: LatentFolder) -> Tensor:
+    """Text features (N, L, D) of the first captions of images spread evenly over the data."""
+    indices = np.arange(num_images) * len(source) // num_images
+    return source.contexts(indices, np.zeros_like(indices))
 
 
 def save_grid(images_NHWC: np.ndarray, path: Path, *, columns: int, tile: int = 48) -> None:
@@ -236,6 +266,8 @@ class Sampling:
     config: TrainConfig
     settings: dict[str, Any]
     """Keyword arguments of ``generate``: null_label, sampler, steps, guidance, seed, to_pictures."""
+    texts: LatentFolder | None
+    """Where the captions are, of a run with text."""
 
 
 def load_sampling(arguments: SamplingArguments) -> Sampling:
@@ -250,17 +282,18 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         raise UserError(f"--seed must be in 0 .. 2^63 - 1, got {arguments.seed}")
     model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
     guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
-    if guidance and config.null_label is None:
+    if guidance and not config.label_drop:
         raise UserError("--guidance needs a run that was trained with --label-drop above 0")
+    texts = open_texts(config)
     settings = {
-        "null_label": config.null_label,
+        "null_label": config.null_label if texts is None else texts.empty_context,
         "sampler": arguments.sampler or config.sample.sampler,
         "steps": arguments.steps or config.sample.steps,
         "guidance": guidance,
         "seed": arguments.seed,
         "to_pictures": to_pictures(config),
     }
-    return Sampling(model, config, settings)
+    return Sampling(model, config, settings, texts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,8 +323,9 @@ def main(argv: list[str] | None = None) -> None:
     labels = default_labels(arguments.num_images, num_classes)
     if arguments.label:
         labels = [arguments.label[n % len(arguments.label)] for n in range(arguments.num_images)]
-    process = PROCESSES[config.objective]
-    images = generate(sampling.model, process, labels, num_images=arguments.num_images, **sampling.settings)
+    process, texts = PROCESSES[config.objective], sampling.texts
+    conditions = labels if texts is None else default_texts(arguments.num_images, texts)
+    images = generate(sampling.model, process, conditions, num_images=arguments.num_images, **sampling.settings)
     columns = grid_columns(arguments.num_images, len(set(labels)) if labels else 0)
     try:
         save_grid(images, arguments.out, columns=columns)
