@@ -490,7 +490,7 @@ def test_by_default_they_are_stored_in_half_precision_at_the_scale_of_stable_dif
     out = prepare(PrepareArguments(source=str(features), out=tmp_path / "out"))
     assert {tensor.dtype for tensor in load_file(out / "shard-00000.safetensors").values()} == {np.dtype(np.float16)}
     assert np.load(out / "empty_context.npy").dtype == np.float16
-    assert LatentFolder(out).scale == 0.18215
+    assert LatentFolder(out).scale == 0.2301
 
 
 def test_extreme_log_variances_are_clamped(features, tmp_path):

@@ -1,7 +1,6 @@
 """Training batches: images from a reader, and what (seed, position) decides about each of them."""
 
 import importlib.util
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import repeat
@@ -119,28 +118,6 @@ def read_batches(
             images = read_with_pillow(source, order, plan, **how)
     for number, (images_BCHW, context_BLD) in enumerate(zip(images, contexts, strict=True)):
         yield _with_draws(config, source, order, plan.positions(number), images_BCHW, context_BLD, device)
-
-
-class TimedBatches:
-    """An iterator over batches that knows how long it was waited for."""
-
-    def __init__(self, batches: Iterator[Batch]):
-        self._batches, self._seconds = batches, 0.0
-
-    def __iter__(self) -> Iterator[Batch]:
-        return self
-
-    def __next__(self) -> Batch:
-        began = time.perf_counter()
-        try:
-            return next(self._batches)
-        finally:
-            self._seconds += time.perf_counter() - began
-
-    def take_seconds(self) -> float:
-        """Seconds waited since the last call."""
-        seconds, self._seconds = self._seconds, 0.0
-        return seconds
 
 
 def _with_draws(

@@ -30,7 +30,7 @@ from scalelong.train.command_line import without_local_rank
 from scalelong.train.config import TrainConfig, config_differences, config_to_dict
 from scalelong.train.data import Source, open_source
 from scalelong.train.data_latents import LatentFolder
-from scalelong.train.data_loader import TimedBatches, choose_reader, prepare_source, read_batches
+from scalelong.train.data_loader import Batch, choose_reader, prepare_source, read_batches
 from scalelong.train.data_order import BatchPlan
 from scalelong.train.data_sound import SoundImages, spread_indices
 from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
@@ -43,6 +43,7 @@ from scalelong.train.latents import to_pictures
 from scalelong.train.monitor import SkipMonitor
 from scalelong.train.preflight import check_versions, installed_versions
 from scalelong.train.processes import Processes, cores_per_process, join_processes
+from scalelong.train.read_ahead import ReadAhead
 from scalelong.train.report import QuietReport, Report, warn
 from scalelong.train.run_folder import read_config
 from scalelong.train.sample import default_labels, default_texts, generate, grid_columns, save_grid
@@ -62,7 +63,7 @@ class Run:
     ema: Ema
     monitor: SkipMonitor
     source: Source
-    batches: TimedBatches
+    batches: ReadAhead[Batch]
     bad_samples: BadSamples
     guard: Guard
     images_seen: int
@@ -359,7 +360,7 @@ def start_run(
         ema=ema,
         monitor=monitor,
         source=source,
-        batches=TimedBatches(batches),
+        batches=ReadAhead(batches),
         bad_samples=BadSamples(len(source), config.data.max_bad_share, known),
         guard=Guard(config.guard),
         images_seen=plan.first_position,

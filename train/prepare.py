@@ -65,8 +65,8 @@ class PrepareArguments:
     """Store the latents of the mirrored images too, for --data.flip."""
     dtype: Literal["fp16", "fp32"] = "fp16"
     """Of latents and text features."""
-    scale: float = 0.18215
-    """Scaling factor of the latents that U-ViT's features hold, which are stored without it."""
+    scale: float = 0.2301
+    """Scaling factor of the latents that U-ViT's features of MS-COCO hold, which are stored without it."""
     batch_size: int = 32
     """Images encoded at a time."""
     num_threads: int = 0
