@@ -1,10 +1,9 @@
 import pytest
 import torch
 
-# The tensors of tests are small: more threads gain nothing, and on a busy machine they wait for one another.
-torch.set_num_threads(1)
-
 
 @pytest.fixture(autouse=True)
-def seed():
+def same_start():
+    """The seed, and one thread: the tensors of tests are small, and a training run in an earlier test has set more."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -134,7 +134,7 @@ def results(network: Any, inputs: dict, dtype: torch.dtype = torch.float32) -> d
 
 
 def assert_within_budget(patched: nn.Module, plain: nn.Module, inputs: dict, dtype: torch.dtype) -> None:
-    """Output and gradients may be 2 and 3 times as wrong as those of ``plain``, whose fp64 results are the truth."""
+    """Output and gradients may be 2 and 4 times as wrong as those of ``plain``, whose fp64 results are the truth."""
     truths = results(plain, inputs, torch.float64)
     expected, found = (results(network, inputs, dtype) for network in (plain, patched))
     assert list(found) == list(truths)
@@ -144,7 +144,7 @@ def assert_within_budget(patched: nn.Module, plain: nn.Module, inputs: dict, dty
         assert found[name].dtype == dtype, name
         error, plain_error = ((grads[name].double() - truth).abs().max() for grads in (found, expected))
         floor = 4 * torch.finfo(torch.float32).eps * truth.abs().max() + torch.finfo(dtype).eps * scale / 4
-        allowed = (2 if name == "output" else 3) * plain_error + floor
+        allowed = (2 if name == "output" else 4) * plain_error + floor
         assert error <= allowed, f"{name}: {error:.3g}, allowed {allowed:.3g}, plain {plain_error:.3g}"
 
 

@@ -12,6 +12,8 @@ from scalelong.train import heartbeat
 from scalelong.train.heartbeat import Heartbeat
 from scalelong.train.processes import Processes
 
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
+
 BEAT, LOST = 0.05, 1.0
 
 

@@ -222,7 +222,15 @@ def wait_for_a_checkpoint(run: Path, launch: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("harm", "port"), [("SIGTERM", 29751), ("SIGINT", 29753), ("rank 1 dies", 29755)])
+@pytest.mark.alone
+@pytest.mark.parametrize(
+    ("harm", "port"),
+    [
+        pytest.param("SIGTERM", 29751, marks=pytest.mark.exhaustive),  # the test of two hosts sends it too
+        ("SIGINT", 29753),
+        ("rank 1 dies", 29755),
+    ],
+)
 def test_harm_ends_all_processes_and_the_same_command_goes_on(tmp_path, harm, port):
     run = tmp_path / "run"
     launch = start_two(run, 100_000, port)

@@ -29,13 +29,13 @@ def network_of(kind: str) -> TrainConfig:
 @pytest.mark.parametrize(
     ("kind", "precision", "stage", "ranks", "micro_batch", "accumulation_steps"),
     [
-        ("weights", "fp32", 0, 1, 2, 1),
-        ("weights", "fp32", 2, 1, 2, 2),
+        pytest.param("weights", "fp32", 0, 1, 2, 1, marks=pytest.mark.exhaustive),
+        pytest.param("weights", "fp32", 2, 1, 2, 2, marks=pytest.mark.exhaustive),
         ("weights", "fp32", 3, 2, 2, 1),
         ("activations", "fp32", 1, 2, 16, 1),
-        ("activations", "fp32", 3, 2, 16, 2),
+        pytest.param("activations", "fp32", 3, 2, 16, 2, marks=pytest.mark.exhaustive),
         ("weights", "bf16", 2, 2, 2, 1),
-        ("weights", "bf16", 3, 2, 2, 1),
+        pytest.param("weights", "bf16", 3, 2, 2, 1, marks=pytest.mark.exhaustive),
         ("unet", "fp32", 2, 2, 32, 1),
     ],
 )

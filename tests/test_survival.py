@@ -39,7 +39,7 @@ from scalelong.train.command_line import EXIT_USER_ERROR
 from scalelong.train.config import TrainConfig
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEPS = 24
 # More than a start and a checkpoint have.

@@ -19,7 +19,7 @@ from scalelong.train.checkpoint import list_checkpoints
 from scalelong.train.loop import train
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 STEP = 32
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -93,7 +93,8 @@ def launch_line(*arguments: object) -> list[object]:
     return [sys.executable, "-m", "scalelong.train.launch", "--hostfile", "hosts", *arguments]
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+# ZeRO 1 is the next test's, ZeRO 2 that of the harm.
+@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2)), 3])
 def test_two_hosts_give_the_losses_of_one_process(nodes, alone, stage):
     run = nodes.folder / "run"
     done = nodes.run(*launch_line(*training(run, stage, 10)))

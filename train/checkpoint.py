@@ -57,14 +57,14 @@ def numbered_folders(folder: Path) -> list[Path]:
     return sorted((p for p in folder.iterdir() if p.name.isdigit() and p.is_dir()), key=lambda p: -int(p.name))
 
 
-def find_problem(checkpoint: Path) -> str | None:
-    """Why a checkpoint does not count, or None if it is whole."""
+def find_problem(checkpoint: Path, files: Iterable[str] = FILES) -> str | None:
+    """Why a checkpoint, or another folder that must have these files, does not count; None if it is whole."""
     manifest = checkpoint / MANIFEST
     if not manifest.is_file():
         return f"{MANIFEST} is missing"
     try:
         hashes = json.loads(manifest.read_text())["sha256"]
-        for name in FILES:
+        for name in files:
             if name not in hashes:
                 return f"{MANIFEST} does not name {name}"
         for name, expected in hashes.items():

@@ -95,7 +95,7 @@ def kept_averages(run: Path, at: int | None) -> list[KeptAverage]:
     for folder in numbered_folders(averages_folder(run)):
         if at is not None and int(folder.name) > at:
             continue
-        problem = find_problem(folder)
+        problem = find_problem(folder, files=("state.json",))
         if problem:
             warn(f"passing over the averages {folder}: {problem}")
             continue

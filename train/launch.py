@@ -39,7 +39,9 @@ SSH_ENDED = re.compile(r"pdsh@[^:]+: ([^:]+): ssh exited with exit code (\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Where to train."""
+    """Training on several processes or hosts: scalelong launch [OPTIONS] PRESET [--field value ...]
+
+    The preset and its fields are those of training."""
 
     hostfile: Path | None = None
     """A line 'NAME slots=NUMBER' for each host; without one, this machine alone."""
