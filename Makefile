@@ -46,12 +46,12 @@ $(VENV)/.installed: pyproject.toml setup.py constraints.txt
 train: install
 	$(BIN)/python -m scalelong.train digits-uvit $(ARGS)
 
-# Most tests run TEST_WORKERS at a time, those that nothing may run beside after them.
+# Most tests run TEST_WORKERS at a time, those that nothing may run beside after them. ARGS may select none of either (5).
 TEST_WORKERS ?= 2
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not alone and not exhaustive" $(ARGS)
-	$(BIN)/python -m pytest -m "alone and not exhaustive" $(ARGS) || [ $$? = 5 ]  # 5: ARGS select none of them
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not alone and not exhaustive" $(ARGS) || [ $$? = 5 ]
+	$(BIN)/python -m pytest -m "alone and not exhaustive" $(ARGS) || [ $$? = 5 ]
 
 test-fast: install
 	$(BIN)/python -m pytest -m "not slow and not exhaustive" $(ARGS)
