@@ -10,8 +10,9 @@ With text, ``context`` (N, K, L, D): L tokens of D features for each of K captio
 import hashlib
 import json
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.data_order import BatchPlan, Order, SampleDraws, Stream, draw_noise, draw_samples
+from scalelong.train.data_order import BatchPlan, Order, Stream, draw_noise, draw_samples
 from scalelong.train.errors import UserError
 
 DESCRIPTION = "latents.json"
@@ -194,46 +195,31 @@ def read_latents(
 ) -> Iterator[Tensor]:
     """Endless micro-batches (B, C, H, W), fp32: scale (mean + std ε), with ε of (seed, position)."""
 
+    def noise(position: int) -> np.ndarray:
+        return draw_noise(order.seed, position, source.shape, Stream.LATENT)
+
     with ThreadPoolExecutor(num_threads) as pool:
-
-        def noise(position: int) -> np.ndarray:
-            return draw_noise(order.seed, position, source.shape, Stream.LATENT)
-
-        def submit(batch: int) -> tuple[Future, list[Future]]:
+        for batch in count():
             positions = plan.positions(batch)
-            indices = np.array([order.index(p) for p in positions])
+            noises = pool.map(noise, positions)  # drawn while the moments are read
             mirrored = draw_samples(order.seed, positions).flips(flip)
-            return pool.submit(source.moments, indices, mirrored), [pool.submit(noise, p) for p in positions]
-
-        batch, ahead = 0, submit(0)
-        while True:
-            (moments, draws), ahead = ahead, submit(batch + 1)
-            mean, std = moments.result().float().unbind(1)
-            yield source.scale * (mean + std * torch.from_numpy(np.stack([draw.result() for draw in draws])))
-            batch += 1
+            mean, std = source.moments(_indices(order, positions), mirrored).float().unbind(1)
+            yield source.scale * (mean + std * torch.from_numpy(np.stack(list(noises))))
 
 
 def read_contexts(source: LatentFolder, order: Order, plan: BatchPlan, *, label_drop: float) -> Iterator[Tensor]:
     """Endless micro-batches (B, L, D), fp32: of each image the caption of (seed, position), or the empty one."""
-
-    def gather(indices: np.ndarray, draws: SampleDraws) -> Tensor:
+    for batch in count():
+        positions = plan.positions(batch)
+        indices, draws = _indices(order, positions), draw_samples(order.seed, positions)
         context_BLD = source.contexts(indices, draws.captions(source.num_captions(indices)))
         if source.empty_context is not None:
             context_BLD[torch.from_numpy(draws.drops_label(label_drop))] = source.empty_context
-        return context_BLD
+        yield context_BLD
 
-    with ThreadPoolExecutor(1) as pool:
 
-        def submit(batch: int) -> Future:
-            positions = plan.positions(batch)
-            indices = np.array([order.index(p) for p in positions])
-            return pool.submit(gather, indices, draw_samples(order.seed, positions))
-
-        batch, ahead = 0, submit(0)
-        while True:
-            contexts, ahead = ahead, submit(batch + 1)
-            yield contexts.result()
-            batch += 1
+def _indices(order: Order, positions: range) -> np.ndarray:
+    return np.array([order.index(p) for p in positions])
 
 
 def _read_description(root: Path) -> dict[str, Any]:

@@ -276,11 +276,15 @@ class Work:
                     except IMAGE_ERRORS as error:
                         bad.append(BadImage(index, self.source.key(index), describe_image_error(error)))
 
-    def _encoded(self, index: int) -> tuple[bytes, str]:
-        """The bytes of an image file and its suffix."""
+    def _read(self, index: int) -> bytes:
         data = self.source.read(index)
         if not data:
             raise ValueError("the file is empty")
+        return data
+
+    def _encoded(self, index: int) -> tuple[bytes, str]:
+        """The bytes of an image file and its suffix."""
+        data = self._read(index)
         if self.arguments.size:
             encoded = io.BytesIO()
             self._square(data).save(encoded, "PNG")
@@ -299,10 +303,7 @@ class Work:
 
     def _pixels(self, index: int) -> Tensor:
         """(3, H, W) in [-1, 1]."""
-        data = self.source.read(index)
-        if not data:
-            raise ValueError("the file is empty")
-        pixels = np.asarray(self._square(data), dtype=np.float32).transpose(2, 0, 1)
+        pixels = np.asarray(self._square(self._read(index)), dtype=np.float32).transpose(2, 0, 1)
         return torch.from_numpy(pixels / np.float32(127.5) - 1)
 
     @torch.inference_mode()

@@ -52,7 +52,7 @@ def _fill(batches: Iterator[T], ready: "Queue[T | BaseException]", ended: thread
             ready.put(batch)
             if ended.is_set():
                 return
-        raise StopIteration
+        ready.put(StopIteration())
     except BaseException as error:
         ready.put(error)
 

@@ -11,12 +11,7 @@ import torch
 from scalelong.model.architectures import make_backbone
 from scalelong.train import engine as ds
 from scalelong.train.bad_samples import BadSamples, read_bad_samples
-from scalelong.train.checkpoint import (
-    list_checkpoints,
-    newest_checkpoint,
-    read_state,
-    read_tensors,
-)
+from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state, read_tensors
 from scalelong.train.config import TrainConfig, config_differences, config_to_dict
 from scalelong.train.data import Source, open_source
 from scalelong.train.data_loader import Batch, choose_reader, prepare_source, read_batches
