@@ -23,9 +23,7 @@ from killing import (
     kill_again_and_again,
     killable_config,
     make_images,
-    start_server,
     train_to_the_end,
-    warm_server,
 )
 
 from scalelong.train.config import TrainConfig
@@ -45,8 +43,6 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    start_server()
-    warm_server()
     soak(arguments.folder.resolve(), arguments.kills, arguments.seed)
 
 

@@ -7,6 +7,7 @@ After each of them the same command goes on from the last checkpoint and ends wi
 import itertools
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-import killing
 from killing import (
     STEP,
     Kill,
@@ -28,6 +28,7 @@ from killing import (
     kill_again_and_again,
     killable_config,
     last_start,
+    make_images,
     output_of,
     start,
     train_to_the_end,
@@ -46,18 +47,9 @@ STEPS = 24
 FILE_OPERATIONS = 45
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR"):
-            patch.delenv(name, raising=False)
-        killing.start_server()
-        yield
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return killing.make_images(tmp_path_factory.mktemp("data") / "images")
+    return make_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -108,8 +100,7 @@ def test_sigterm_at_random_moments_saves_where_it_stands(config, undisturbed):
         (process,) = start(config)
         wait_until(lambda: output_of(config).exists() and "images by pillow" in output_of(config).read_text())
         time.sleep(rng.uniform(0, 0.3))
-        assert process.pid is not None
-        process.terminate()
+        process.send_signal(signal.SIGTERM)
         (code,) = finish([process])
         assert code in (0, EXIT_SAVED_AFTER_SIGNAL)
         if code == EXIT_SAVED_AFTER_SIGNAL:
@@ -141,7 +132,9 @@ def test_data_that_vanishes_ends_the_run_with_one_line_and_may_come_back(tmp_pat
     config = replace(reference, run=tmp_path / "run")
     (process,) = start(config)
     wait_until(lambda: expect_whole_checkpoints(config.run) > 0)
+    process.send_signal(signal.SIGSTOP)
     own.rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGCONT)
     assert finish([process]) == [EXIT_USER_ERROR]
     told = output_of(config).read_text()
     assert "has vanished (No such file or directory)" in told

@@ -13,7 +13,8 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from running import SMALL, environment, losses, small_config
+from programs import environment
+from running import SMALL, losses, small_config
 
 from scalelong.train.checkpoint import list_checkpoints
 from scalelong.train.loop import train
