@@ -216,7 +216,6 @@ def wait_for_a_checkpoint(run: Path, launch: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 @pytest.mark.parametrize(
     "harm",
     [

@@ -40,7 +40,7 @@ from scalelong.train.command_line import EXIT_USER_ERROR
 from scalelong.train.config import TrainConfig
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEPS = 24
 # More than a start and a checkpoint have.
