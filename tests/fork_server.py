@@ -5,6 +5,7 @@ output, may be killed at any moment, and ends as a process of its own does: the 
 is that of the program. What it cannot show: how it imports, and an environment that libraries read as they are loaded.
 """
 
+import contextlib
 import gc
 import importlib
 import json
@@ -33,7 +34,7 @@ PRELOADED = (
     "torch._inductor.metrics",
     "torch.utils.tensorboard",
 )
-"""Modules on the way of training and of the other commands; one that is not installed is passed over."""
+"""Modules on the way of training and of the other commands; a package that is not installed is passed over."""
 MAX_BYTES_OF_A_REQUEST = 1 << 20
 
 
@@ -41,8 +42,9 @@ def preload() -> None:
     for name in PRELOADED:
         try:
             importlib.import_module(name)
-        except ModuleNotFoundError:
-            continue
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("scalelong"):
+                raise
     # Collections in the forks would copy every page that they look at.
     gc.collect()
     gc.freeze()
@@ -54,34 +56,41 @@ def serve(requests: socket.socket) -> tuple[dict, list[int]]:
     A request is JSON (``line``, ``env``, ``cwd``) with three descriptors: standard output, standard error, and the
     socket that is reported to. When there is nobody to ask any more, the programs that still run are killed.
     """
-    running: dict[int, int] = {}
     with requests, selectors.DefaultSelector() as ready:
         ready.register(requests, selectors.EVENT_READ)
         while True:
             for key, _ in ready.select():
-                if key.fileobj is not requests:
-                    pid, reports = key.data
-                    _, status = os.waitpid(pid, 0)
-                    os.write(reports, str(os.waitstatus_to_exitcode(status)).encode())
+                if key.data:
                     ready.unregister(key.fd)
-                    for descriptor in (running.pop(pid), reports):
-                        os.close(descriptor)
+                    report_end(key.fd, *key.data)
                     continue
-                data, descriptors, _, _ = socket.recv_fds(requests, MAX_BYTES_OF_A_REQUEST, 3)
-                if not data:
-                    for pid in running:
-                        os.kill(pid, signal.SIGKILL)
+                request, descriptors, _, _ = socket.recv_fds(requests, MAX_BYTES_OF_A_REQUEST, 3)
+                if not request:
+                    for program in filter(None, (key.data for key in ready.get_map().values())):
+                        os.kill(program[0], signal.SIGKILL)
                     sys.exit()
-                assert len(list(Path("/proc/self/task").iterdir())) == 1, "threads do not survive a fork"
+                assert len(os.listdir("/proc/self/task")) == 1, "threads do not survive a fork"  # noqa: PTH208
                 pid = os.fork()
                 if pid == 0:
-                    return json.loads(data), descriptors
+                    return json.loads(request), descriptors
                 *outputs, reports = descriptors
-                os.write(reports, str(pid).encode())
+                report(reports, pid)
                 for descriptor in outputs:
                     os.close(descriptor)
-                running[pid] = os.pidfd_open(pid)
-                ready.register(running[pid], selectors.EVENT_READ, (pid, reports))
+                ready.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, reports))
+
+
+def report_end(pidfd: int, pid: int, reports: int) -> None:
+    _, status = os.waitpid(pid, 0)
+    report(reports, os.waitstatus_to_exitcode(status))
+    os.close(pidfd)
+    os.close(reports)
+
+
+def report(reports: int, number: int) -> None:
+    # Whoever has started the program need not wait for it.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(reports, str(number).encode())
 
 
 def become(request: dict, descriptors: list[int]) -> None:

@@ -71,7 +71,7 @@ class Forked:
         request = json.dumps({"line": line, "env": env, "cwd": str(Path.cwd())})
         with reports:
             socket.send_fds(_fork_server(), [request.encode()], [*(file.fileno() for file in files), reports.fileno()])
-        self.pid = int(self._reports.recv(32))
+        self.pid = self._receive()
 
     def poll(self) -> int | None:
         return self._wait(0)
@@ -98,9 +98,14 @@ class Forked:
 
     def _wait(self, timeout: float | None) -> int | None:
         if self.returncode is None and select.select([self._reports], [], [], timeout)[0]:
-            self.returncode = int(self._reports.recv(32))
+            self.returncode = self._receive()
             self._reports.close()
         return self.returncode
+
+    def _receive(self) -> int:
+        reported = self._reports.recv(32)
+        assert reported, "the fork server has ended"
+        return int(reported)
 
 
 @functools.cache

@@ -72,3 +72,9 @@ def test_forks_are_not_born_of_the_tests_and_run_beside_each_other():
     assert [rank for _, _, rank in printed] == ["0", "1"]
     assert [int(pid) for pid, _, _ in printed] == [program.pid for program in programs]
     assert len({parent for _, parent, _ in printed} - {str(os.getpid())}) == 1
+
+
+def test_a_fork_that_nobody_waits_for_harms_no_other():
+    Forked(["-c", "import time; time.sleep(0.3)"], environment()).kill()
+    time.sleep(0.5)
+    assert ending(Forked(["-c", "print('said')"], environment())) == (0, "said\n", "")
