@@ -50,7 +50,7 @@ train: install
 TEST_WORKERS ?= 2
 
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile -m "not alone and not exhaustive" $(ARGS) || [ $$? = 5 ]
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --durations 20 -m "not alone and not exhaustive" $(ARGS) || [ $$? = 5 ]
 	$(BIN)/python -m pytest -m "alone and not exhaustive" $(ARGS) || [ $$? = 5 ]
 
 test-fast: install

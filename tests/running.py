@@ -1,15 +1,16 @@
 """How the tests run the trainer: a network small enough for seconds, on a few images, as a command or in-process."""
 
 import json
-import os
+import socket
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+
+from programs import start_own_process, start_python
 
 from scalelong.train.config import TrainConfig
 from scalelong.train.presets import PRESETS
-from scalelong.train.processes import RANK_VARIABLES
 
 SMALL = [
     *("--model.width", "32"),
@@ -35,32 +36,65 @@ def small_config(run: Path, **changes) -> TrainConfig:
     return replace(small, **changes)
 
 
-def environment() -> dict[str, str]:
-    source = str(Path(__file__).parent.parent / "src")
-    path = os.pathsep.join(p for p in (source, os.environ.get("PYTHONPATH")) if p)
-    # A run in this process has left its rank and port behind.
-    inherited = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
-    return {**inherited, "PYTHONPATH": path, "COLUMNS": "80"}
-
-
-def command(*arguments: object, module: str = "scalelong.train") -> list[str]:
-    return [sys.executable, "-m", module, *map(str, arguments)]
-
-
 def run_command(
-    *arguments: object, module: str = "scalelong.train", timeout: float = 120, **options
+    *arguments: object, module: str = "scalelong.train", timeout: float = 120
 ) -> subprocess.CompletedProcess[str]:
-    line = command(*arguments, module=module)
-    return subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=timeout, **options)
+    """A command as ``python -m MODULE`` runs it, but for its imports: ``run_as_own_process`` has those too."""
+    return _finish(start_python("-m", module, *arguments), timeout)
 
 
-def launch(num_processes: int, *arguments: object, port: int, timeout: float = 180) -> subprocess.CompletedProcess[str]:
-    """The same command under the deepspeed launcher."""
-    line = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(num_processes)]
-    line += ["--master_port", str(port), "--module", "scalelong.train", *map(str, arguments)]
-    return subprocess.run(
-        line, env={**environment(), "DS_ACCELERATOR": "cpu"}, capture_output=True, text=True, timeout=timeout
+def run_as_own_process(
+    *arguments: object, module: str = "scalelong.train", timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    return _finish(start_own_process("-m", module, *arguments), timeout)
+
+
+def _finish(program: Any, timeout: float) -> subprocess.CompletedProcess[str]:
+    try:
+        out, err = program.communicate(timeout=timeout)
+    finally:
+        program.kill()
+    return subprocess.CompletedProcess(program.args, program.returncode, out, err)
+
+
+def launch(num_processes: int, *arguments: object, timeout: float = 180) -> None:
+    """Trains under the deepspeed launcher."""
+    options = ["--num_accelerators", num_processes, "--master_port", free_port(), "--module", "scalelong.train"]
+    started = start_own_process(
+        "-m", "deepspeed.launcher.runner", *options, *arguments, variables={"DS_ACCELERATOR": "cpu"}
     )
+    done = _finish(started, timeout)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def rank_variables(num_ranks: int) -> list[dict[str, int | str]]:
+    """What a launcher on this machine sets for each rank, of one thread."""
+    shared = {"WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks, "OMP_NUM_THREADS": 1}
+    shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [{"RANK": rank, "LOCAL_RANK": rank, **shared} for rank in range(num_ranks)]
+
+
+def run_on_ranks(num_ranks: int, *line: object, timeout: float = 180) -> list[str]:
+    """A Python program on several ranks of this machine, without a launcher: what each has printed."""
+    ranks = [start_python(*line, variables=variables) for variables in rank_variables(num_ranks)]
+    try:
+        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    assert all(rank.returncode == 0 for rank in ranks), "\n".join(out + err for out, err in outputs)
+    return [out for out, _ in outputs]
+
+
+def train_on_ranks(num_ranks: int, *arguments: object) -> None:
+    """Trains on several ranks of this machine, without a launcher."""
+    run_on_ranks(num_ranks, "-m", "scalelong.train", *arguments)
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 def log_rows(run: Path) -> list[dict]:
@@ -69,21 +103,3 @@ def log_rows(run: Path) -> list[dict]:
 
 def losses(run: Path) -> list[float]:
     return [row["loss"] for row in log_rows(run)]
-
-
-def run_on_ranks(num_ranks: int, script: str, *arguments: object, port: int, timeout: float = 180) -> list[str]:
-    """A script of this folder on several ranks of this machine, without a launcher: what each has printed."""
-    line = [sys.executable, str(Path(__file__).with_name(script)), *map(str, arguments)]
-    ranks = []
-    for rank in range(num_ranks):
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks}
-        variables |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        env = {**environment(), **{name: str(value) for name, value in variables.items()}}
-        ranks.append(subprocess.Popen(line, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
-    try:
-        outputs = [rank.communicate(timeout=timeout) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert all(rank.returncode == 0 for rank in ranks), "\n".join(out + err for out, err in outputs)
-    return [out for out, _ in outputs]

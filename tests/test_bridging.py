@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
 
-from running import SMALL, launch, log_rows, losses, run_on_ranks, small_config
+from running import SMALL, log_rows, losses, run_on_ranks, small_config, train_on_ranks
 
 from scalelong.train.checkpoint import averages_folder
 from scalelong.train.loop import train
@@ -33,20 +33,15 @@ def straight(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("parts", "port"),
-    [
-        ([(2, 0), (1, 0), (3, 0)], 29650),
-        ([(2, 1), (2, 3), (2, 2)], 29660),
-        ([(2, 2), (1, 3), (3, 1)], 29670),
-    ],
+    "parts",
+    [[(2, 0), (1, 0), (3, 0)], [(2, 1), (2, 3), (2, 2)], [(2, 2), (1, 3), (3, 1)]],
     ids=["ranks-2-1-3", "stages-1-3-2", "both"],
 )
-def test_a_run_goes_on_over_ranks_and_stages(straight, tmp_path, parts, port):
+def test_a_run_goes_on_over_ranks_and_stages(straight, tmp_path, parts):
     run = tmp_path / "run"
     for number, (ranks, stage) in enumerate(parts, start=1):
         arguments = ("digits-uvit", *ARGUMENTS, "--run", run, "--zero-stage", stage, "--total-images", number * 4 * 48)
-        done = launch(ranks, *arguments, port=port + number)
-        assert done.returncode == 0, done.stdout + done.stderr
+        train_on_ranks(ranks, *arguments)
     assert [row["images_seen"] for row in log_rows(run)] == [48 * step for step in range(1, 13)]
     np.testing.assert_allclose(losses(run), losses(straight), rtol=0, atol=1e-4)
     for folder in ("checkpoints/576", "averages/96", "averages/576"):
@@ -65,7 +60,7 @@ def test_rank_zero_alone_reads_the_newest_checkpoint_and_all_pass_over_a_damaged
     train(replace(config, total_images=4 * STEP))
     damaged = config.run / "checkpoints/128/model.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
-    outputs = run_on_ranks(2, "hashed_on_resuming.py", config.run, 6 * STEP, port=29680)
+    outputs = run_on_ranks(2, "hashed_on_resuming.py", config.run, 6 * STEP)
     hashed = [re.findall(r"hashed (\S+)", out) for out in outputs]
     files = ["ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json"]
     assert sorted(hashed[0]) == sorted([*(f"64/{f}" for f in files), "128/ema.safetensors", "128/model.safetensors"])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import BROKEN, encode, random_pixels, write_image
 from PIL import Image
-from running import environment
+from programs import environment
 
 from scalelong.train import data_digits
 from scalelong.train.bad_samples import BadSamples, append_bad_samples, read_bad_samples

@@ -391,9 +391,12 @@ def test_a_compiled_network_is_patched_and_compiled_again():
 
 @pytest.mark.slow
 def test_inductor_gives_the_same():
+    """On one skip: each of a dozen kernels that come of it is compiled by itself."""
     torch.compiler.reset()
-    block = patched_copy(make_smallest().up_blocks[0], skip_scale="ls")
-    arguments = torch.randn(2, 32, 8, 8), (torch.randn(2, 32, 8, 8), torch.randn(2, 32, 8, 8)), torch.randn(2, 128)
+    smallest = make_smallest().up_blocks[0]
+    smallest.resnets = smallest.resnets[:1]
+    block = patched_copy(smallest, skip_scale="ls")
+    arguments = torch.randn(2, 32, 8, 8), (torch.randn(2, 32, 8, 8),), torch.randn(2, 128)
     results = []
     for f in (block, torch.compile(block, fullgraph=True)):
         output = f(*arguments)

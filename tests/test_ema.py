@@ -168,7 +168,7 @@ def test_damaged_averages_are_passed_over(run, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_shards_of_an_average_have_the_bits_of_the_whole(stage):
-    outputs = run_on_ranks(2, "sharded_ema.py", stage, port=29630 + stage)
+    outputs = run_on_ranks(2, "sharded_ema.py", stage)
     num_tensors, whole, *_ = numbers_after("elements", outputs[0])
     held = [numbers_after(r"held \d", out) for out in outputs]
     for average in zip(*held, strict=True):

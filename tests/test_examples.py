@@ -1,13 +1,13 @@
 """The examples, run as commands."""
 
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
-from running import environment
+from programs import start_own_process, start_python
 from safetensors.torch import load_file
 
 for package in ("diffusers", "sklearn", "tyro"):
@@ -16,13 +16,12 @@ for package in ("diffusers", "sklearn", "tyro"):
 DIFFUSERS = Path(__file__).resolve().parents[1] / "examples" / "diffusers_finetune.py"
 
 
-def run(*arguments: object) -> str:
-    line = [sys.executable, str(DIFFUSERS), *map(str, arguments)]
+def run(*arguments: object, start: Callable[..., Any] = start_python) -> str:
     # On so small a network, threads only wait for one another.
-    one_thread = {**environment(), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(line, env=one_thread, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+    started = start(DIFFUSERS, *arguments, variables={"OMP_NUM_THREADS": 1})
+    out, err = started.communicate(timeout=120)
+    assert started.returncode == 0, err[-2000:]
+    return out
 
 
 def losses(printed: str) -> list[float]:
@@ -32,7 +31,7 @@ def losses(printed: str) -> list[float]:
 @pytest.mark.slow
 def test_the_network_of_diffusers_learns_is_saved_and_continued(tmp_path):
     small = ("--batch-size", 32, "--channels", 16, "--skip-scale", "ls")
-    first = run("--steps", 60, "--output", tmp_path / "first", *small)
+    first = run("--steps", 60, "--output", tmp_path / "first", *small, start=start_own_process)
     assert "6 skips scaled by LearnedScale" in first
     assert len(losses(first)) == 10
     assert losses(first)[-1] < 0.5 * losses(first)[0]

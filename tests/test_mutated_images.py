@@ -1,5 +1,6 @@
 """Files damaged at random, ten thousand of them: none stops a reader, and each is either shown or accounted for."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import islice
@@ -27,6 +28,7 @@ pytestmark = [
 ]
 
 
+@functools.cache
 def whole_files() -> list[bytes]:
     photograph = np.asarray(Image.fromarray(random_pixels(6, 8, seed=1)).resize((40, 32)))
     exif = Image.Exif()

@@ -8,7 +8,7 @@ import threading
 import time
 
 import pytest
-from running import environment
+from programs import environment
 
 from scalelong.train.errors import RankError
 from scalelong.train.read_ahead import BATCHES_AHEAD, ReadAhead

@@ -7,6 +7,7 @@ After each of them the same command goes on from the last checkpoint and ends wi
 import itertools
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -18,7 +19,6 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-import killing
 from killing import (
     STEP,
     Kill,
@@ -28,6 +28,7 @@ from killing import (
     kill_again_and_again,
     killable_config,
     last_start,
+    make_images,
     output_of,
     start,
     train_to_the_end,
@@ -39,25 +40,16 @@ from scalelong.train.command_line import EXIT_USER_ERROR
 from scalelong.train.config import TrainConfig
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEPS = 24
 # More than a start and a checkpoint have.
 FILE_OPERATIONS = 45
 
 
-@pytest.fixture(scope="module", autouse=True)
-def server():
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("OMP_NUM_THREADS", "DS_ACCELERATOR"):
-            patch.delenv(name, raising=False)
-        killing.start_server()
-        yield
-
-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory) -> Path:
-    return killing.make_images(tmp_path_factory.mktemp("data") / "images")
+    return make_images(tmp_path_factory.mktemp("data") / "images")
 
 
 @pytest.fixture(scope="module")
@@ -101,21 +93,22 @@ def wait_until(holds: Callable[[], bool], seconds: float = 60) -> None:
         time.sleep(0.01)
 
 
-def test_sigterm_at_random_moments_saves_where_it_stands(config, undisturbed):
-    rng = random.Random(0)
+def test_sigterm_at_random_moments_saves_where_it_stands(config):
+    rng, endless = random.Random(0), replace(config, total_images=100_000 * STEP)
     for _ in range(3):
         output_of(config).unlink(missing_ok=True)
-        (process,) = start(config)
+        (process,) = start(endless)
         wait_until(lambda: output_of(config).exists() and "images by pillow" in output_of(config).read_text())
         time.sleep(rng.uniform(0, 0.3))
-        assert process.pid is not None
-        process.terminate()
-        (code,) = finish([process])
-        assert code in (0, EXIT_SAVED_AFTER_SIGNAL)
-        if code == EXIT_SAVED_AFTER_SIGNAL:
-            assert f"SIGTERM: saved at {expect_whole_checkpoints(config.run):,} images" in output_of(config).read_text()
-    train_to_the_end(config)
-    expect_same_run(config.run, undisturbed.run)
+        process.send_signal(signal.SIGTERM)
+        assert finish([process]) == [EXIT_SAVED_AFTER_SIGNAL]
+        saved = expect_whole_checkpoints(config.run)
+        assert f"SIGTERM: saved at {saved:,} images" in output_of(config).read_text()
+    ended = replace(config, total_images=saved + STEP)
+    reference = replace(ended, run=config.run.with_name("reference"))
+    for each in (ended, reference):
+        train_to_the_end(each)
+    expect_same_run(config.run, reference.run)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "model", "ema", "optimizer"])
@@ -141,7 +134,9 @@ def test_data_that_vanishes_ends_the_run_with_one_line_and_may_come_back(tmp_pat
     config = replace(reference, run=tmp_path / "run")
     (process,) = start(config)
     wait_until(lambda: expect_whole_checkpoints(config.run) > 0)
+    process.send_signal(signal.SIGSTOP)
     own.rename(tmp_path / "elsewhere")
+    process.send_signal(signal.SIGCONT)
     assert finish([process]) == [EXIT_USER_ERROR]
     told = output_of(config).read_text()
     assert "has vanished (No such file or directory)" in told

@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +14,8 @@ from safetensors.torch import load_file
 
 pytest.importorskip("deepspeed")
 
-from running import SMALL, command, environment, launch, log_rows, losses, run_command, small_config
+from programs import start_own_process, start_python
+from running import SMALL, launch, log_rows, losses, run_command, small_config, train_on_ranks
 
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES
 from scalelong.model.uvit import UViT
@@ -192,12 +191,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(tmp_path, st
     assert all(w.isfinite().all() for w in weights.values())
 
 
-@pytest.mark.parametrize(("stage", "port"), [(0, 29610), (2, 29612), (3, 29613)])
-def test_two_processes_give_the_losses_of_one(straight, tmp_path, stage, port):
+@pytest.mark.parametrize(("stage", "start"), [(0, train_on_ranks), (2, launch), (3, train_on_ranks)])
+def test_two_processes_give_the_losses_of_one(straight, tmp_path, stage, start):
     run = tmp_path / "run"
     arguments = ["digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--zero-stage", stage]
-    done = launch(2, *arguments, "--total-images", 10 * STEP, port=port)
-    assert done.returncode == 0, done.stdout + done.stderr
+    start(2, *arguments, "--total-images", 10 * STEP)
     np.testing.assert_allclose(losses(run), losses(straight)[:10], rtol=0, atol=1e-4)
     # One process takes up what two have left.
     train(small_config(run, skip_scale="ls", total_images=20 * STEP))
@@ -208,22 +206,24 @@ def test_two_processes_take_up_what_one_has_left(straight, tmp_path):
     run = tmp_path / "run"
     train(small_config(run, skip_scale="ls", total_images=10 * STEP))
     arguments = ["digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--zero-stage", 3]
-    done = launch(2, *arguments, "--total-images", 20 * STEP, "--accumulation-steps", 2, port=29614)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_on_ranks(2, *arguments, "--total-images", 20 * STEP, "--accumulation-steps", 2)
     np.testing.assert_allclose(losses(run), losses(straight), rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, number):
+@pytest.mark.parametrize(("number", "start"), [(signal.SIGTERM, start_own_process), (signal.SIGINT, start_python)])
+def test_a_signal_saves_and_the_same_command_goes_on(straight, tmp_path, number, start):
     run = tmp_path / "run"
-    line = command("digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--total-images", 10_000 * STEP)
-    with subprocess.Popen(line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
+    arguments = ["digits-uvit", *SMALL, "--skip-scale", "ls", "--run", run, "--total-images", 10_000 * STEP]
+    child = start("-m", "scalelong.train", *arguments)
+    try:
         deadline = time.monotonic() + 60
         while not (run / "log.jsonl").is_file() or not log_rows_so_far(run):
             assert time.monotonic() < deadline, "no step in a minute"
             time.sleep(0.1)
         child.send_signal(number)
         out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
     assert child.returncode == EXIT_SAVED_AFTER_SIGNAL, err
     saved = int(max((run / "checkpoints").iterdir(), key=lambda p: int(p.name)).name)
     assert f"saved at {saved:,} images" in out
@@ -244,11 +244,11 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     # No file may grow past 40 kB: the log fits, the weights do not, as on a disk with little room.
     limit = "import resource, runpy; resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000)); "
     limit += "runpy.run_module('scalelong.train', run_name='__main__', alter_sys=True)"
-    line = [sys.executable, "-c", limit, *map(str, arguments), "--total-images", str(6 * STEP)]
-    done = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=120)
-    assert done.returncode != 0
-    assert f"the last good checkpoint is {run}/checkpoints/96" in done.stderr
-    assert "Traceback" not in done.stderr
+    limited = start_python("-c", limit, *arguments, "--total-images", 6 * STEP)
+    _, err = limited.communicate(timeout=120)
+    assert limited.returncode != 0
+    assert f"the last good checkpoint is {run}/checkpoints/96" in err
+    assert "Traceback" not in err
     assert [p.name for p in (run / "checkpoints").iterdir()] == ["96"]
     again = run_command(*arguments, "--total-images", 6 * STEP)
     assert again.returncode == 0, again.stderr

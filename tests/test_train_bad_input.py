@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("deepspeed")
 
-from running import SMALL, launch, log_rows, losses, run_command, small_config
+from running import SMALL, log_rows, losses, run_as_own_process, run_command, small_config, train_on_ranks
 
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import UserError
@@ -59,6 +59,11 @@ def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, arguments, words):
         arguments = [*arguments, "--run", str(run)]
     expect_one_line_error(run_command(*arguments), *words)
     assert not run.exists()
+
+
+def test_bad_input_to_a_process_of_its_own(tmp_path):
+    expect_one_line_error(run_as_own_process("digits-uvit", "--run", tmp_path / "run", "--kappa", "1.5"), "kappa")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_broken_image_is_named_before_anything_is_written(tmp_path):
@@ -113,8 +118,7 @@ def test_two_processes_count_and_list_what_each_of_them_meets(tmp_path):
     folder, run = tmp_path / "images", tmp_path / "run"
     many_images(folder, num_bad=2)
     arguments = ["digits-uvit", *SMALL, "--run", run, "--data.path", folder, "--data.check-images", 0]
-    done = launch(2, *arguments, "--total-images", 8 * STEP, port=29640)
-    assert done.returncode == 0, done.stdout + done.stderr
+    train_on_ranks(2, *arguments, "--total-images", 8 * STEP)
     assert log_rows(run)[-1]["bad_images"] == 2
     alone = small_config(tmp_path / "alone", data=DataConfig(path=str(folder)), total_images=8 * STEP)
     train(alone)
@@ -158,17 +162,17 @@ def test_changed_data_is_noticed_on_resuming(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("module", "arguments", "words"),
+    ("run", "module", "arguments", "words"),
     [
-        ("sample", ["RUN", "--label", "12"], ["--label 12", "0 to 9"]),
-        ("sample", ["nowhere"], ["nowhere is no run folder"]),
-        ("sample", ["RUN", "--checkpoint", "7"], ["checkpoints/7"]),
-        ("sample", ["RUN", "--sampler", "magic"], ["magic", "ddim"]),
-        ("evaluate", ["nowhere"], ["nowhere is no run folder"]),
-        ("export", ["RUN"], ["--out"]),
-        ("export", ["RUN", "--out", "RUN"], ["not empty"]),
+        (run_command, "sample", ["RUN", "--label", "12"], ["--label 12", "0 to 9"]),
+        (run_as_own_process, "sample", ["nowhere"], ["nowhere is no run folder"]),
+        (run_command, "sample", ["RUN", "--checkpoint", "7"], ["checkpoints/7"]),
+        (run_command, "sample", ["RUN", "--sampler", "magic"], ["magic", "ddim"]),
+        (run_as_own_process, "evaluate", ["nowhere"], ["nowhere is no run folder"]),
+        (run_command, "export", ["RUN"], ["--out"]),
+        (run_as_own_process, "export", ["RUN", "--out", "RUN"], ["not empty"]),
     ],
 )
-def test_bad_input_to_the_other_commands(finished, module, arguments, words):
+def test_bad_input_to_the_other_commands(finished, run, module, arguments, words):
     arguments = [str(finished) if a == "RUN" else a for a in arguments]
-    expect_one_line_error(run_command(*arguments, module=f"scalelong.train.{module}"), *words)
+    expect_one_line_error(run(*arguments, module=f"scalelong.train.{module}"), *words)

@@ -13,13 +13,14 @@ import pytest
 
 pytest.importorskip("deepspeed")
 
-from running import SMALL, environment, losses, small_config
+from programs import environment
+from running import SMALL, losses, run_on_ranks, small_config
 
 from scalelong.train.checkpoint import list_checkpoints
 from scalelong.train.loop import train
 from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
-pytestmark = [pytest.mark.slow, pytest.mark.alone]
+pytestmark = pytest.mark.slow
 
 STEP = 32
 UNSHARE = ["unshare", "--mount", "--net", "--pid", "--fork", "--mount-proc", "--kill-child"]
@@ -93,8 +94,9 @@ def launch_line(*arguments: object) -> list[object]:
     return [sys.executable, "-m", "scalelong.train.launch", "--hostfile", "hosts", *arguments]
 
 
-# ZeRO 1 is the next test's, ZeRO 2 that of the harm.
-@pytest.mark.parametrize("stage", [*(pytest.param(s, marks=pytest.mark.exhaustive) for s in (1, 2)), 3])
+# A launch on two hosts takes a minute of computing: ZeRO 1 is the next test's as well, 2 and 3 those of the harm.
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [1, 2, 3])
 def test_two_hosts_give_the_losses_of_one_process(nodes, alone, stage):
     run = nodes.folder / "run"
     done = nodes.run(*launch_line(*training(run, stage, 10)))
@@ -142,30 +144,36 @@ first bracket keeps it from finding this text itself, which stands on a command 
 
 
 @pytest.mark.parametrize(
-    ("what", "cause"),
+    ("what", "cause", "stage"),
     [
-        ("cut", "the connection to nodeb was lost"),
-        ("kill", "was killed by SIGKILL"),
-        ("term", "SIGTERM: saved at"),
+        ("cut", "the connection to nodeb was lost", 2),
+        ("kill", "was killed by SIGKILL", 2),
+        ("term", "SIGTERM: saved at", 3),
     ],
 )
-def test_harm_ends_the_run_within_a_minute_and_the_same_command_goes_on(nodes, alone, what, cause):
+def test_harm_ends_the_run_within_a_minute_and_the_same_command_goes_on(nodes, alone, what, cause, stage):
     run = nodes.folder / "run"
     often = ["--images-per-checkpoint", STEP]
-    harmed = launch_line(*training(run, 2, 100_000), *often)
+    harmed = launch_line(*training(run, stage, 100_000), *often)
     done = nodes.run(sys.executable, "-c", SCENARIO, what, run, *harmed)
     told = re.search(r"CODE (-?\d+) SECONDS ([\d.]+) LEFT (\d+)", done.stdout)
     assert told is not None, done.stdout + done.stderr
     code, seconds, left = int(told[1]), float(told[2]), int(told[3])
     assert code == EXIT_SAVED_AFTER_SIGNAL if what == "term" else code not in (0, EXIT_SAVED_AFTER_SIGNAL)
     assert seconds < SECONDS_TO_END
+    assert "2 x cpu" in done.stdout
     assert cause in done.stdout + done.stderr
     # The host that was cut off cannot be told: its process ends by itself.
     assert left == 0, done.stdout + done.stderr
     saved = int(list_checkpoints(run)[0].name)
-    again = nodes.run(*launch_line(*training(run, 2, saved // STEP + 5), *often))
-    assert again.returncode == 0, again.stdout + again.stderr
-    assert f"resuming at {saved:,} images" in again.stdout
+    further = [*training(run, stage, saved // STEP + 5), *often]
+    if what == "cut":
+        again = nodes.run(*launch_line(*further))
+        assert again.returncode == 0, again.stdout + again.stderr
+        printed = again.stdout
+    else:
+        printed, _ = run_on_ranks(2, "-m", "scalelong.train", *further)
+    assert f"resuming at {saved:,} images" in printed
     steps = min(10, saved // STEP)
     np.testing.assert_allclose(losses(run)[:steps], losses(alone)[:steps], rtol=0, atol=1e-4)
 
