@@ -8,13 +8,14 @@ ARGS ?=
 # Of make gpu: tests, group-norm, uvit, unet, tune, data, rest or all.
 PART ?= all
 
-.PHONY: help install train test test-fast test-all soak lint format bench gpu clean
+.PHONY: help install train test test-fast test-all test-oldest soak lint format bench gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-all   also the exhaustive ones, which take minutes and tens of gigabytes"
+	@echo "make test-oldest  operators and models on the oldest torch and Triton, without any other package (5 GB)"
 	@echo "make soak       SOAK_KILLS=200 kills of training runs at random moments, each run compared with an undisturbed one"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
@@ -58,6 +59,20 @@ test-fast: install
 
 test-all: install
 	$(BIN)/python -m pytest -m "" $(ARGS)
+
+# By hand and before each release: the CUDA libraries of that wheel take gigabytes. Beside torch, triton, numpy and
+# safetensors there is only pytest. The interpreter of Triton 3.6 fails with numpy 2.4.
+OLDEST ?= .venv-oldest
+OLDEST_TESTS := $(wildcard $(addprefix tests/test_,*norm*.py *linear*.py *conv*.py attention*.py skip_scale*.py u*.py \
+	adm*.py dit*.py house.py bench_record.py bench_summary.py gpu.py))
+
+$(OLDEST)/.installed:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-timeout
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed $(NATIVE)
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -p no:cacheprovider --timeout 600 $(OLDEST_TESTS) $(ARGS)
 
 # Counts are kept in SOAK_FOLDER: interrupted, the same command goes on.
 SOAK_KILLS ?= 200
