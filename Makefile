@@ -5,8 +5,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Further flags for the command: make train ARGS="--skip-scale ls --run runs/ls"
 ARGS ?=
-# Of make gpu: tests, group-norm, uvit, unet, tune, data, rest or all.
-PART ?= all
+# Of make gpu: first, second, or one of their parts.
+PART ?= first
 
 .PHONY: help install train test test-fast test-all test-oldest soak lint format bench gpu clean
 
@@ -20,8 +20,8 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
-	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network;"
-	@echo "                PART=tests, group-norm, uvit, unet, tune, data or rest runs one part, each shorter than ten minutes"
+	@echo "make gpu        on a machine with a GPU, with its own Python, without network: PART=first (380 s) parity, ceilings,"
+	@echo "                norms, steps; PART=second (300 s) tilings, attention, products; SCALELONG_DRY_RUN=1 tries it on a CPU"
 	@echo "make install    only set up $(VENV)"
 
 # Builds the native library again only where its sources are newer.
@@ -97,7 +97,7 @@ bench: install
 	$(BIN)/python $(BENCH) $(ARGS)
 
 gpu:
-	PYTHON=$(PYTHON) bash bench/gpu.sh $(PART)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m scalelong.bench.gpu $(PART) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info $(NATIVE)

@@ -29,6 +29,8 @@ COLUMNS = [
     "gb_per_s",
     "percent_of_copy",
     "peak_mb",
+    "host_us",
+    "error",
 ]
 ROW = Row(
     date="2026-11-21",
@@ -71,7 +73,7 @@ def test_appending_twice_gives_one_header(tmp_path):
 def test_figures_have_four_digits_and_what_was_not_measured_is_blank(tmp_path):
     append_rows([ROW], tmp_path)
     line = dict(zip(*read(tmp_path / "nvidia-h200.csv"), strict=True))
-    assert [line[name] for name in COLUMNS[-6:]] == ["12.35", "0.001235", "1235", "3", "", ""]
+    assert [line[name] for name in COLUMNS[-8:]] == ["12.35", "0.001235", "1235", "3", "", "", "", ""]
     assert line["triton"] == ""
 
 
