@@ -122,13 +122,14 @@ class Call:
         self.outcomes: dict[str, str] = {}
         (folder / "warm").mkdir()
         out.mkdir(parents=True, exist_ok=True)
-        # The last resort, should this process itself be kept waiting.
-        watchdog = threading.Timer(seconds, self.give_up)
-        watchdog.daemon = True
-        watchdog.start()
+        self.log.touch()
 
     def run(self, parts: Sequence[Part]) -> bool:
         """Whether all were well."""
+        # The last resort, should this process itself be kept waiting.
+        watchdog = threading.Timer(self.seconds - self.elapsed(), self.give_up)
+        watchdog.daemon = True
+        watchdog.start()
         for part in parts:
             if part.in_background:
                 self.background.append((self.begin(part), part.ends_by))
@@ -142,6 +143,7 @@ class Call:
             self.copy_out()
         self.end_background()
         self.finish()
+        watchdog.cancel()
         return all(outcome == WELL or outcome.startswith("skipped") for outcome in self.outcomes.values())
 
     def outcome(self, part: Part) -> str:
@@ -233,7 +235,7 @@ def wait(process: subprocess.Popen, seconds: float) -> int | None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """It and what it has started. Asked first, so that pytest says what it found; what no signal ends is left behind."""
+    """It and what it has started: asked first, so that pytest says what it found. What no signal ends is left alone."""
     if process.poll() is None:
         kill(process, signal.SIGINT)
         wait(process, GRACE / 2)
