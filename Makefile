@@ -5,22 +5,23 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 # Further flags for the command: make train ARGS="--skip-scale ls --run runs/ls"
 ARGS ?=
-# Of make gpu: tests, group-norm, uvit, unet, tune, data, rest or all.
-PART ?= all
+# Of make gpu: first, second, or one of their parts.
+PART ?= first
 
-.PHONY: help install train test test-fast test-all soak lint format bench gpu clean
+.PHONY: help install train test test-fast test-all test-oldest soak lint format bench gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
 	@echo "make test       all tests"
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-all   also the exhaustive ones, which take minutes and tens of gigabytes"
+	@echo "make test-oldest  operators and models on the oldest torch and Triton, without any other package (5 GB)"
 	@echo "make soak       SOAK_KILLS=200 kills of training runs at random moments, each run compared with an undisturbed one"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
-	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network;"
-	@echo "                PART=tests, group-norm, uvit, unet, tune, data or rest runs one part, each shorter than ten minutes"
+	@echo "make gpu        on a machine with a GPU, with its own Python, without network: PART=first (380 s) parity, ceilings,"
+	@echo "                norms, steps; PART=second (300 s) tilings, attention, products; SCALELONG_DRY_RUN=1 tries it on a CPU"
 	@echo "make install    only set up $(VENV)"
 
 # Builds the native library again only where its sources are newer.
@@ -59,6 +60,20 @@ test-fast: install
 test-all: install
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
+# By hand and before each release: the CUDA libraries of that wheel take gigabytes. Beside torch, triton, numpy and
+# safetensors there is only pytest. The interpreter of Triton 3.6 fails with numpy 2.4.
+OLDEST ?= .venv-oldest
+OLDEST_TESTS := $(wildcard $(addprefix tests/test_,*norm*.py *linear*.py *conv*.py attention*.py skip_scale*.py u*.py \
+	adm*.py dit*.py house.py bench_record.py bench_summary.py gpu.py))
+
+$(OLDEST)/.installed:
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-timeout
+	@touch $@
+
+test-oldest: $(OLDEST)/.installed $(NATIVE)
+	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -p no:cacheprovider --timeout 600 $(OLDEST_TESTS) $(ARGS)
+
 # Counts are kept in SOAK_FOLDER: interrupted, the same command goes on.
 SOAK_KILLS ?= 200
 SOAK_SEED ?= 0
@@ -82,7 +97,7 @@ bench: install
 	$(BIN)/python $(BENCH) $(ARGS)
 
 gpu:
-	PYTHON=$(PYTHON) bash bench/gpu.sh $(PART)
+	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m scalelong.bench.gpu $(PART) $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info src/*.egg-info $(NATIVE)

@@ -80,6 +80,7 @@ def launches_of(
     dtype: torch.dtype,
     is_adaptive: bool = False,
     act: str | None = "silu",
+    parameter_dtype: torch.dtype = torch.float32,
 ) -> list[Launch]:
     """Of skip_group_norm, one of each kernel and stage that (N, Ch, Cs, G, height, width) takes."""
     found: dict[str, Launch] = {}
@@ -102,7 +103,8 @@ def launches_of(
         return torch.empty(size, device="meta")
 
     gain, shift = empty(N, 2 * C).chunk(2, dim=1) if is_adaptive else (None, None)
-    inputs = (image(Ch), image(Cs), empty(), 1.0, empty(C), empty(C), gain, shift)
+    scale, weight, bias = (empty(*size).to(parameter_dtype) for size in ((), (C,), (C,)))
+    inputs = (image(Ch), image(Cs), scale, 1.0, weight, bias, gain, shift)
     statistics = (empty(N, G), empty(N, G))
     with patch.object(group_norm_triton, "_launcher", record):
         if direction == "forward":

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scalelong.bench.compare import (
     BATCH,
+    COMPILE,
     DEVICE,
     DIRECTIONS,
     DTYPE,
@@ -21,10 +22,11 @@ from scalelong.bench.compare import (
     Case,
     Provider,
     as_leaves,
-    assert_parity,
     compare,
+    is_warm,
     make_case,
 )
+from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.kernels.attention import BACKENDS, attention, attention_backend, attention_ref
 
 SHAPES = {  # T, D, H
@@ -33,7 +35,9 @@ SHAPES = {  # T, D, H
     "imagenet256-H/2": (258, 1152, 16),
     "mscoco-S/2": (334, 512, 8),
 }
-if not ON_GPU:  # half a minute a shape
+if IS_DRY_RUN:
+    SHAPES = {name: (5, 2 * H, H) for name, (_, _, H) in SHAPES.items()}
+elif not ON_GPU:  # half a minute a shape
     SHAPES = {"cifar10-S/2": SHAPES["cifar10-S/2"]}
 
 
@@ -53,14 +57,21 @@ def case(request, note) -> Case:
     shape, inputs = f"B={BATCH} T={T} D={D} H={H}", (qkv,)
     others = {"published": Provider(partial(published, num_heads=H), as_leaves(inputs))}
     absent = {name: backend.why_not(qkv, H) for name, backend in BACKENDS.items()}
+    present = [name for name, reason in absent.items() if reason is None and name != "reference"]
+    others |= {name: Provider(partial(attention, num_heads=H, backend=name), as_leaves(inputs)) for name in present}
+    case = make_case(
+        "attention",
+        shape,
+        ref=ref,
+        ours=ours,
+        inputs=inputs,
+        others=others,
+        compilers=COMPILE if is_warm(f"attention-{shape}") else {},
+        checked=("ours", *present),
+    )
     for name, reason in absent.items():
         if reason is not None:
             note(f"attention E={D // H}: no {name!r}, {reason}")
-        elif name != "reference":
-            op = partial(attention, num_heads=H, backend=name)
-            assert_parity(op, ref, inputs)
-            others[name] = Provider(op, as_leaves(inputs))
-    case = make_case("attention", shape, ref=ref, ours=ours, inputs=inputs, others=others)
     for line in case.notes:
         note(line)
     note(f"attention {shape}: auto takes {attention_backend(qkv, H)!r}")

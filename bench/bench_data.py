@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
+pytest.importorskip("nvidia.dali", reason="NVIDIA DALI is not installed")
 from PIL import Image
 from safetensors.numpy import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -27,7 +29,6 @@ from scalelong.bench.record import Row, environment
 from scalelong.bench.timing import Timing, gb_per_s, measure
 from scalelong.train.data import ImageFolder, Source, decode_image, resize_and_crop
 from scalelong.train.data_latents import LatentFolder, read_latents
-from scalelong.train.data_loader import choose_reader
 from scalelong.train.data_order import BatchPlan, Order
 from scalelong.train.data_pillow import read_with_pillow
 from scalelong.train.data_sound import SoundImages
@@ -107,7 +108,6 @@ def row(op: str, shape: str, provider: str, timing: Timing, num_bytes: int | Non
     )
 
 
-@pytest.mark.skipif(choose_reader("auto") != "dali", reason="NVIDIA DALI is not installed")
 def test_jpegs(benchmark, report, note, photographs):
     loader = DataLoader(Decoded(photographs), batch_size=BATCH, num_workers=NUM_WORKERS)
     batches = {

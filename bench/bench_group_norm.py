@@ -1,11 +1,12 @@
-"""skip_group_norm with a learnable scalar scale and SiLU, at the skip concatenations of shapes.py.
+"""skip_group_norm with a learnable scalar scale and SiLU, at the skip concatenations of shapes.py, largest first.
 
-On a GPU, in bf16: everything, most informative first, so that a run may be cut short (--stop-after SECONDS).
+On a GPU, in bf16: forward and backward at each shape; then beside every compiler at eight of them; then both together,
+and with the slower compilers, at four. A run may be cut short (--stop-after SECONDS).
 On a CPU, in fp32 and bf16: a forward with its backward, at the shapes of at least 8 MB in fp32 and two small ones,
 compiled in fp32 only; with SCALELONG_BENCH=full, everything. Both layouts.
 Each provider gets the output's gradient in the layout and dtype of its own output: where eager turns channels_last
-into contiguous, the copy back that a network needs is not held against it. eager-autocast keeps its parameters in
-fp32 and hands its output over in bf16, as the convolution after it would take it.
+into contiguous, the copy back that a network needs is not held against it; against compile-to-channels-last it is.
+eager-autocast keeps its parameters in fp32 and hands its output over in bf16, as the convolution after it takes it.
 """
 
 import importlib
@@ -13,7 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import product
 
 import pytest
 import torch
@@ -22,18 +23,22 @@ from torch import Tensor
 
 from scalelong.bench.compare import (
     COMPILE,
+    COMPILE_LOOPS,
     COMPILE_MAX_AUTOTUNE,
     COMPILE_POINTWISE_CAT_0,
+    COMPILE_TO_CHANNELS_LAST,
     DEVICE,
-    DIRECTIONS,
     ON_GPU,
+    Compiler,
     Provider,
     as_leaves,
     compare,
+    is_warm,
     kept_note,
     make_case,
 )
 from scalelong.bench.shapes import GROUPS, LARGE_BYTES, SKIP_CONCATS, SkipConcat
+from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.kernels.backend import get_backend
 from scalelong.kernels.group_norm import skip_group_norm, skip_group_norm_ref
 
@@ -41,6 +46,17 @@ LAYOUTS = ("contiguous", "channels_last")
 IS_FULL = ON_GPU or os.environ.get("SCALELONG_BENCH") == "full"
 DTYPES = (torch.bfloat16,) if ON_GPU else (torch.float32, torch.bfloat16)
 SMALL = ("ddpm-cifar10-256+256:8", "adm-imagenet64-576+576:16")
+# What a decoder spends its time on, and the sizes between.
+COMPILED = (
+    "adm-imagenet64-384+192:64",
+    "ddpm-cifar10-256+128:32",
+    "sd-1.5-640+320:64",
+    "sdxl-640+320:128",
+    "adm-imagenet64-384+384:32",
+    "adm-imagenet64-576+384:32",
+    "sd-1.5-1280+640:32",
+    "adm-imagenet64-768+576:16",
+)
 # One for each regime: one block holds a group, several do, a group is cut; the last is small.
 REPRESENTATIVE = (
     "ddpm-cifar10-256+128:32",
@@ -48,7 +64,12 @@ REPRESENTATIVE = (
     "sdxl-640+320:128",
     "adm-imagenet64-768+768:8",
 )
-ALL_COMPILERS = {**COMPILE, **COMPILE_POINTWISE_CAT_0, **COMPILE_MAX_AUTOTUNE}
+# By kind of benchmark.
+COMPILERS: Mapping[str, Mapping[str, Compiler]] = {
+    "plain": {},
+    "compiled": {**COMPILE, **COMPILE_TO_CHANNELS_LAST, **(COMPILE_LOOPS if ON_GPU else {})},
+    "all-compilers": {**COMPILE, **COMPILE_POINTWISE_CAT_0, **COMPILE_MAX_AUTOTUNE},
+}
 
 
 @dataclass(frozen=True)
@@ -56,49 +77,48 @@ class Benchmark:
     concat: SkipConcat
     dtype: torch.dtype
     layout: str
-    direction: str
-    compilers: Mapping[str, dict[str, Any]]
+    directions: tuple[str, ...]
+    kind: str
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
-        suffix = "-all-compilers" if self.compilers is ALL_COMPILERS else ""
-        return f"{self.concat}-{dtype}-{self.layout}-{self.direction}{suffix}"
+        return f"{self.concat}-{dtype}-{self.layout}-{'-'.join(self.directions)}-{self.kind}"
+
+    @property
+    def compilers(self) -> dict[str, Compiler]:
+        found = COMPILERS[self.kind]
+        return {
+            name: compiler
+            for name, compiler in found.items()
+            if self.layout == "channels_last" or compiler.memory_format is None
+        }
 
 
 def num_elements(concat: SkipConcat) -> int:
     return concat.num_elements(concat.gpu_batch if ON_GPU else concat.cpu_batch)
 
 
-def largest_first() -> list[SkipConcat]:
-    """The largest of each network, then the second of each, and so on."""
-    rank = {}
-    for network in {concat.network for concat in SKIP_CONCATS}:
-        of_network = sorted((c for c in SKIP_CONCATS if c.network == network), key=num_elements, reverse=True)
-        rank |= {concat: i for i, concat in enumerate(of_network)}
-    return sorted(SKIP_CONCATS, key=rank.__getitem__)
-
-
 def plan() -> Iterator[Benchmark]:
     """Most informative first."""
-    concats = largest_first()
+    concats = sorted(SKIP_CONCATS, key=num_elements, reverse=True)
     by_name = {str(concat): concat for concat in concats}
-    representative, small = ([by_name[name] for name in names] for names in (REPRESENTATIVE, SMALL))
+    compiled, representative, small = ([by_name[name] for name in names] for names in (COMPILED, REPRESENTATIVE, SMALL))
+
+    def each(concats: Sequence[SkipConcat], directions: tuple[str, ...], kind: str) -> Iterator[Benchmark]:
+        for concat, dtype, layout in product(concats, DTYPES, LAYOUTS):
+            is_default = kind == "compiled" and dtype != torch.float32 and not IS_FULL
+            yield Benchmark(concat, dtype, layout, directions, "plain" if is_default else kind)
+
     if not IS_FULL:
-        concats = [*(c for c in concats if 4 * num_elements(c) >= LARGE_BYTES), *small]
-
-    def each(concats: Sequence[SkipConcat], directions: Sequence[str], compilers: Mapping[str, Any] | None = None):
-        for direction in directions:
-            for concat in concats:
-                for dtype in DTYPES:
-                    for layout in LAYOUTS:
-                        default = COMPILE if IS_FULL or dtype == torch.float32 else {}
-                        yield Benchmark(concat, dtype, layout, direction, default if compilers is None else compilers)
-
-    yield from each(concats, ("both",))
-    if IS_FULL:
-        yield from each(representative, ("both",), ALL_COMPILERS)
-        yield from each(representative, DIRECTIONS[:2])
-        yield from each([c for c in concats if c not in representative], DIRECTIONS[:2])
+        yield from each([*(c for c in concats if 4 * num_elements(c) >= LARGE_BYTES), *small], ("both",), "compiled")
+        return
+    if ON_GPU:
+        yield from each(concats, ("forward", "backward"), "plain")
+        yield from each(compiled, ("forward", "backward"), "compiled")
+    else:
+        yield from each(concats, ("both",), "compiled")
+        yield from each(concats, ("forward", "backward"), "plain")
+    yield from each(representative, ("both",), "all-compilers")
 
 
 def ref(h: Tensor, s: Tensor, scale: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -116,11 +136,11 @@ def under_autocast(h: Tensor, s: Tensor, scale: Tensor, weight: Tensor, bias: Te
 
 
 def make_inputs(concat: SkipConcat, dtype: torch.dtype, layout: str) -> tuple[Tensor, ...]:
-    batch = concat.gpu_batch if ON_GPU else concat.cpu_batch
+    batch, size = (1, 2) if IS_DRY_RUN else (concat.gpu_batch if ON_GPU else concat.cpu_batch, concat.size)
     generator = torch.Generator(DEVICE).manual_seed(0)
     draw = partial(torch.randn, generator=generator, device=DEVICE)
-    h = draw(batch, concat.num_hidden, concat.size, concat.size)
-    s = draw(batch, concat.num_skip, concat.size, concat.size)
+    h = draw(batch, concat.num_hidden, size, size)
+    s = draw(batch, concat.num_skip, size, size)
     weight, bias = draw(2, concat.num_channels)
     scale = torch.tensor(0.7, device=DEVICE)
     memory_format = torch.channels_last if layout == "channels_last" else torch.contiguous_format
@@ -166,13 +186,17 @@ def apex_provider(inputs: tuple[Tensor, ...], layout: str) -> Provider | str | N
     return Provider(op, as_leaves(inputs))
 
 
+def shape_of(concat: SkipConcat, inputs: Sequence[Tensor]) -> str:
+    batch, _, height, width = inputs[0].shape
+    return f"{concat.network} N={batch} C={concat.num_hidden}+{concat.num_skip} HW={height}x{width}"
+
+
 @pytest.mark.parametrize("planned", tuple(plan()), ids=str)
 def test_skip_group_norm(benchmark, report, note, planned):
+    if planned.kind == "compiled" and not is_warm(str(planned)):
+        pytest.skip("its compilers were not warm in time")
     concat, layout = planned.concat, planned.layout
     inputs = make_inputs(concat, planned.dtype, layout)
-    shape = (
-        f"{concat.network} N={len(inputs[0])} C={concat.num_hidden}+{concat.num_skip} HW={concat.size}x{concat.size}"
-    )
     note(f"ours is the backend {get_backend(inputs[0])!r}")
     others = other_providers(inputs, layout)
     apex = apex_provider(inputs, layout)
@@ -182,7 +206,7 @@ def test_skip_group_norm(benchmark, report, note, planned):
         others["apex"] = apex
     case = make_case(
         "skip_group_norm",
-        shape,
+        shape_of(concat, inputs),
         ref=ref,
         ours=ours,
         inputs=inputs,
@@ -193,7 +217,9 @@ def test_skip_group_norm(benchmark, report, note, planned):
     )
     for line in case.notes:
         note(line)
-    if planned.direction == "both":
+    if planned.directions == ("both",):
         note(kept_note(case))
-    benchmark.group = f"{case.op} {shape} {layout}"
-    report(compare(benchmark, case, planned.direction))
+    benchmark.group = f"{case.op} {case.shape} {layout}"
+    *first, last = planned.directions
+    report(row for direction in first for row in compare(None, case, direction))
+    report(compare(benchmark, case, last))

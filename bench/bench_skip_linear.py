@@ -12,21 +12,23 @@ from torch import Tensor
 
 from scalelong.bench.compare import (
     BATCH,
+    COMPILE,
     DEVICE,
     DIRECTIONS,
     DTYPE,
-    ON_GPU,
     Case,
     Provider,
     as_leaves,
     compare,
+    is_warm,
     kept_note,
     make_case,
 )
+from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.kernels.backend import use_backend
 from scalelong.kernels.skip_linear import Scale, skip_linear, skip_linear_ref
 
-SHAPES = ((257, 512), (258, 768), (258, 1024))  # T, D
+SHAPES = ((5, 16), (6, 24), (6, 32)) if IS_DRY_RUN else ((257, 512), (258, 768), (258, 1024))  # T, D
 CONSTANT = 0.5
 
 
@@ -65,9 +67,18 @@ def case(request, note) -> Case:
     weight, bias = torch.randn(D, 2 * D) / (2 * D) ** 0.5, torch.randn(D)
     scales = (torch.rand(BATCH, T, 1),) if scale == "token" else ()
     inputs = tuple(tensor.to(DEVICE, DTYPE) for tensor in (x, s, weight, bias, *scales))
-    others = {"ours-triton": Provider(InTriton.apply, as_leaves(inputs))} if ON_GPU else None
+    others = {"ours-triton": Provider(InTriton.apply, as_leaves(inputs))} if DEVICE.type == "cuda" else None
     shape = f"B={BATCH} T={T} D={D} scale={scale}"
-    case = make_case("skip_linear", shape, ref=ref, ours=ours, inputs=inputs, others=others)
+    case = make_case(
+        "skip_linear",
+        shape,
+        ref=ref,
+        ours=ours,
+        inputs=inputs,
+        others=others,
+        compilers=COMPILE if is_warm(f"skip_linear-{shape}") else {},
+        checked=("ours", "ours-triton"),
+    )
     for line in (*case.notes, kept_note(case)):
         note(line)
     return case

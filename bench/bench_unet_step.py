@@ -5,6 +5,7 @@ Shapes are MODEL B=batch MODE, MODE being the skip scale of ours. Providers:
   eager-unscaled                  the published network with its skips unscaled: what scaling costs is held against it
   compile, compile-channels-last  torch.compile of the first two
   ours, ours-contiguous, ours-compile
+  eager-channels-last-graph, ours-graph  the whole step replayed from a CUDA graph; on a GPU
 All share one set of parameters, one fused AdamW and one EMA. bf16 is autocast over fp32 parameters, as in training.
 
 unet_patched holds a UNet of diffusers against its patched self, each in both layouts: Stable Diffusion 1.5 and SDXL on
@@ -26,10 +27,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from scalelong.bench.compare import DEVICE, ON_GPU
+from scalelong.bench.compare import DEVICE, ON_GPU, is_warm
 from scalelong.bench.published_unet import as_published
-from scalelong.bench.timing import measure
-from scalelong.bench.training_step import MAX_SECONDS, Network, Trainer, compiled, noisy_batch, speed, step_rows
+from scalelong.bench.timing import IS_DRY_RUN
+from scalelong.bench.training_step import Network, Trainer, compiled, noisy_batch, speed, step_rows
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.diffusers_patch import patch_diffusers
 from scalelong.model.presets import UNET_PRESETS
@@ -38,6 +39,8 @@ from scalelong.model.unet import UNet
 
 IS_FULL = ON_GPU or os.environ.get("SCALELONG_BENCH") == "full"
 BATCHES = {"imagenet64-adm": 64, "cifar10-ddpm-unet": 128} if ON_GPU else {"cifar10-ddpm-unet": 8}
+if IS_DRY_RUN:
+    BATCHES = dict.fromkeys(BATCHES, 2)
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
@@ -48,20 +51,37 @@ class Benchmark:
     compiles: bool
 
     def __str__(self) -> str:
-        return f"{self.preset}-{self.mode}"
+        return f"{self.preset}-{self.mode}{'-compiled' if self.compiles else ''}"
 
 
 def benchmarks() -> Iterator[Benchmark]:
     """The most informative first."""
     for mode, preset in product(("cs", "ls", "none") if IS_FULL else ("cs",), BATCHES):
-        yield Benchmark(preset, mode, compiles=mode == "cs")
+        yield Benchmark(preset, mode, compiles=mode == "cs" and not ON_GPU)
+        if ON_GPU and mode == "cs":
+            yield Benchmark(preset, mode, compiles=True)
 
 
 def make_model(preset: str, mode: str) -> UNet:
     torch.manual_seed(0)
+    # A learned variance is not trained.
+    config = replace(UNET_PRESETS[preset], out_channels=0)
+    if IS_DRY_RUN:
+        small = {
+            "img_size": 8,
+            "model_channels": 32,
+            "channel_mult": (1, 2),
+            "num_res_blocks": 1,
+            "num_head_channels": 16,
+        }
+        config = replace(config, **small, attention_resolutions=(2,))
     with torch.device(DEVICE):
-        # A learned variance is not trained.
-        return UNet(replace(UNET_PRESETS[preset], out_channels=0), skip_scale=make_skip_scale(mode, 0.7))
+        return UNet(config, skip_scale=make_skip_scale(mode, 0.7))
+
+
+def model_of(case: Benchmark) -> tuple[UNet, int, torch.dtype]:
+    """The model, its batch, and the dtype that it trains in."""
+    return make_model(case.preset, case.mode), BATCHES[case.preset], DTYPE
 
 
 def networks(model: UNet, benchmark: Benchmark) -> dict[str, Network]:
@@ -69,24 +89,30 @@ def networks(model: UNet, benchmark: Benchmark) -> dict[str, Network]:
     contiguous = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     contiguous.channels_last = False
     found: dict[str, Network] = {"eager": plain, "eager-channels-last": plain_channels_last}
-    if benchmark.mode != "none":
-        found["eager-unscaled"] = as_published(model, skip_scale=Unscaled())
+    if not (ON_GPU and benchmark.compiles):
+        if benchmark.mode != "none":
+            found["eager-unscaled"] = as_published(model, skip_scale=Unscaled())
+        if ON_GPU:
+            found |= {"eager-channels-last-graph": plain_channels_last, "ours-graph": model}
+        found["ours-contiguous"] = contiguous
     if benchmark.compiles:
         torch.compiler.reset()
-        found |= {"compile": compiled(plain), "compile-channels-last": compiled(plain_channels_last)}
-        found["ours-compile"] = compiled(model)
-    return {**found, "ours-contiguous": contiguous, "ours": model}
+        ways = {"compile": plain, "compile-channels-last": plain_channels_last, "ours-compile": model}
+        found |= {name: compiled(way) for name, way in ways.items() if is_warm(f"{benchmark}-{name}")}
+    return {**found, "ours": model}
 
 
 @pytest.mark.parametrize("case", list(benchmarks()), ids=str)
 def test_unet_step(benchmark, report, note, case):
-    model, batch = make_model(case.preset, case.mode), BATCHES[case.preset]
-    trainer = Trainer(model, noisy_batch(model.config, batch), DTYPE)
+    model, batch, dtype = model_of(case)
+    trainer = Trainer(model, noisy_batch(model.config, batch), dtype)
     steps = {name: partial(trainer.step, network) for name, network in networks(model, case).items()}
-    timings = measure(benchmark, steps, device=DEVICE, min_rounds=10, max_seconds=MAX_SECONDS)
+    if ON_GPU and case.compiles and not any("compile" in name for name in steps):
+        pytest.skip("nothing was compiled in time")
     shape = f"{case.preset} B={batch} {case.mode}"
-    report(step_rows("unet_step", shape, DTYPE, "channels_last", timings))
+    rows, timings = step_rows(benchmark, "unet_step", shape, DTYPE, "channels_last", steps)
     note(f"unet_step {shape}: " + "; ".join(speed(model, batch, name, timing) for name, timing in timings.items()))
+    report(rows)
 
 
 @pytest.mark.skipif(not IS_FULL, reason="SCALELONG_BENCH=full runs it")
@@ -101,8 +127,8 @@ def test_checkpointing(benchmark, report, preset):
 
     choices: dict[str, Checkpointing] = {"ours-blocks": "blocks", "ours": "none"}
     steps = {name: partial(step, choice) for name, choice in choices.items()}
-    timings = measure(benchmark, steps, device=DEVICE, min_rounds=10, max_seconds=MAX_SECONDS)
-    report(step_rows("unet_step", f"{preset} B={batch} cs checkpointing", DTYPE, "channels_last", timings))
+    rows, _ = step_rows(benchmark, "unet_step", f"{preset} B={batch} cs checkpointing", DTYPE, "channels_last", steps)
+    report(rows)
 
 
 # The shapes of the public configurations of Stable Diffusion, and a small network of the first one's kind.
@@ -167,8 +193,8 @@ def test_patched_diffusers(benchmark, report, name):
         "ours": partial(network, patched, torch.channels_last),
     }
     steps = {provider: partial(trainer.step, call) for provider, call in networks.items()}
-    timings = measure(benchmark, steps, device=DEVICE, min_rounds=10, max_seconds=MAX_SECONDS)
-    report(step_rows("unet_patched", f"{name} B={batch} cs", DTYPE, "channels_last", timings))
+    rows, _ = step_rows(benchmark, "unet_patched", f"{name} B={batch} cs", DTYPE, "channels_last", steps)
+    report(rows)
 
 
 def diffusion_batch(config: dict[str, Any], batch: int) -> tuple[Tensor, Tensor, Tensor]:

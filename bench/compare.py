@@ -1,5 +1,6 @@
 """The providers of one op against each other: parity first, then times, then rows.
 
+A provider that fails, ours where it fails parity too, has a row that says why, and the others have theirs.
 forward runs as in training, on inputs that require gradients, so it also keeps what backward needs; backward has a
 fresh forward before each call, untimed; both is a forward with its backward.
 The floor of a direction, from which GB/s follow, is each tensor once: forward reads the inputs and writes the output,
@@ -7,17 +8,18 @@ backward reads the inputs and the output's gradient and writes the inputs' gradi
 which they are held, counts what it reads and what it writes.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch._dynamo.exc import BackendCompilerFailed
-from torch._inductor.exc import GPUTooOldForTriton, TritonMissing
 
 from scalelong.bench.record import Row, environment
-from scalelong.bench.timing import Function, Setup, copy_bandwidth, gb_per_s, measure
+from scalelong.bench.replay import Function, Setup
+from scalelong.bench.timing import IS_DRY_RUN, copy_bandwidth, first_line, gb_per_s, measure
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
@@ -28,19 +30,51 @@ Floors = Callable[[Sequence[Tensor], Sequence[Tensor]], Mapping[int, Tensor]]
 
 DIRECTIONS = ("forward", "backward", "both")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-ON_GPU = DEVICE.type == "cuda"
+# With SCALELONG_DRY_RUN=1 the plans are those of a GPU, at sizes that a CPU walks through in seconds.
+ON_GPU = DEVICE.type == "cuda" or IS_DRY_RUN
 DTYPE = torch.bfloat16 if ON_GPU else torch.float32
-BATCH = 64 if ON_GPU else 2
+BATCH = 1 if IS_DRY_RUN else 64 if ON_GPU else 2
 # Beyond the last cache, and on a GPU beyond the cost of a launch.
-COPY_BYTES = 2**29 if ON_GPU else 2**26
-MAX_SECONDS = 0.5 if ON_GPU else 1.0
+COPY_BYTES = 2**16 if IS_DRY_RUN else 2**29 if ON_GPU else 2**26
+MAX_SECONDS = 0.15 if ON_GPU else 1.0
 
-# Ways to compile the reference, as arguments of torch.compile.
-COMPILE: Mapping[str, dict[str, Any]] = {"compile": {}}
-COMPILE_MAX_AUTOTUNE: Mapping[str, dict[str, Any]] = {"compile-max-autotune": {"mode": "max-autotune-no-cudagraphs"}}
+
+@dataclass(frozen=True)
+class Compiler:
+    """A way to compile the reference; with ``memory_format`` its output is pinned to that layout, as a network's is."""
+
+    mode: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    memory_format: torch.memory_format | None = None
+
+    def unknown_options(self) -> list[str]:
+        return sorted(self.options.keys() - set(torch._inductor.list_options()))
+
+    def __call__(self, ref: Op) -> Op:
+        memory_format = self.memory_format
+
+        def pinned(*inputs: Tensor) -> Tensor:
+            output = ref(*inputs)
+            return output if memory_format is None else output.contiguous(memory_format=memory_format)
+
+        how: dict[str, Any] = {"mode": self.mode, "options": dict(self.options) or None}
+        if IS_DRY_RUN:
+            how = {"backend": "aot_eager"}
+        return torch.compile(pinned, fullgraph=True, dynamic=False, **how)
+
+
+COMPILE = {"compile": Compiler()}
+# On a GPU the strongest: Inductor then fuses two of backward's kernels more. It leaves loops on a CPU as they are.
+COMPILE_LOOPS = {
+    "compile-loops-in-order": Compiler(options={"loop_ordering_after_fusion": False}),
+    "compile-no-reindexing": Compiler(options={"loop_reindexing_after_fusion": False}),
+}
+# Alone, a compiled norm may hand over contiguous tensors for channels_last ones, which saves it a pass or two.
+COMPILE_TO_CHANNELS_LAST = {"compile-to-channels-last": Compiler(memory_format=torch.channels_last)}
+COMPILE_MAX_AUTOTUNE = {"compile-max-autotune": Compiler(mode="max-autotune-no-cudagraphs")}
 # Inductor otherwise reads each input of a concatenation again, under a mask, in every kernel that follows.
-COMPILE_POINTWISE_CAT_0: Mapping[str, dict[str, Any]] = {
-    "compile-pointwise-cat-0": {"options": {"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0}}
+COMPILE_POINTWISE_CAT_0 = {
+    "compile-pointwise-cat-0": Compiler(options={"max_pointwise_cat_inputs": 0, "max_complex_pointwise_cat_inputs": 0})
 }
 
 
@@ -54,12 +88,16 @@ class Provider:
 
 @dataclass(frozen=True)
 class Case:
-    """One op at one shape: its providers, "eager" and "ours" among them, and a line for each that cannot run here."""
+    """One op at one shape: its providers, "eager" and "ours" among them, and why others failed before they were timed.
+
+    A note is a line on a provider that this machine cannot have.
+    """
 
     op: str
     shape: str
     layout: str
     providers: dict[str, Provider]
+    failures: dict[str, str]
     notes: tuple[str, ...]
 
 
@@ -72,60 +110,68 @@ def make_case(
     inputs: tuple[Tensor, ...],
     layout: str = "contiguous",
     others: Mapping[str, Provider] | None = None,
-    compilers: Mapping[str, dict[str, Any]] = COMPILE,
+    compilers: Mapping[str, Compiler] = COMPILE,
     floors: Floors | None = None,
+    checked: Container[str] = ("ours",),
 ) -> Case:
-    """``ref`` and ``ours`` take ``inputs``, all of which get gradients. AssertionError where ``ours`` fails parity.
+    """``ref`` and ``ours`` take ``inputs``, all of which get gradients. Those ``checked`` must be within the budget.
 
     What an earlier case compiled is forgotten: each shape compiles anew, and torch gives up after a few for one code.
     """
-    assert_parity(ours, ref, inputs, floors)
     torch.compiler.reset()
     leaves = as_leaves(inputs)
-    providers, notes = {"eager": Provider(ref, leaves), **(others or {})}, []
-    for name, how in compilers.items():
-        unknown = how.get("options", {}).keys() - set(torch._inductor.list_options())
-        if unknown:
-            notes.append(f"{op} {shape}: no {name!r}, this torch has no option {', '.join(sorted(unknown))}")
+    providers, failures, notes = {"eager": Provider(ref, leaves), **(others or {})}, {}, []
+    for name, compiler in compilers.items():
+        if unknown := compiler.unknown_options():
+            notes.append(f"{op} {shape}: no {name!r}, this torch has no option {', '.join(unknown)}")
             continue
+        providers[name] = Provider(compiler(ref), leaves)
+    providers["ours"] = Provider(ours, leaves)
+    for name, provider in providers.items():
         try:
-            providers[name] = Provider(_compiled(ref, leaves, how), leaves)
-        except (BackendCompilerFailed, GPUTooOldForTriton, TritonMissing) as error:
-            notes.append(f"{op} {shape}: no {name!r}, torch.compile failed: {str(error).splitlines()[0]}")
-    return Case(op, shape, layout, {**providers, "ours": Provider(ours, leaves)}, tuple(notes))
+            _run_once(provider)
+            if name in checked:
+                assert_parity(provider.op, ref, inputs, floors)
+        except Exception as error:
+            failures[name] = first_line(error)
+    return Case(op, shape, layout, providers, failures, tuple(notes))
 
 
 def as_leaves(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
     return tuple(x.detach().requires_grad_() for x in inputs)
 
 
-def compare(benchmark: "BenchmarkFixture", case: Case, direction: str) -> list[Row]:
+def compare(benchmark: "BenchmarkFixture | None", case: Case, direction: str) -> list[Row]:
     """One row for each provider of ``case``; the copy that they are held against runs right before them."""
     copy_gb_per_s = copy_bandwidth(DEVICE, COPY_BYTES)
-    functions = {name: _function(provider, direction) for name, provider in case.providers.items()}
-    setups = {name: _setup(provider, direction) for name, provider in case.providers.items()}
-    timings = measure(benchmark, functions, device=DEVICE, setups=setups, max_seconds=MAX_SECONDS)
+    failures = dict(case.failures)
+    able = {name: provider for name, provider in case.providers.items() if name not in failures}
+    functions = {name: _function(provider, direction) for name, provider in able.items()}
+    setups = {name: _setup(provider, direction) for name, provider in able.items()}
+    timings = measure(benchmark, functions, device=DEVICE, setups=setups, max_seconds=MAX_SECONDS, failures=failures)
     inputs = case.providers["ours"].inputs
-    output = case.providers["ours"].op(*inputs).detach()
-    floor = floor_bytes(inputs, output, direction)
+    floor = floor_bytes(inputs, case.providers["eager"].op(*inputs).detach(), direction)
+    what: dict[str, Any] = {"op": case.op, "shape": case.shape, "layout": case.layout, "direction": direction}
+    what |= {**environment(DEVICE), "dtype": str(inputs[0].dtype).removeprefix("torch.")}
     return [
-        Row(
-            **environment(DEVICE),
-            op=case.op,
-            shape=case.shape,
-            dtype=str(inputs[0].dtype).removeprefix("torch."),
-            layout=case.layout,
-            direction=direction,
-            provider=name,
-            ms_median=timing.ms_median,
-            ms_p20=timing.ms_p20,
-            ms_p80=timing.ms_p80,
-            gb_per_s=gb_per_s(floor, timing.ms_median),
-            percent_of_copy=100 * gb_per_s(floor, timing.ms_median) / copy_gb_per_s,
-            peak_mb=timing.peak_mb,
-        )
-        for name, timing in timings.items()
+        *(
+            Row(
+                **what,
+                provider=name,
+                **asdict(timing),
+                gb_per_s=gb_per_s(floor, timing.ms_median),
+                percent_of_copy=100 * gb_per_s(floor, timing.ms_median) / copy_gb_per_s,
+            )
+            for name, timing in timings.items()
+        ),
+        *(Row(**what, provider=name, error=error) for name, error in failures.items()),
     ]
+
+
+def is_warm(name: str) -> bool:
+    """Whether a warm-up (warm_cache.py) has compiled this already, where the compiled ones are to wait for one."""
+    folder = os.environ.get("SCALELONG_WARM")
+    return folder is None or (Path(folder) / name).exists()
 
 
 def floor_bytes(inputs: tuple[Tensor, ...], output: Tensor, direction: str) -> int:
@@ -150,9 +196,10 @@ def kept_bytes(op: Op, inputs: Sequence[Tensor]) -> int:
 
 def kept_note(case: Case) -> str:
     """The bytes that each provider keeps for backward, in percent of the output."""
-    ours = case.providers["ours"]
-    output = ours.op(*ours.inputs).detach()
-    percents = {name: 100 * kept_bytes(p.op, p.inputs) / output.nbytes for name, p in case.providers.items()}
+    eager = case.providers["eager"]
+    output = eager.op(*eager.inputs).detach()
+    able = {name: p for name, p in case.providers.items() if name not in case.failures}
+    percents = {name: 100 * kept_bytes(p.op, p.inputs) / output.nbytes for name, p in able.items()}
     dtype = str(output.dtype).removeprefix("torch.")
     kept = ", ".join(f"{name} {percent:.3g} %" for name, percent in percents.items())
     return f"{case.op} {case.shape} {dtype} {case.layout}: kept for backward, of the output's bytes: {kept}"
@@ -193,12 +240,10 @@ def _setup(provider: Provider, direction: str) -> Setup:
     return (lambda: (provider.op(*provider.inputs),)) if direction == "backward" else tuple
 
 
-def _compiled(ref: Op, inputs: tuple[Tensor, ...], how: dict[str, Any]) -> Op:
-    compiled = torch.compile(ref, fullgraph=True, dynamic=False, **how)
-    # Forward and backward each compile at their first call.
-    output = compiled(*inputs)
-    torch.autograd.grad(output, inputs, _gradient_of(output))
-    return compiled
+def _run_once(provider: Provider) -> None:
+    """Forward and backward each compile at their first call."""
+    output = provider.op(*provider.inputs)
+    torch.autograd.grad(output, provider.inputs, _gradient_of(output))
 
 
 def _gradient_of(output: Tensor) -> Tensor:

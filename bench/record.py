@@ -1,23 +1,27 @@
 """One row for each measured figure, appended to bench/results/<device>.csv and printed as a table.
 
-What was not measured stays blank.
+What was not measured stays blank. SCALELONG_RESULTS names another folder, SCALELONG_COMMIT the commit, where there
+is no git.
 """
 
 import csv
+import math
+import os
 import re
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from datetime import UTC, datetime
 from functools import cache
 from itertools import groupby
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
 ROOM = Path(__file__).resolve().parent
-RESULTS = ROOM / "results"
+RESULTS = Path(os.environ.get("SCALELONG_RESULTS") or ROOM / "results")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,34 +37,55 @@ class Row:
     layout: str
     direction: str
     provider: str
-    ms_median: float
-    ms_p20: float
-    ms_p80: float
-    gb_per_s: float | None
-    percent_of_copy: float | None
-    peak_mb: float | None
+    ms_median: float = math.nan
+    ms_p20: float = math.nan
+    ms_p80: float = math.nan
+    gb_per_s: float | None = None
+    percent_of_copy: float | None = None
+    peak_mb: float | None = None
+    host_us: float | None = None
+    """What one call takes on the host until the GPU has all its work."""
+    error: str = ""
+    """Why a provider has no figures: the first line of what it raised."""
 
 
 COLUMNS = tuple(field.name for field in fields(Row))
-FIGURES = COLUMNS[COLUMNS.index("ms_median") :]
+FIGURES = COLUMNS[COLUMNS.index("ms_median") : COLUMNS.index("error")]
 HOISTED = ("date", "commit", "device", "torch", "triton", "dtype", "layout")
 
 
 def append_rows(rows: Iterable[Row], folder: Path = RESULTS) -> None:
-    """Raises ValueError where a file has other columns, rather than mix two formats in it."""
+    """A file from before the last columns gets them, blank.
+
+    Raises:
+        ValueError: a file has other columns; two formats are not mixed in it.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for device, rows_of_device in groupby(rows, key=lambda row: row.device):
         path = folder / f"{slug(device)}.csv"
-        is_new = not path.exists()
-        if not is_new:
-            with path.open(newline="") as file:
-                if next(csv.reader(file), None) != list(COLUMNS):
-                    raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if is_new:
-                writer.writerow(COLUMNS)
-            writer.writerows(_cells(row) for row in rows_of_device)
+        lines = _lines(path) if path.exists() else []
+        if not lines or len(lines[0]) < len(COLUMNS):
+            blanks = [[*line, *[""] * (len(COLUMNS) - len(line))] for line in lines[1:]]
+            _write(path, "w", [COLUMNS, *blanks])
+        _write(path, "a", map(_cells, rows_of_device))
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Those of a file, also of one from before the last columns, without a line that was never finished.
+
+    Raises:
+        ValueError: it has other columns.
+    """
+    if not path.exists():
+        return []
+
+    def row(line: Sequence[str]) -> Row:
+        cells: dict[str, Any] = dict(zip(header, line, strict=True))
+        figures: dict[str, Any] = {name: float(cells[name]) for name in FIGURES if cells.get(name)}
+        return Row(**{name: cell for name, cell in cells.items() if name not in FIGURES}, **figures)
+
+    header, *lines = _lines(path)
+    return [row(line) for line in lines if len(line) == len(header)]
 
 
 def print_table(rows: Iterable[Row]) -> None:
@@ -80,7 +105,7 @@ def print_table(rows: Iterable[Row]) -> None:
 
 
 @cache
-def environment(device: torch.device | str) -> dict[str, str]:
+def environment(device: torch.device | str) -> dict[str, Any]:
     """The columns that are the same for all rows of a session."""
     return {
         "date": datetime.now(UTC).date().isoformat(),
@@ -104,7 +129,9 @@ def slug(name: str) -> str:
 
 
 def commit(folder: Path = ROOM.parent) -> str:
-    """Short hash, with "+dirty" when the tree has changes; "unknown" without git or without a commit."""
+    """SCALELONG_COMMIT, or the short hash, with "+dirty" when the tree has changes; "unknown" without git."""
+    if named := os.environ.get("SCALELONG_COMMIT"):
+        return named
     # Recorded rows are no change to what was measured.
     status = ["status", "--porcelain", "--", ".", ":(exclude)bench/results"]
     try:
@@ -122,6 +149,20 @@ def triton_version() -> str:
     return triton.__version__
 
 
+def _lines(path: Path) -> list[list[str]]:
+    with path.open(newline="") as file:
+        lines = list(csv.reader(file))
+    # Columns have only ever been added behind the last one.
+    if lines and lines[0] != list(COLUMNS[: len(lines[0])]):
+        raise ValueError(f"{path} has other columns than {', '.join(COLUMNS)}")
+    return lines
+
+
+def _write(path: Path, mode: Literal["w", "a"], lines: Iterable[Sequence[str]]) -> None:
+    with path.open(mode, newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(lines)
+
+
 def _git(folder: Path, *command: str) -> str:
     return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True, check=True).stdout.strip()
 
@@ -131,6 +172,8 @@ def _cells(row: Row) -> tuple[str, ...]:
 
 
 def _cell(value: str | float | None) -> str:
-    if value is None or isinstance(value, str):
-        return value or ""
+    if isinstance(value, str):
+        return value
+    if value is None or math.isnan(value):
+        return ""
     return np.format_float_positional(value, precision=4, fractional=False, trim="-")

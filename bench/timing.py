@@ -1,35 +1,39 @@
 """Times several functions interleaved in one process, so that noise falls on all alike.
 
-On a GPU: events, with the L2 cache emptied before each call. On a CPU: the wall clock, with caches as the calls leave
-them and with freed memory kept by the allocator, for all functions alike.
+On a GPU: replays of CUDA graphs (replay.py), each begun with L2 emptied; what emptying takes, measured in the same
+rounds, is taken off, and what a call takes on the host is a figure of its own. On a CPU: the wall clock, with caches as
+the calls leave them and with freed memory kept by the allocator, for all functions alike.
 """
 
+import os
 import random
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from itertools import accumulate
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from scalelong.bench.replay import Called, Flush, Function, Milliseconds, Replayed, Setup, Timed, make_flush
 from scalelong.train.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-Function = Callable[..., object]
-Setup = Callable[[], tuple]
-
-NUM_WARM_UP_ROUNDS = 3
-NUM_SHOWN_ROUNDS = 5
-MAX_ROUNDS = 1000
-# Several times the L2 of an H200; triton.testing.do_bench takes the same.
-FLUSH_BYTES = 256 * 2**20
+IS_DRY_RUN = os.environ.get("SCALELONG_DRY_RUN") == "1"
+NUM_WARM_UP_ROUNDS = 1 if IS_DRY_RUN else 3
+MIN_ROUNDS = 1 if IS_DRY_RUN else 10
+MAX_ROUNDS = 1 if IS_DRY_RUN else 1000
+NUM_SHOWN_ROUNDS = 1 if IS_DRY_RUN else 5
+NUM_HOST_CALLS = 5
+FLUSH = "flush"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +42,7 @@ class Timing:
     ms_p20: float
     ms_p80: float
     peak_mb: float | None = None
+    host_us: float | None = None
 
 
 def measure(
@@ -46,8 +51,10 @@ def measure(
     *,
     device: torch.device | str,
     setups: Mapping[str, Setup] | None = None,
-    min_rounds: int = 10,
+    min_rounds: int = MIN_ROUNDS,
     max_seconds: float = 1.0,
+    graphs: Container[str] | None = None,
+    failures: dict[str, str] | None = None,
 ) -> dict[str, Timing]:
     """Calls each function once a round, in a new order each round.
 
@@ -56,28 +63,40 @@ def measure(
         functions: by provider.
         setups: by provider; runs untimed before each call of the function and returns its arguments.
         min_rounds: are run even where they take longer than ``max_seconds``.
+        graphs: the providers that a GPU replays from CUDA graphs; None: all.
+        failures: takes, by provider, the first line of what a function raises, which then has no timing. Without it
+            the function's error is raised.
 
     Returns:
-        By provider, the quantiles over the rounds and the memory that one call takes at its peak beyond what was
-        taken before it (MB of 10^6 bytes).
+        By provider, the quantiles over the rounds, the memory that one call takes at its peak beyond what was taken
+        before it (MB of 10^6 bytes), and on a GPU what one call takes on the host (us).
     """
     device = torch.device(device)
     on_gpu = device.type == "cuda"
     if not on_gpu:
         _keep_freed_memory_once()
-    calls = [_Call(name, function, (setups or {}).get(name, tuple)) for name, function in functions.items()]
-    num_rounds = max(min_rounds, min(MAX_ROUNDS, int(max_seconds / _warm_up(calls, device))))
-    samples_ms = (_sample_on_gpu if on_gpu else _sample_on_cpu)(_interleaved(calls, num_rounds), device)
-    peaks_mb = {call.name: peak_bytes(call.function, call.setup(), device) / 1e6 for call in calls}
-    timings = {call.name: summarise(samples_ms[call.name], peaks_mb[call.name]) for call in calls}
-    if benchmark is not None:
-        _show(benchmark, calls[-1], timings, device)
+    calls = {name: _Call(function, (setups or {}).get(name, tuple)) for name, function in functions.items()}
+    noted = _Failures(failures)
+    with torch.cuda.device(device) if on_gpu else nullcontext():
+        for _ in range(NUM_WARM_UP_ROUNDS):
+            for name in noted.without(calls):
+                with noted(name):
+                    calls[name].function(*calls[name].setup())
+        timed = _timed_on_gpu(calls, graphs, noted, device) if on_gpu else dict(calls)
+        samples_ms = _sample(timed, noted, device, min_rounds, max_seconds)
+        timings: dict[str, Timing] = {}
+        for name in noted.without(calls):
+            with noted(name):
+                peak_mb = peak_bytes(calls[name].function, calls[name].setup(), device) / 1e6
+                timings[name] = summarise(samples_ms[name], peak_mb, _host_us(calls[name]) if on_gpu else None)
+    if benchmark is not None and timings:
+        _show(benchmark, calls[list(timings)[-1]], timings, device)
     return timings
 
 
-def summarise(samples_ms: Sequence[float], peak_mb: float | None = None) -> Timing:
-    p20, median, p80 = (float(q) for q in np.percentile(samples_ms, [20, 50, 80]))
-    return Timing(ms_median=median, ms_p20=p20, ms_p80=p80, peak_mb=peak_mb)
+def summarise(samples_ms: Sequence[float], peak_mb: float | None = None, host_us: float | None = None) -> Timing:
+    p20, p50, p80 = (float(q) for q in np.percentile(samples_ms, [20, 50, 80]))
+    return Timing(ms_median=p50, ms_p20=p20, ms_p80=p80, peak_mb=peak_mb, host_us=host_us)
 
 
 def peak_bytes(function: Function, arguments: tuple, device: torch.device | str) -> int:
@@ -102,7 +121,8 @@ def copy_bandwidth(device: torch.device | str, nbytes: int) -> float:
     """GB/s (10^9 bytes, read and written) of copying ``nbytes``; take more than the caches hold."""
     source = torch.ones(nbytes, dtype=torch.uint8, device=device)  # ones: pages of zeros may share one real page
     target = torch.empty_like(source)
-    timing = measure(None, {"copy": lambda: target.copy_(source)}, device=device, max_seconds=0.2)["copy"]
+    max_seconds = 0.2 if source.device.type == "cpu" else 0.02
+    timing = measure(None, {"copy": lambda: target.copy_(source)}, device=device, max_seconds=max_seconds)["copy"]
     return gb_per_s(2 * nbytes, timing.ms_median)
 
 
@@ -110,11 +130,41 @@ def gb_per_s(nbytes: int, ms: float) -> float:
     return nbytes / ms / 1e6
 
 
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 @dataclass(frozen=True)
 class _Call:
-    name: str
     function: Function
     setup: Setup
+
+    def sample(self) -> Milliseconds:
+        arguments = self.setup()
+        start = time.perf_counter()
+        self.function(*arguments)
+        ms = 1e3 * (time.perf_counter() - start)
+        return lambda: ms
+
+
+class _Failures:
+    """Notes what a provider raises, or lets it pass where nobody takes notes."""
+
+    def __init__(self, notes: dict[str, str] | None):
+        self.notes = notes
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self.notes is None:
+                raise
+            self.notes[name] = first_line(error)
+
+    def without(self, names: Mapping[str, Any]) -> list[str]:
+        return [name for name in names if name not in (self.notes or {})]
 
 
 @cache
@@ -122,50 +172,56 @@ def _keep_freed_memory_once() -> None:
     keep_freed_memory()
 
 
-def _warm_up(calls: Sequence[_Call], device: torch.device) -> float:
-    """Seconds of the last round, setups included."""
-    seconds = 0.0
-    for _ in range(NUM_WARM_UP_ROUNDS):
-        start = time.perf_counter()
-        for call in calls:
-            call.function(*call.setup())
-        _synchronize(device)
-        seconds = time.perf_counter() - start
-    return seconds
+def _timed_on_gpu(
+    calls: Mapping[str, _Call], graphs: Container[str] | None, noted: _Failures, device: torch.device
+) -> dict[str, Timed]:
+    flush: Flush = make_flush(device)
+    timed: dict[str, Timed] = {FLUSH: Replayed(lambda: None, tuple, flush)}
+    for name in noted.without(calls):
+        kind = Replayed if graphs is None or name in graphs else Called
+        with noted(name):
+            timed[name] = kind(calls[name].function, calls[name].setup, flush)
+    return timed
 
 
-def _interleaved(calls: Sequence[_Call], num_rounds: int) -> Iterator[_Call]:
+def _sample(
+    timed: Mapping[str, Timed], noted: _Failures, device: torch.device, min_rounds: int, max_seconds: float
+) -> dict[str, list[float]]:
     """Shuffled: in a fixed order each function would always find the caches as the same other one left them."""
-    order = random.Random(0)
-    for _ in range(num_rounds):
-        yield from order.sample(calls, len(calls))
+    order, samples = random.Random(0), defaultdict(list)
 
+    def one_round() -> None:
+        for name in order.sample(names := noted.without(timed), len(names)):
+            with noted(name):
+                samples[name].append(timed[name].sample())
 
-def _sample_on_cpu(calls: Iterable[_Call], device: torch.device) -> dict[str, list[float]]:
-    samples_ms = defaultdict(list)
-    for call in calls:
-        arguments = call.setup()
-        start = time.perf_counter()
-        call.function(*arguments)
-        samples_ms[call.name].append(1e3 * (time.perf_counter() - start))
+    start = time.perf_counter()
+    one_round()
+    _synchronize(device)
+    seconds = time.perf_counter() - start
+    samples.clear()
+    for _ in range(max(min_rounds, min(MAX_ROUNDS, int(max_seconds / seconds)))):
+        one_round()
+    _synchronize(device)
+    samples_ms = {name: [ms() for ms in of_name] for name, of_name in samples.items()}
+    flush_ms = median(samples_ms.pop(FLUSH, [0.0]))
+    for name, call in timed.items():
+        if isinstance(call, Replayed) and name in samples_ms:
+            samples_ms[name] = [max(0.0, ms - flush_ms) for ms in samples_ms[name]]
     return samples_ms
 
 
-def _sample_on_gpu(calls: Iterable[_Call], device: torch.device) -> dict[str, list[float]]:
-    events = defaultdict(list)
-    with torch.cuda.device(device):
-        flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)
-        # Not synchronised in between, so that the host can run ahead and the GPU seldom waits for a launch.
-        for call in calls:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            arguments = call.setup()
-            flush.zero_()
-            start.record()
-            call.function(*arguments)
-            end.record()
-            events[call.name].append((start, end))
-        torch.cuda.synchronize(device)
-    return {name: [start.elapsed_time(end) for start, end in pairs] for name, pairs in events.items()}
+def _host_us(call: _Call) -> float:
+    """Of a call that finds the GPU idle, until its last launch is made."""
+    seconds = []
+    for _ in range(NUM_HOST_CALLS):
+        arguments = call.setup()
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call.function(*arguments)
+        seconds.append(time.perf_counter() - start)
+    torch.cuda.synchronize()
+    return 1e6 * median(seconds)
 
 
 def _show(benchmark: "BenchmarkFixture", shown: _Call, timings: Mapping[str, Timing], device: torch.device) -> None:

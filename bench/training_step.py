@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -9,12 +11,15 @@ from torch import Tensor, nn
 
 from scalelong.bench.compare import DEVICE, ON_GPU
 from scalelong.bench.record import Row, environment
-from scalelong.bench.timing import Timing
+from scalelong.bench.timing import IS_DRY_RUN, Timing, measure
 from scalelong.model.architectures import BackboneConfig
 from scalelong.model.backbone import Backbone
 
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
 Network = Callable[..., Tensor]
-MAX_SECONDS = 4.0 if ON_GPU else 10.0
+MAX_SECONDS = 2.0 if ON_GPU else 10.0
 # Dense bf16 products per second, by compute capability: the datasheets of A100 and of H100 and H200 (SXM).
 PEAK_FLOPS = {(8, 0): 312e12, (9, 0): 989e12}
 
@@ -32,7 +37,8 @@ class Trainer:
         self.noise = torch.randn_like(inputs[0])
         self.parameters: list[Tensor] = list(model.parameters())
         self.ema = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True)
+        # Capturable, so that a step can be replayed from a graph.
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-6, fused=True, capturable=DEVICE.type == "cuda")
 
     def step(self, network: Network) -> None:
         self.find_gradients(network)
@@ -58,33 +64,30 @@ def noisy_batch(config: BackboneConfig, batch: int) -> tuple[Tensor, ...]:
 
 
 def compiled(network: Network) -> Network:
-    return torch.compile(network, fullgraph=True, dynamic=False)
+    return torch.compile(network, fullgraph=True, dynamic=False, backend="eager" if IS_DRY_RUN else "inductor")
 
 
-def step_rows(op: str, shape: str, dtype: torch.dtype, layout: str, timings: Mapping[str, Timing]) -> list[Row]:
-    return [
-        Row(
-            **environment(DEVICE),
-            op=op,
-            shape=shape,
-            dtype=str(dtype).removeprefix("torch."),
-            layout=layout,
-            direction="step",
-            provider=name,
-            ms_median=timing.ms_median,
-            ms_p20=timing.ms_p20,
-            ms_p80=timing.ms_p80,
-            gb_per_s=None,
-            percent_of_copy=None,
-            peak_mb=timing.peak_mb,
-        )
-        for name, timing in timings.items()
-    ]
+def step_rows(
+    benchmark: "BenchmarkFixture",
+    op: str,
+    shape: str,
+    dtype: torch.dtype,
+    layout: str,
+    steps: Mapping[str, Callable[[], None]],
+) -> tuple[list[Row], dict[str, Timing]]:
+    """Times the steps as a trainer runs them, host and all; on a GPU those named "...-graph" as replays."""
+    failures: dict[str, str] = {}
+    graphs = [name for name in steps if name.endswith("-graph")]
+    timings = measure(benchmark, steps, device=DEVICE, max_seconds=MAX_SECONDS, graphs=graphs, failures=failures)
+    what = {**environment(DEVICE), "op": op, "shape": shape, "layout": layout, "direction": "step"}
+    what["dtype"] = str(dtype).removeprefix("torch.")
+    rows = [Row(**what, provider=name, **asdict(timing)) for name, timing in timings.items()]
+    return [*rows, *(Row(**what, provider=name, error=error) for name, error in failures.items())], timings
 
 
 def speed(model: Backbone, batch: int, name: str, timing: Timing) -> str:
     images_per_second = 1e3 * batch / timing.ms_median
     flops = 3 * model.flops() * images_per_second
     line = f"{name} {images_per_second:.4g} images/s, {flops / 1e12:.3g} TFLOP/s"
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_capability(DEVICE)) if ON_GPU else None
+    peak = PEAK_FLOPS.get(torch.cuda.get_device_capability(DEVICE)) if DEVICE.type == "cuda" else None
     return line if peak is None else f"{line}, MFU {100 * flops / peak:.3g} %"

@@ -8,7 +8,7 @@ def cast_by_autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """As torch's linear and convolutions cast their arguments under autocast; fp64 is left alone."""
     assert tensors[0] is not None
     device = tensors[0].device.type
-    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+    if not _has_autocast(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in tensors)
@@ -24,3 +24,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
         else torch.ops.mkldnn._is_mkldnn_fp16_supported()
     )
     return x.dtype if has_products else torch.float32
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    # Dynamo of torch 2.11 cannot trace the question, whose answer never changes.
+    return torch.amp.is_autocast_available(device)

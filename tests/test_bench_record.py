@@ -1,6 +1,7 @@
 """The rows of the benchmarks: their columns, their files, their table, and the figures in them."""
 
 import csv
+import math
 import subprocess
 from dataclasses import fields, replace
 
@@ -8,7 +9,17 @@ import pytest
 import torch
 
 from scalelong.bench.compare import floor_bytes
-from scalelong.bench.record import Row, append_rows, commit, device_name, environment, print_table, slug
+from scalelong.bench.record import (
+    RESULTS,
+    Row,
+    append_rows,
+    commit,
+    device_name,
+    environment,
+    print_table,
+    read_rows,
+    slug,
+)
 from scalelong.bench.timing import copy_bandwidth, gb_per_s, measure, summarise
 
 COLUMNS = [
@@ -29,6 +40,8 @@ COLUMNS = [
     "gb_per_s",
     "percent_of_copy",
     "peak_mb",
+    "host_us",
+    "error",
 ]
 ROW = Row(
     date="2026-11-21",
@@ -71,13 +84,47 @@ def test_appending_twice_gives_one_header(tmp_path):
 def test_figures_have_four_digits_and_what_was_not_measured_is_blank(tmp_path):
     append_rows([ROW], tmp_path)
     line = dict(zip(*read(tmp_path / "nvidia-h200.csv"), strict=True))
-    assert [line[name] for name in COLUMNS[-6:]] == ["12.35", "0.001235", "1235", "3", "", ""]
+    assert [line[name] for name in COLUMNS[-8:]] == ["12.35", "0.001235", "1235", "3", "", "", "", ""]
     assert line["triton"] == ""
 
 
 def test_each_device_has_its_file(tmp_path):
     append_rows([ROW, replace(ROW, device="AMD EPYC, 2 threads")], tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["amd-epyc-2-threads.csv", "nvidia-h200.csv"]
+
+
+def test_a_file_from_before_the_last_columns_is_read_and_appended_to(tmp_path):
+    path = tmp_path / "nvidia-h200.csv"
+    append_rows([ROW], path.parent)
+    old = [line[:-2] for line in read(path)]
+    with path.open("w", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(old)
+    assert [(row.ms_median, row.peak_mb, row.host_us, row.error) for row in read_rows(path)] == [
+        (12.35, None, None, "")
+    ]
+    append_rows([replace(ROW, host_us=17.0)], path.parent)
+    assert [row.host_us for row in read_rows(path)] == [None, 17.0]
+    assert [len(line) for line in read(path)] == [len(COLUMNS)] * 3
+
+
+def test_the_committed_rows_are_readable():
+    assert all(row.ms_median > 0 or row.error for path in RESULTS.glob("*.csv") for row in read_rows(path))
+
+
+def test_a_provider_that_failed_has_a_row_without_figures(tmp_path):
+    failed = Row(**{**{name: getattr(ROW, name) for name in COLUMNS[:11]}, "error": "RuntimeError: no kernel"})
+    append_rows([failed], tmp_path)
+    (found,) = read_rows(tmp_path / "nvidia-h200.csv")
+    assert math.isnan(found.ms_median)
+    assert (found.gb_per_s, found.error) == (None, "RuntimeError: no kernel")
+
+
+def test_a_line_that_was_never_finished_is_left_out(tmp_path):
+    append_rows([ROW, ROW], tmp_path)
+    path = tmp_path / "nvidia-h200.csv"
+    path.write_bytes(path.read_bytes()[:-40])
+    assert len(read_rows(path)) == 1
+    assert read_rows(tmp_path / "absent.csv") == []
 
 
 def test_a_file_with_other_columns_is_left_alone(tmp_path):
@@ -124,7 +171,14 @@ def test_table_shows_where_rows_differ(capsys):
     assert header.split()[0] == "device"
 
 
-def test_commit_says_whether_the_tree_has_changes(tmp_path):
+def test_commit_is_the_one_that_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("SCALELONG_COMMIT", "0123abc")
+    assert commit(tmp_path) == "0123abc"
+
+
+def test_commit_says_whether_the_tree_has_changes(tmp_path, monkeypatch):
+    monkeypatch.delenv("SCALELONG_COMMIT", raising=False)
+
     def git(*command):
         identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
         subprocess.run(["git", "-C", tmp_path, *identity, *command], check=True, capture_output=True)
