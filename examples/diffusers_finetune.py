@@ -3,9 +3,9 @@
     python examples/diffusers_finetune.py --skip-scale ls --steps 500 --output runs/digits
 
 It prints the loss, draws a grid of samples and saves the averaged network, which ``scalelong.PatchedUNet`` loads as it
-is and ``UNet2DModel.from_pretrained`` without its scaled skips. With ``--model`` it starts from a network saved that way,
-and with ``--gates-from`` from its learned gates too. ``--resume FOLDER`` goes on where a run that wrote to FOLDER ended,
-with its averages and its optimizer.
+is and ``UNet2DModel.from_pretrained`` without its scaled skips. With ``--model`` it starts from a network saved so, and
+with ``--gates-from`` from its learned gates too. ``--resume FOLDER`` goes on where a run that wrote to FOLDER ended, with
+its averages and its optimizer.
 It needs diffusers, scikit-learn, pillow and tyro, and downloads nothing.
 """
 
