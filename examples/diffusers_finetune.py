@@ -4,8 +4,8 @@
 
 It prints the loss, draws a grid of samples and saves the averaged network, which ``scalelong.PatchedUNet`` loads as it
 is and ``UNet2DModel.from_pretrained`` without its scaled skips. With ``--model`` it starts from a network saved so, and
-with ``--gates-from`` from its learned gates too. ``--resume FOLDER`` goes on where a run that wrote to FOLDER ended, with
-its averages and its optimizer.
+with ``--gates-from`` from its learned gates too. ``--resume FOLDER`` goes on where a run that wrote to FOLDER ended,
+with its averages and its optimizer.
 It needs diffusers, scikit-learn, pillow and tyro, and downloads nothing.
 """
 
