@@ -2,8 +2,10 @@
 
     python examples/diffusers_finetune.py --skip-scale ls --steps 500 --output runs/digits
 
-It prints the loss, draws a grid of samples and saves the network as ``UNet2DModel.from_pretrained`` reads it. With
-``--model`` it starts from a network that was saved that way, and with ``--gates-from`` from its learned gates too.
+It prints the loss, draws a grid of samples and saves the averaged network, which ``scalelong.PatchedUNet`` loads as it
+is and ``UNet2DModel.from_pretrained`` without its scaled skips. With ``--model`` it starts from a network saved so, and
+with ``--gates-from`` from its learned gates too. ``--resume FOLDER`` goes on where a run that wrote to FOLDER ended,
+with its averages and its optimizer.
 It needs diffusers, scikit-learn, pillow and tyro, and downloads nothing.
 """
 
@@ -32,6 +34,8 @@ class Arguments:
     """A saved UNet2DModel to start from; without, a new one."""
     gates_from: Path | None = None
     """The folder of a network that was saved with learned gates, to start from them."""
+    resume: Path | None = None
+    """The output folder of an earlier run, to go on from its end."""
     skip_scale: str = "cs"
     """none, inv-sqrt2, cs, ls or ls-separate."""
     kappa: float = 0.7
@@ -65,9 +69,8 @@ def digits() -> Tensor:
     return torch.tensor(pixels, dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1
 
 
-def train(unet: UNet2DModel, ema: EMAModel, schedule: Any, arguments: Arguments) -> None:
+def train(unet: UNet2DModel, ema: EMAModel, optimizer: Any, schedule: Any, arguments: Arguments) -> None:
     images = digits()
-    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate)
     learning_rate = get_cosine_schedule_with_warmup(optimizer, arguments.steps // 10, arguments.steps)
     total = 0.0
     every = max(1, arguments.steps // 10)
@@ -88,15 +91,35 @@ def train(unet: UNet2DModel, ema: EMAModel, schedule: Any, arguments: Arguments)
             total = 0.0
 
 
+def save(unet: UNet2DModel, ema: EMAModel, optimizer: Any, folder: Path) -> None:
+    """What a run needs to go on."""
+    unet.save_pretrained(folder / "unet")
+    ema.save_pretrained(folder / "unet_ema")
+    torch.save(optimizer.state_dict(), folder / "optimizer.pt")
+
+
+def resume(unet: UNet2DModel, ema: EMAModel, optimizer: Any, folder: Path) -> None:
+    """Of a class of diffusers, EMAModel.from_pretrained would give averages without the gates, and no error."""
+    unet.load_state_dict(scalelong.PatchedUNet.from_pretrained(folder / "unet").state_dict())
+    ema.load_state_dict(EMAModel.from_pretrained(folder / "unet_ema", scalelong.PatchedUNet).state_dict())
+    optimizer.load_state_dict(torch.load(folder / "optimizer.pt", weights_only=True))
+
+
 def main(arguments: Arguments) -> None:
     torch.manual_seed(arguments.seed)
     unet = make_unet(arguments)
     policy = {"skip_scale": arguments.skip_scale, "kappa": arguments.kappa, "gates_from": arguments.gates_from}
     print(scalelong.patch_diffusers(unet, **policy))  # the one line
-    ema = EMAModel(unet.parameters(), decay=0.99)
+    # After the patch: so the averages hold the gates, and the configuration says how the skips are scaled.
+    ema = EMAModel(unet.parameters(), decay=0.99, model_cls=scalelong.PatchedUNet, model_config=unet.config)
+    optimizer = torch.optim.AdamW(unet.parameters(), lr=arguments.learning_rate)
+    if arguments.resume is not None:
+        resume(unet, ema, optimizer, arguments.resume / "state")
+    print(f"{len(ema.shadow_params)} averages of {len(list(unet.parameters()))} parameters")
     schedule = DDPMScheduler(num_train_timesteps=1000)
-    train(unet, ema, schedule, arguments)
+    train(unet, ema, optimizer, schedule, arguments)
 
+    save(unet, ema, optimizer, arguments.output / "state")
     ema.copy_to(unet.parameters())
     unet.save_pretrained(arguments.output)
     pipeline: Any = DDIMPipeline(unet.eval(), DDIMScheduler(num_train_timesteps=1000))

@@ -22,10 +22,10 @@ def check_skip(op: str, h: Tensor, s: Tensor) -> None:
         raise ValueError(f"{op}: h is {described(h)} but s is {described(s)}")
 
 
-def check_scale(op: str, scale: Tensor, h: Tensor, s: Tensor) -> None:
-    """One factor, one a channel of s, or those of each sample."""
+def check_scale(op: str, scale: Tensor, h: Tensor, s: Tensor) -> Tensor:
+    """One factor, one a channel of s, or those of each sample; one of shape (1,) becomes a scalar."""
     N, Cs = s.shape[:2]
-    shapes = ((), (Cs,), (N, Cs), (N, 1))
+    shapes = ((), (1,), (Cs,), (N, Cs), (N, 1))
     if tuple(scale.shape) not in shapes:
         raise ValueError(
             f"{op}: scale has shape {tuple(scale.shape)}, but s {tuple(s.shape)} takes a scalar, "
@@ -33,3 +33,4 @@ def check_scale(op: str, scale: Tensor, h: Tensor, s: Tensor) -> None:
         )
     if scale.device != h.device or not scale.is_floating_point():
         raise ValueError(f"{op}: scale is {described(scale)}, but h is {described(h)}")
+    return scale.reshape(()) if scale.shape == (1,) else scale

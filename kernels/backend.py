@@ -5,9 +5,11 @@ What neither can take (fp64, other devices) is computed by the plain PyTorch ref
 """
 
 import os
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,11 +18,22 @@ from scalelong.kernels import native_library
 
 BACKENDS = ("triton", "native", "reference")
 FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-BUILD_COMMAND = "pip install -e . (or, without installing, python setup.py build_ext --inplace)"
 
 _interprets = os.environ.get("TRITON_INTERPRET") == "1"
-_forced: str | None = None
 _has_warned = False
+
+
+class _Forced(NamedTuple):
+    """A ``use_backend`` that is entered."""
+
+    thread: int
+    backend: str
+
+
+_lock = threading.Lock()
+_forced: list[_Forced] = []
+_forced_last: str | None = None
+"""The backend of the last entry, of whatever thread: torch.compile can guard a plain global, and no more than that."""
 
 
 def get_backend(tensor: Tensor) -> str:
@@ -29,11 +42,12 @@ def get_backend(tensor: Tensor) -> str:
     Raises:
         RuntimeError: ``use_backend`` forces a backend that cannot take this tensor; says why.
     """
-    if _forced is not None:
-        reason = _why_not(_forced, tensor)
+    forced = forced_backend()
+    if forced is not None:
+        reason = _why_not(forced, tensor)
         if reason is not None:
-            raise RuntimeError(f"the backend {_forced!r} cannot run: {reason}")
-        return _forced
+            raise RuntimeError(f"the backend {forced!r} cannot run: {reason}")
+        return forced
     if tensor.dtype not in FUSED_DTYPES:
         return "reference"
     if tensor.device.type == "cuda":
@@ -49,29 +63,46 @@ def get_backend(tensor: Tensor) -> str:
 
 
 def forced_backend() -> str | None:
-    """What ``use_backend`` forces."""
-    return _forced
+    """What ``use_backend`` forces in this thread."""
+    if torch.compiler.is_compiling() or not _forced:
+        return _forced_last
+    thread = threading.get_ident()
+    for entry in reversed(_forced):
+        if entry.thread == thread:
+            return entry.backend
+    # The threads in which autograd runs backward on a GPU are not Python's: whoever called backward speaks for them.
+    return _forced_last if isinstance(threading.current_thread(), threading._DummyThread) else None
 
 
 @contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Forces ``name`` for the operators called inside; they raise for tensors that it cannot take.
+    """Forces ``name`` for the operators that this thread calls inside; they raise for tensors that it cannot take.
+
+    Other threads choose as before, those of autograd follow the last that entered. Under torch.compile, which cannot
+    tell threads apart, so does every thread that compiles or calls what was compiled.
 
     Raises:
         ValueError: no such backend.
         RuntimeError: it cannot run on this machine; says why.
     """
-    global _forced
     if name not in BACKENDS:
         raise ValueError(f"backend {name!r} is none of {', '.join(BACKENDS)}")
     reason = _why_not(name)
     if reason is not None:
         raise RuntimeError(f"the backend {name!r} cannot run: {reason}")
-    before, _forced = _forced, name
+    entry = _Forced(threading.get_ident(), name)
+    _change_forced(_forced.append, entry)
     try:
         yield
     finally:
-        _forced = before
+        _change_forced(_forced.remove, entry)
+
+
+def _change_forced(change: Callable[[_Forced], None], entry: _Forced) -> None:
+    global _forced_last
+    with _lock:
+        change(entry)
+        _forced_last = _forced[-1].backend if _forced else None
 
 
 def _why_not(name: str, tensor: Tensor | None = None) -> str | None:
@@ -82,7 +113,7 @@ def _why_not(name: str, tensor: Tensor | None = None) -> str | None:
         return f"it takes float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
     if name == "native":
         if native_library.ERROR is not None:
-            return f"{native_library.ERROR}; build it with: {BUILD_COMMAND}"
+            return f"{native_library.ERROR}; {native_library.how_to_build()}"
         if tensor is not None and tensor.device.type != "cpu":
             return f"it takes CPU tensors, not {tensor.device.type}"
         return None
@@ -107,6 +138,6 @@ def _warn_once() -> None:
         _has_warned = True
         warnings.warn(
             f"scalelong: {native_library.ERROR}; the slower plain PyTorch operators run instead. "
-            f"Build it with: {BUILD_COMMAND}",
+            f"To have it, {native_library.how_to_build()}",
             stacklevel=5,
         )

@@ -28,17 +28,17 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     PyTorch's own wherever the native library does not run (GPUs, 16 bits, fp64, autocast, torch.compile, fake tensors).
 
     Args:
-        x: (N, C, H, W), contiguous or channels_last.
+        x: (N, C, H, W), contiguous or channels_last, or (C, H, W).
         weight: (O, C, 3, 3).
         bias: (O,) or None.
 
     Returns:
-        (N, O, H, W), differentiable in every argument.
+        (N, O, H, W), or (O, H, W), differentiable in every argument.
 
     Raises:
         ValueError: shapes that do not fit, naming both.
     """
-    if x.dim() != 4 or tuple(weight.shape[1:]) != (x.shape[1], 3, 3):
+    if x.dim() not in (3, 4) or tuple(weight.shape[1:]) != (x.shape[-3], 3, 3):
         raise ValueError(f"conv3x3: weight {tuple(weight.shape)} does not fit x {described(x)}")
     if torch.compiler.is_compiling() or not _runs_natively(x, weight, bias):
         return conv3x3_ref(x, weight, bias)
@@ -52,6 +52,7 @@ def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and all(y is None or y.dtype == torch.float32 for y in (x, weight, bias))
         and weight.requires_grad
         and not isinstance(x, FakeTensor)
+        and x.dim() == 4
         and x.numel() > 0
     )
 

@@ -119,7 +119,8 @@ def skip_group_norm(
     Args:
         h: (N, Ch, *), the hidden stream.
         s: (N, Cs, *), the long skip, of the dtype and device of h. In another layout than h, it is copied.
-        scale: None for 1, a float, a scalar tensor, one factor a channel (Cs,) or (N, Cs), or one a sample (N, 1).
+        scale: None for 1, a float, a tensor of one element () or (1,), one factor a channel (Cs,) or (N, Cs), or one
+            a sample (N, 1).
         groups, weight, bias, shift, gain, eps, act: as for ``group_norm``, with C = Ch + Cs.
 
     Returns:
@@ -134,7 +135,7 @@ def skip_group_norm(
     _check_norm("skip_group_norm", h, s, groups, weight, bias, shift, gain, eps, act)
     float_scale = 1.0
     if isinstance(scale, Tensor):
-        check_scale("skip_group_norm", scale, h, s)
+        scale = check_scale("skip_group_norm", scale, h, s)
     elif scale is not None:
         scale, float_scale = None, float(scale)
     return _run(_Tensors(h, s, scale, weight, bias, gain, shift), _Options(float_scale, groups, eps, act))

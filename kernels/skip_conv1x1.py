@@ -28,7 +28,8 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
     Args:
         h: (N, Ch, *), the hidden stream, contiguous or channels_last.
         s: (N, Cs, *), the long skip, of the dtype and device of h. In another layout than h, it is copied.
-        scale: None for 1, a float, a scalar tensor, one factor a channel (Cs,) or (N, Cs), or one a sample (N, 1).
+        scale: None for 1, a float, a tensor of one element () or (1,), one factor a channel (Cs,) or (N, Cs), or one
+            a sample (N, 1).
         weight: (O, Ch + Cs, 1, ...) as a convolution has it, or (O, Ch + Cs).
         bias: (O,) or None.
 
@@ -41,7 +42,9 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
         ValueError: shapes, dtypes or devices that do not fit, naming them.
     """
     h, s, weight, bias = cast_by_autocast(h, s, weight, bias)  # type: ignore[assignment]
-    _check(h, s, scale, weight, bias)
+    _check(h, s, weight, bias)
+    if isinstance(scale, Tensor):
+        scale = check_scale("skip_conv1x1", scale, h, s)
     N, Ch, *spatial = h.shape
     weight = weight.flatten(1)
     channels_last = is_channels_last(h)
@@ -73,7 +76,7 @@ def _scaled_weights(scale: Scale, weight_OC: Tensor, Ch: int) -> tuple[Tensor, T
     return weight_h, weight_s if scale is None else (weight_s * scale).to(weight_s.dtype)
 
 
-def _check(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
+def _check(h: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if h.dim() < 3 or not h.is_floating_point():
         raise ValueError(f"skip_conv1x1: needs a floating (N, C, *) with spatial dimensions, got {described(h)}")
     check_skip("skip_conv1x1", h, s)
@@ -88,8 +91,6 @@ def _check(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != h.dtype or x.device != h.device):
             raise ValueError(f"skip_conv1x1: h is {described(h)} but {name} is {described(x)}")
-    if isinstance(scale, Tensor):
-        check_scale("skip_conv1x1", scale, h, s)
 
 
 # Made of differentiable operators alone, so that whoever sees it sees through it.

@@ -1,15 +1,16 @@
 """Reads the public checkpoints of ADM (https://github.com/openai/guided-diffusion), whose state dict is ours."""
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from scalelong.model.checkpoint_file import check_keys, read_state_dict
+from scalelong.model.checkpoint_file import check_dimensions, check_keys, read_state_dict, with_one_dtype
 from scalelong.model.skip_scale import make_skip_scale
 from scalelong.model.unet import UNet, UNetConfig
+
+DIMENSIONS = {"time_embed.0.weight": 2, "input_blocks.0.0.weight": 4, "out.2.weight": 4, "label_emb.weight": 2}
 
 
 def load_adm_checkpoint(
@@ -43,7 +44,7 @@ def load_adm_checkpoint(
         num_heads: where num_head_channels is -1.
 
     Returns:
-        The model in evaluation mode, on the CPU, in the dtype of the tensors, sharing no memory with them.
+        The model in evaluation mode, on the CPU, in the most precise dtype of the tensors, sharing no memory with them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -54,6 +55,7 @@ def load_adm_checkpoint(
     needed = ("time_embed.0.weight", "input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight", "out.2.weight")
     if missing := [name for name in needed if name not in state]:
         raise ValueError(f"not an ADM checkpoint: it has no {', '.join(missing)}")
+    check_dimensions(state, DIMENSIONS, "UNet")
     for name, value in (("channel_mult", channel_mult), ("attention_resolutions", attention_resolutions)):
         if isinstance(value, str):
             raise ValueError(f"{name} is a sequence of numbers, got the text {value!r}")
@@ -74,14 +76,13 @@ def load_adm_checkpoint(
         use_new_attention_order=use_new_attention_order,
         num_classes=state["label_emb.weight"].shape[0] if "label_emb.weight" in state else 0,
     )
-    # One dtype, also where only a part was stored in half precision.
-    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in state.values()))
     with torch.device("meta"):
         model = UNet(config, skip_scale=policy)
     if model.skip_gates is not None and not any(name.startswith("skip_gates.") for name in state):
         state |= _new_gates(model.skip_gates)
     check_keys(state, model.state_dict(), "UNet")
-    model.load_state_dict({name: tensor.detach().to(dtype, copy=True) for name, tensor in state.items()}, assign=True)
+    state = with_one_dtype(state)
+    model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
     return model.requires_grad_(True).eval()
 
 

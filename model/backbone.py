@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
+from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.skip_scale import SkipScale, skip_scale_from_dict, skip_scale_to_dict
 
@@ -54,7 +55,7 @@ class Backbone(nn.Module):
             "skip_scale": skip_scale_to_dict(self.skip_scale),
         }
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
-        save_file({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
+        write_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -62,20 +63,44 @@ class Backbone(nn.Module):
 
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
-            ValueError: the description is of another architecture.
+            ValueError: the description is of another architecture, or one of the files is damaged; says what it found.
         """
         folder = Path(folder)
         for name in ("config.json", "model.safetensors"):
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder} has no {name}: not an exported model")
-        description = json.loads((folder / "config.json").read_text())
-        if description.get("architecture") != cls.__name__:
-            found = description.get("architecture")
-            raise ValueError(f"{folder / 'config.json'} describes {found!r}, not {cls.__name__!r}")
-        model = cls(
-            cls.config_class(**description["config"]),  # type: ignore[call-arg]
-            skip_scale=skip_scale_from_dict(description["skip_scale"]),
-        )
-        state = load_file(folder / "model.safetensors")
+        model = cls._from_description(folder / "config.json")
+        state = with_one_dtype(read_state_dict(folder / "model.safetensors"))
+        check_keys(state, model.state_dict(), cls.__name__)
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
         return model.eval()
+
+    @classmethod
+    def _from_description(cls, path: Path) -> Self:
+        """The network that ``save_pretrained`` described, with new weights."""
+        try:
+            description = json.loads(path.read_text())
+        except ValueError as error:
+            raise ValueError(f"{path} is no JSON: {error}") from None
+        if not isinstance(description, dict) or "architecture" not in description:
+            raise ValueError(f"{path} describes no model: it holds {str(description)[:60]!r}")
+        if description["architecture"] != cls.__name__:
+            raise ValueError(f"{path} describes {description['architecture']!r}, not {cls.__name__!r}")
+        try:
+            config = cls.config_class(**description["config"])
+            return cls(config, skip_scale=skip_scale_from_dict(description["skip_scale"]))  # type: ignore[call-arg]
+        except (ValueError, TypeError, KeyError) as error:
+            what = f"it has no {error}" if isinstance(error, KeyError) else error
+            raise ValueError(f"{path} describes no {cls.__name__} of this version: {what}") from error
+
+
+def check_whole_numbers(config: Any) -> None:
+    """
+    Raises:
+        ValueError: a field that is declared an integer and holds something else.
+    """
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if field.type is int and (not isinstance(value, Integral) or isinstance(value, bool)):
+            what = ", the side of a square image" if field.name == "img_size" else ""
+            raise ValueError(f"{field.name} is a whole number{what}, got {value!r}")

@@ -6,36 +6,76 @@ It has the name of that one too, because accelerate and diffusers look for block
 Shapes: N batch, C channels, * height and width; a decoder block takes the hidden stream and the skips, innermost last.
 """
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
+from diffusers import ModelMixin as ModelMixin
 from diffusers.models import resnet
 from diffusers.models.unets import unet_2d_blocks as unet
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from scalelong.kernels.group_norm import Scale, concatenated
+from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
 from scalelong.model import skip_layers
+from scalelong.model.diffusers_gates import GATES
 from scalelong.model.skip_scale import SkipPosition, SkipScale
 
 
-@dataclass(frozen=True)
-class BlockSkips:
-    """The skips of one decoder block: how they are scaled, and their places among all of the network."""
+@dataclass
+class NetworkSkips:
+    """How the long skips of one network are scaled."""
 
     policy: SkipScale
     num_skips: int
-    """Of the network."""
-    first: int
-    """i of the skip that the block's first residual block takes; the next ones take i - 1, i - 2, ..."""
-    gates: nn.Module | None
-    """Of the network; registered there, not in the block."""
+    holder: nn.Module | None
+    """The module whose child ``skip_gates`` are the learned gates, if there are any."""
 
-    def scale(self, k: int, skip: Tensor) -> Scale:
-        """The factor of the skip that residual block k takes."""
-        return self.policy.scale(self.first - k, self.num_skips, skip, self.gates)
+    @property
+    def gates(self) -> nn.Module | None:
+        """Looked up at each call, so that gates which replace these count."""
+        return None if self.holder is None else self.holder._modules.get(GATES)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "NetworkSkips":
+        holder = self.holder
+        if holder is not None and id(holder) in memo:
+            holder = memo[id(holder)]
+        elif holder is not None:  # a block is copied without its network
+            holder = nn.Module()
+            holder.add_module(GATES, copy.deepcopy(self.gates, memo))
+        memo[id(self)] = copied = NetworkSkips(self.policy, self.num_skips, holder)
+        return copied
+
+
+@dataclass
+class LongSkip:
+    """The long skip that one residual block takes."""
+
+    i: int
+    """1 is the outermost."""
+    hidden_channels: int
+    """Channels of the hidden stream that it is concatenated with."""
+    network: NetworkSkips
+    input: Literal["concatenated", "scaled", "taken"] | None = None
+    """What the block's input is, while another forward than ours is given a concatenation."""
+
+    def scale(self, skip: Tensor) -> Scale:
+        return self.network.policy.scale(self.i, self.network.num_skips, skip, self.network.gates)
+
+
+@dataclass
+class BlockSkips:
+    """The long skips of a decoder block, in the order of its residual blocks."""
+
+    network: NetworkSkips
+    long_skips: tuple[LongSkip, ...]
+
+    @property
+    def gates(self) -> nn.Module | None:
+        return self.network.gates
 
 
 class GroupNorm(skip_layers.GroupNorm):
@@ -52,23 +92,26 @@ class Conv3x3(skip_layers.Conv3x3):
 
 def fused_activation(activation: nn.Module) -> str | None:
     """Its name among the activations of our norm, or None."""
+    if not skip_layers.is_called_by_class(activation, type(activation)):
+        return None
     if type(activation) is nn.SiLU:
         return "silu"
     return "gelu" if type(activation) is nn.GELU and activation.approximate == "none" else None
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):
-    """Norms with what surrounds them in one pass; given a skip, over a concatenation that is not written."""
+    """Norms with what surrounds them in one pass; given a skip, over a concatenation that is not written.
+
+    In a decoder it also takes the concatenation, as the one that it stands for, and scales the skip in it.
+    """
+
+    long_skip: LongSkip | None = None
 
     def forward(  # type: ignore[override]
-        self,
-        input_tensor: Tensor,
-        temb: Tensor | None = None,
-        skip: Tensor | None = None,
-        scale: Scale = None,
-        position: SkipPosition = "before-norm",
+        self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None
     ) -> Tensor:
-        h = self.norm_and_activation(self.norm1, input_tensor, skip, scale, position)
+        input_tensor, skip, scale = self.inputs(input_tensor, skip)
+        h = self.norm_and_activation(self.norm1, input_tensor, skip, scale)
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
             input_tensor, skip = resample(concatenated(input_tensor, skip, scale)), None
@@ -88,24 +131,38 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         # By type first: the Skip blocks have one of NumPy, on which torch.compile cannot branch.
         return y if type(factor) in (int, float) and factor == 1 else y / factor
 
+    def inputs(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None, Scale]:
+        """Hidden stream, long skip and its factor, also out of their concatenation."""
+        long_skip = self.long_skip
+        if long_skip is None or long_skip.input == "scaled":
+            return x, skip, None
+        if skip is not None:
+            return x, skip, long_skip.scale(skip)
+        if long_skip.input == "concatenated":
+            long_skip.input = "taken"
+        channels_last, hidden = is_channels_last(x), long_skip.hidden_channels
+        h, skip = (as_layout(part, channels_last) for part in x.split((hidden, x.shape[1] - hidden), dim=1))
+        scale = long_skip.scale(skip)
+        return (x, None, None) if scale is None else (h, skip, scale)
+
     def norm_and_activation(
         self,
         norm: nn.Module,
         h: Tensor,
         skip: Tensor | None = None,
         scale: Scale = None,
-        position: SkipPosition = "before-norm",
         gain: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        if not isinstance(norm, GroupNorm):
+        position = "before-norm" if self.long_skip is None else self.long_skip.network.policy.position
+        if not skip_layers.is_called_by_class(norm, GroupNorm):
             return self.nonlinearity(norm_as_it_is(norm, h, skip, scale, position, gain, shift))
         act = fused_activation(self.nonlinearity)
         y = norm(h, skip, scale, position, act=act, gain=gain, shift=shift)
         return self.nonlinearity(y) if act is None else y
 
     def shortcut(self, h: Tensor, skip: Tensor | None, scale: Scale) -> Tensor:
-        if isinstance(self.conv_shortcut, SkipConv1x1):
+        if self.conv_shortcut is not None and skip_layers.is_called_by_class(self.conv_shortcut, SkipConv1x1):
             return self.conv_shortcut(h, skip, scale)
         x = concatenated(h, skip, scale)
         return x if self.conv_shortcut is None else self.conv_shortcut(x)
@@ -120,7 +177,7 @@ def norm_as_it_is(
     gain: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
-    """What our GroupNorm computes before the activation, by a norm that somebody wrapped or replaced."""
+    """What our GroupNorm computes before the activation, by a norm that somebody wrapped, watches or replaced."""
     if skip is not None and scale is not None and position == "after-norm":
         gain, scale = skip_layers.skip_gain(scale, h, skip).to(h.dtype), None
     y = norm(concatenated(h, skip, scale))
@@ -145,19 +202,46 @@ def decoded(
         skip = skips[-1 - k]
         if freeu and all(factors.values()):
             h, skip = apply_freeu(block.resolution_idx, h, skip, **factors)
+        if not skip_layers.is_called_by_class(residual_block, ResnetBlock2D):
+            residual_block = partial(called_as_it_is, residual_block, block.skips.long_skips[k])
         # Positional, and no tensor inside a container: so every way of checkpointing sees them.
-        arguments = (h, temb, skip, block.skips.scale(k, skip), block.skips.policy.position)
         if checkpointed:
-            h = block._gradient_checkpointing_func(residual_block, *arguments)
+            h = block._gradient_checkpointing_func(residual_block, h, temb, skip)
         else:
-            h = residual_block(*arguments)
+            h = residual_block(h, temb, skip)
         h = attend(k, h)
     return h
 
 
-def upsampled(block: Any, h: Tensor, *arguments: object) -> Tensor:
+def called_as_it_is(
+    residual_block: nn.Module, long_skip: LongSkip, h: Tensor, temb: Tensor | None, skip: Tensor
+) -> Tensor:
+    """The output of a residual block that somebody wrapped, watches or replaced: it is given the concatenation.
+
+    Our forward scales the skip in there. Another one may call ours, or may not: before the norm it is given what is
+    scaled already, after the norm it can only be ours that scales.
+    """
+    skip = as_layout(skip, is_channels_last(h))
+    if isinstance(residual_block, ResnetBlock2D) and skip_layers.has_forward_of_class(residual_block):
+        return residual_block(concatenated(h, skip, None), temb)
+    scale, is_after_norm = long_skip.scale(skip), long_skip.network.policy.position == "after-norm"
+    must_take = is_after_norm and scale is not None
+    long_skip.input = "concatenated" if must_take else "scaled"
+    try:
+        y = residual_block(concatenated(h, skip, None if must_take else scale), temb)
+        if long_skip.input == "concatenated":
+            raise ValueError(
+                f"the forward of a {type(residual_block).__name__} was replaced by one that does not call the patched "
+                "forward, so that nothing scales its skip after the norm; use position='before-norm', or unpatch first"
+            )
+        return y
+    finally:
+        long_skip.input = None
+
+
+def upsampled(block: Any, h: Tensor, *arguments: object, **named: object) -> Tensor:
     for upsampler in block.upsamplers or ():
-        h = upsampler(h, *arguments)
+        h = upsampler(h, *arguments, **named)
     return h
 
 
@@ -187,7 +271,7 @@ class ResnetUpsampleBlock2D(unet.ResnetUpsampleBlock2D):
 class AttnUpBlock2D(unet.AttnUpBlock2D):
     def forward(self, hidden_states, res_hidden_states_tuple, temb=None, upsample_size=None, *_, **__):
         h = decoded(self, hidden_states, res_hidden_states_tuple, temb, lambda k, h: self.attentions[k](h))
-        return upsampled(self, h, temb) if self.upsample_type == "resnet" else upsampled(self, h)
+        return upsampled(self, h, temb=temb) if self.upsample_type == "resnet" else upsampled(self, h)
 
 
 class CrossAttnUpBlock2D(unet.CrossAttnUpBlock2D):

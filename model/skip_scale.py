@@ -9,9 +9,10 @@ lies inside the skip (docs/unet.md). ``position="after-norm"`` scales what the n
 Shapes: B batch, T tokens, D width, C channels of the skip, * spatial dimensions.
 """
 
+import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,12 +27,25 @@ SKIP_POSITIONS: tuple[str, ...] = get_args(SkipPosition)
 class SkipScale:
     """What every policy answers. Policies are plain values; what they learn lives in the gates they make.
 
+    One of your own is a frozen dataclass with other answers. It is saved by its name and its fields, and found again
+    by that name wherever its class has been defined before the network is loaded.
+
     Raises:
         ValueError: an unknown position.
     """
 
+    known: ClassVar[dict[str, type["SkipScale"]]] = {}
+    """Every policy by the name that it is saved with."""
+
     position: SkipPosition = field(default="before-norm", kw_only=True)
     """Of a UNet: whether the first norm of a decoder block sees the scaled skip or is scaled itself."""
+
+    def __init_subclass__(cls, **more: Any):
+        super().__init_subclass__(**more)
+        before = SkipScale.known.get(cls.__name__)
+        # Defined again in one place, as in a notebook, it replaces itself; one of another place cannot be saved.
+        if before is None or before.__module__ == cls.__module__:
+            SkipScale.known[cls.__name__] = cls
 
     def __post_init__(self):
         if self.position not in SKIP_POSITIONS:
@@ -176,19 +190,46 @@ def make_skip_scale(name: str, kappa: float = 0.5, position: SkipPosition = "bef
     return policies[name]()
 
 
-def skip_scale_to_dict(policy: SkipScale) -> dict:
-    """A JSON-able description that ``skip_scale_from_dict`` reads."""
-    return {"policy": type(policy).__name__, **asdict(policy)}
+def skip_scale_to_dict(policy: SkipScale) -> dict[str, Any]:
+    """A description for JSON that ``skip_scale_from_dict`` reads.
+
+    Raises:
+        ValueError: a policy of one's own that would not be the same when it is read again.
+    """
+    description = {"policy": type(policy).__name__, **asdict(policy)}
+    try:
+        again = skip_scale_from_dict(json.loads(json.dumps(description)))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{policy} cannot be saved: {error}") from error
+    if type(again) is not type(policy):
+        raise ValueError(f"{policy} cannot be saved: another policy has its name, in {type(again).__module__}")
+    forgotten = vars(policy).keys() - {field.name for field in fields(policy)}
+    if again != policy or forgotten:
+        lost = f"{', '.join(sorted(forgotten))} is no field of it" if forgotten else f"read again it is {again}"
+        raise ValueError(
+            f"{policy} cannot be saved, {lost}: a policy is a frozen dataclass of numbers, texts and tuples of those"
+        )
+    return description
 
 
-def skip_scale_from_dict(description: dict) -> SkipScale:
+def skip_scale_from_dict(description: dict[str, Any]) -> SkipScale:
     """The policy that ``skip_scale_to_dict`` described.
 
     Raises:
-        ValueError: a policy that this version does not know.
+        ValueError: a policy that is not known, or fields that it does not have.
     """
-    policies = {policy.__name__: policy for policy in (Unscaled, InverseSqrt2, ConstantScale, LearnedScale)}
-    name = description.get("policy")
-    if name not in policies:
-        raise ValueError(f"unknown skip-scale policy {name!r}; there are {', '.join(policies)}")
-    return policies[name](**{key: value for key, value in description.items() if key != "policy"})
+    if not isinstance(description, dict):
+        raise ValueError(f"the description of a skip scale is a dictionary, got {description!r}")
+    values: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in description.items()
+    }
+    name = values.pop("policy", None)
+    if not isinstance(name, str) or name not in SkipScale.known:
+        raise ValueError(
+            f"unknown skip-scale policy {name!r}; there are {', '.join(SkipScale.known)}. "
+            "One of your own must be defined before it is read"
+        )
+    try:
+        return SkipScale.known[name](**values)
+    except TypeError as error:
+        raise ValueError(f"{name} of this version cannot be made of {values}: {error}") from error

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
 from scalelong.kernels.group_norm import Scale
-from scalelong.model.backbone import Backbone
+from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, run_block
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1
 from scalelong.model.skip_scale import SkipPosition, SkipScale, Unscaled
-from scalelong.model.time_embedding import time_embedding
+from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,12 @@ class UNetConfig:
     """Added to the variance of every norm."""
 
     def __post_init__(self):
-        # As lists they come from JSON.
-        object.__setattr__(self, "channel_mult", tuple(self.channel_mult))
-        object.__setattr__(self, "attention_resolutions", tuple(self.attention_resolutions))
+        check_whole_numbers(self)
+        for name in ("channel_mult", "attention_resolutions"):
+            value = getattr(self, name)
+            if not isinstance(value, list | tuple) or not all(isinstance(part, int | float) for part in value):
+                raise ValueError(f"{name} is a tuple of numbers, got {value!r}")
+            object.__setattr__(self, name, tuple(value))  # as lists they come from JSON
         for name in ("img_size", "in_channels", "model_channels", "num_res_blocks", "num_heads", "num_groups"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -349,14 +352,15 @@ class UNet(Backbone):
 
         Args:
             x_BCHW: noisy images or latents.
-            t_B: time as the network is fed it (see the head of this file).
+            t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
             y_B: class labels (B,).
 
         Returns:
             The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
 
         Raises:
-            ValueError: an image of another shape than the configuration's, labels missing or not wanted.
+            ValueError: an image of another shape than the configuration's, another number of times or labels than of
+                images, labels missing or not wanted.
         """
         emb_BE = self._embed(x_BCHW, t_B, y_B)
         h_BCHW = self.input_blocks[0](x_BCHW, emb_BE)
@@ -387,6 +391,9 @@ class UNet(Backbone):
             raise ValueError(f"UNet: expected images of shape {expected}, got {tuple(x_BCHW.shape[1:])}")
         if (y_B is None) != (config.num_classes == 0):
             raise ValueError("UNet: " + ("labels are missing" if y_B is None else "this model takes no labels"))
+        t_B = times_of_images(t_B, x_BCHW, "UNet")
+        if y_B is not None:
+            check_labels(y_B, x_BCHW, "UNet")
         dtype = next(self.time_embed.parameters()).dtype
         emb_BE = self.time_embed(time_embedding(t_B, config.model_channels, dtype))
         if self.label_emb is not None:

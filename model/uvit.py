@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from scalelong.kernels.attention import attention
 from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.skip_linear import Scale, skip_linear
-from scalelong.model.backbone import Backbone
+from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
 from scalelong.model.skip_scale import SkipScale, Unscaled
-from scalelong.model.time_embedding import time_embedding
+from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class UViTConfig:
     """An MLP over the time embedding (no published network has one)."""
 
     def __post_init__(self):
+        check_whole_numbers(self)
         for name in ("img_size", "patch_size", "in_channels", "width", "num_heads", "context_dim", "mlp_width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -209,14 +210,15 @@ class UViT(Backbone):
 
         Args:
             x_BCHW: noisy images or latents.
-            t_B: time as the network is fed it (see the head of this file).
+            t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
             y_B: class labels (B,), or text tokens (B, L, context_dim).
 
         Returns:
             The prediction, shaped as ``x_BCHW``.
 
         Raises:
-            ValueError: an image of another shape than the configuration's, labels missing or not wanted.
+            ValueError: an image or text of another shape than the configuration's, another number of times or labels
+                than of images, labels missing or not wanted.
         """
         tokens_BTD = self._embed(x_BCHW, t_B, y_B)
         skips = []
@@ -246,6 +248,13 @@ class UViT(Backbone):
             raise ValueError(
                 "U-ViT: " + ("labels or text are missing" if y_B is None else "this model takes no labels")
             )
+        t_B = times_of_images(t_B, x_BCHW, "U-ViT")
+        if y_B is not None and config.num_classes:
+            check_labels(y_B, x_BCHW, "U-ViT")
+        elif y_B is not None:
+            text = (x_BCHW.shape[0], config.context_tokens, config.context_dim)
+            if y_B.shape != text:
+                raise ValueError(f"U-ViT: expected text of shape {text}, got {tuple(y_B.shape)}")
         patches_BTD = self.patch_embed(x_BCHW)
         tokens = [self.time_embed(time_embedding(t_B, config.width, self.pos_embed.dtype)).unsqueeze(1), patches_BTD]
         if config.num_classes:

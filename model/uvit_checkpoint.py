@@ -9,9 +9,19 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from scalelong.model.checkpoint_file import check_keys, read_state_dict
+from scalelong.model.checkpoint_file import check_dimensions, check_keys, read_state_dict, with_one_dtype
 from scalelong.model.skip_scale import LearnedScale, SkipScale, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig
+
+DIMENSIONS = {
+    "pos_embed": 3,
+    "patch_embed.proj.weight": 4,
+    "mid_block.mlp.fc1.weight": 2,
+    "label_emb.weight": 2,
+    "context_embed.weight": 2,
+    "se.layer1.weight": 2,
+    "se.0.layer1.weight": 2,
+}
 
 
 def load_uvit_checkpoint(
@@ -37,7 +47,7 @@ def load_uvit_checkpoint(
         kappa: of "cs".
 
     Returns:
-        The model in evaluation mode, on the CPU, in the dtype of the tensors, sharing no memory with them.
+        The model in evaluation mode, on the CPU, in the most precise dtype of the tensors, sharing no memory with them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -47,12 +57,14 @@ def load_uvit_checkpoint(
     missing = [k for k in ("pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight") if k not in state]
     if missing:
         raise ValueError(f"not a U-ViT checkpoint: it has no {', '.join(missing)}")
+    check_dimensions(state, DIMENSIONS, "U-ViT")
     config = _config_from_tensors(state, img_size=img_size, patch_size=patch_size, num_heads=num_heads)
     policy = _policy_from_tensors(state, skip_scale, kappa, config.num_tokens)
     with torch.device("meta"):
         model = UViT(config, skip_scale=policy)
     check_keys(state, model.state_dict(), "U-ViT")
     # Assigned rather than copied in, so that the model has the tensors' dtype.
+    state = with_one_dtype(state)
     model.load_state_dict({name: tensor.detach().clone() for name, tensor in state.items()}, assign=True)
     return model.requires_grad_(True).eval()
 

@@ -251,3 +251,28 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "empty.pt").touch()
     with pytest.raises(ValueError, match="cannot read the checkpoint"):
         load_adm_checkpoint(tmp_path / "empty.pt", **SIZES)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"input_blocks.0.0.weight": torch.ones(5)},
+            r"0.0.weight has shape \(5,\), expected 4 dimensions",
+        ),
+        ({"out.2.weight": torch.ones(())}, r"out.2.weight has shape \(\), expected 4 dimensions"),
+        ({"time_embed.0.weight": torch.ones(3)}, "time_embed.0.weight has shape"),
+        ({"out.0.bias": torch.ones(32, dtype=torch.int32)}, "out.0.bias is stored in int32"),
+        ({3: torch.ones(1)}, "found the name 3"),
+    ],
+    ids=str,
+)
+def test_tensors_of_something_else_are_named(change, message):
+    with pytest.raises(ValueError, match=message):
+        load_adm_checkpoint(make_state(SIZES) | change, **SIZES)
+
+
+def test_what_training_puts_around_names_is_taken_off():
+    state = make_state(SIZES)
+    wrapped = {"state_dict": {f"module._orig_mod.{name}": x for name, x in state.items()}}
+    assert load_adm_checkpoint(wrapped, **SIZES).state_dict().keys() == state.keys()  # type: ignore[arg-type]

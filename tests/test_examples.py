@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from programs import start_own_process, start_python
 from safetensors.torch import load_file
@@ -53,3 +54,21 @@ def test_every_policy_trains(tmp_path, skip_scale):
     printed = run("--steps", 2, "--batch-size", 8, "--channels", 8, "--skip-scale", skip_scale, "--output", tmp_path)
     assert len(losses(printed)) == 2
     assert (tmp_path / "samples.png").is_file()
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_with_the_averages_of_all_parameters(tmp_path):
+    small = ("--batch-size", 16, "--channels", 16, "--skip-scale", "ls")
+    run("--steps", 20, "--output", tmp_path / "first", *small)
+    standing = ("--steps", 1, "--learning-rate", 0, "--resume", tmp_path / "first")
+    printed = run("--output", tmp_path / "second", *standing, *small)
+    counts = re.search(r"(\d+) averages of (\d+) parameters", printed)
+    assert counts is not None
+    assert counts[1] == counts[2]
+    files = [tmp_path / name / "state" / "unet" / "diffusion_pytorch_model.safetensors" for name in ("first", "second")]
+    before, after = map(load_file, files)
+    assert any("skip_gates" in name for name in before)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    averages = [load_file(file.parents[1] / "unet_ema" / file.name) for file in files]
+    assert averages[0].keys() == before.keys()
+    assert all((averages[1][name] - averages[0][name]).abs().max() < 0.05 for name in before)

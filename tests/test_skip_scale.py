@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from scalelong.model.skip_scale import (
     ConstantScale,
     InverseSqrt2,
     LearnedScale,
+    SkipScale,
     TokenGate,
     Unscaled,
     make_skip_scale,
@@ -187,4 +189,53 @@ def test_a_policy_survives_json(policy):
 @pytest.mark.parametrize("description", [{"policy": "Magic"}, {"kappa": 0.5}])
 def test_an_unknown_description_is_refused(description):
     with pytest.raises(ValueError, match=r"unknown skip-scale policy .*; there are Unscaled"):
+        skip_scale_from_dict(description)
+
+
+@dataclass(frozen=True)
+class Halving(SkipScale):
+    """A policy of one's own."""
+
+    by: float = 2.0
+    but: tuple[int, ...] = ()
+
+    def scale(self, i, num_skips, skip, gates):
+        return 1.0 if i in self.but else self.by**-i
+
+
+def test_a_policy_of_ones_own_is_saved_and_loaded(tmp_path):
+    policy = Halving(3.0, (1, 2), position="before-norm")
+    assert skip_scale_from_dict(json.loads(json.dumps(skip_scale_to_dict(policy)))) == policy
+    model = UViT(CONFIG, skip_scale=policy)
+    model.save_pretrained(tmp_path)
+    assert UViT.from_pretrained(tmp_path).skip_scale == policy
+
+
+def test_a_policy_of_ones_own_that_is_not_defined_is_named(tmp_path, monkeypatch):
+    UViT(CONFIG, skip_scale=Halving()).save_pretrained(tmp_path)
+    monkeypatch.delitem(SkipScale.known, "Halving")
+    with pytest.raises(ValueError, match=r"config.json .*unknown skip-scale policy 'Halving'.* must be defined before"):
+        UViT.from_pretrained(tmp_path)
+
+
+class Stateful(SkipScale):
+    def __init__(self, factor: float):
+        object.__setattr__(self, "factor", factor)
+        super().__init__()
+
+
+def named_like_ours() -> SkipScale:
+    return type("ConstantScale", (SkipScale,), {"__module__": "elsewhere"})()
+
+
+@pytest.mark.parametrize("make", [lambda: Stateful(0.5), named_like_ours, lambda: Halving(but=[1])])
+def test_a_policy_that_would_not_come_back_is_not_saved(tmp_path, make):
+    with pytest.raises(ValueError, match="cannot be saved"):
+        UViT(CONFIG, skip_scale=make()).save_pretrained(tmp_path)
+    assert skip_scale_from_dict({"policy": "ConstantScale", "kappa": 0.7}) == ConstantScale(0.7)
+
+
+@pytest.mark.parametrize("description", ["cs", None, {"policy": "ConstantScale", "factor": 0.5}, {"policy": {}}])
+def test_a_description_that_does_not_fit_is_refused(description):
+    with pytest.raises(ValueError, match=r"skip scale is a dictionary|cannot be made of|unknown skip-scale policy"):
         skip_scale_from_dict(description)

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from scalelong.model.checkpoint_file import write_tensors
 from scalelong.train import engine as ds
 from scalelong.train.ema import Ema
 from scalelong.train.errors import UserError
@@ -174,7 +175,7 @@ def _write(final: Path, state: dict[str, Any], tensors: dict[str, Tensors]) -> s
         for name, iterator in remaining:
             # Gathered before anything can fail on this rank alone: the others are in the same collectives.
             whole = dict(iterator)
-            save_file(whole, staging / f"{name}.safetensors")
+            write_tensors(whole, staging / f"{name}.safetensors")
         _write_json(staging / "state.json", state)
         hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
         for name in hashes:

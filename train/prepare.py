@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from scalelong.model.checkpoint_file import write_tensors
 from scalelong.train.bad_samples import FILE_NAME as BAD_SAMPLES
 from scalelong.train.command_line import parse, run_command
 from scalelong.train.data import IMAGE_SUFFIXES, Source, decode_image, recognise_source, resize_and_crop
@@ -190,8 +191,6 @@ class Work:
         self._save_bad(shard, bad)
 
     def write_latents(self, shard: Path, indices: range, advance: Callable[[], None]) -> None:
-        from safetensors.torch import save_file
-
         bad: list[BadImage] = []
         moments, labels, batch = [], [], []
         for index, pixels_CHW in self._each(self._pixels, indices, bad):
@@ -206,7 +205,7 @@ class Work:
         if moments:
             staging = shard.with_name(f".{shard.name}.writing")
             tensors = {"moments": torch.cat(moments), "labels": torch.tensor(labels)}
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
+            write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
             staging.rename(shard)
         self._save_bad(shard, bad)
 

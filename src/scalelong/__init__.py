@@ -11,6 +11,7 @@ _PUBLIC = {
     "UViTConfig": "scalelong.model.uvit",
     "load_adm_checkpoint": "scalelong.model.adm_checkpoint",
     "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
+    "PatchedUNet": "scalelong.model.diffusers_loading",
     "PatchReport": "scalelong.model.diffusers_patch",
     "patch_diffusers": "scalelong.model.diffusers_patch",
     "unpatch_diffusers": "scalelong.model.diffusers_patch",
