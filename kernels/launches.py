@@ -4,7 +4,7 @@ A compiled kernel takes its arguments as they are: whoever keeps a ``Prepared`` 
 addresses of tensors differ. It belongs in a plan whose key holds the ``signature`` of each tensor.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
+
+from scalelong.kernels.triton_device import current_device
 
 _TENSOR = object()
 
@@ -94,6 +96,32 @@ class Prepared:
         if self._compiled is not None:
             active: Any = driver.active
             self._run, self._device = self._compiled.run, active.get_current_device()
+
+
+class Plans:
+    """The launches of an operator, each prepared at its first call and kept by what it depends on."""
+
+    MAX_KEPT = 4096  # beyond which all are forgotten: shapes that vary without end must not fill the memory
+
+    def __init__(self) -> None:
+        self._prepared: dict[Hashable, Prepared] = {}
+
+    def launch(self, key: Hashable, make: Callable[[], Launch], tensors: Iterable[Tensor | None]) -> None:
+        """Launches what ``make`` returns, or what it returned before for this key and tensors of these signatures.
+
+        ``tensors`` are those among its arguments, in their order.
+        """
+        given = [x for x in tensors if x is not None]
+        key = (key, *map(signature, tensors))
+        prepared = self._prepared.get(key)
+        if prepared is not None:
+            return prepared(*given)
+        with current_device(given[0]):
+            prepared = prepare(make())
+        if prepared.takes_addresses:
+            if len(self._prepared) >= self.MAX_KEPT:
+                self._prepared.clear()
+            self._prepared[key] = prepared
 
 
 def _mapped(f: Any, values: tuple[Any, ...]) -> Any:
