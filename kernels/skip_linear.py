@@ -211,7 +211,8 @@ def _empty(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) ->
     """Shaped and laid out as ``x``, with so many channels."""
     if not channels_last:
         return x.new_empty((*x.shape[:-1], channels), dtype=dtype)
-    return x.new_empty((x.shape[0], *x.shape[2:], channels), dtype=dtype).movedim(-1, 1)
+    order = (0, *range(2, x.dim()), 1)
+    return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=dtype, device=x.device)
 
 
 def _rows(x: Tensor, channels_last: bool) -> Tensor:

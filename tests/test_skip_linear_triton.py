@@ -30,9 +30,9 @@ def test_every_shape_is_right_in_the_interpreter():
     run_interpreted("-m", "exhaustive")
 
 
-@pytest.mark.parametrize(("product", "itemsize"), TABLES)
-def test_tables_run_from_the_largest_tile_down(product, itemsize):
-    areas = [tile.block_rows * tile.block_cols for tile in TABLES[product, itemsize].tiles]
+@pytest.mark.parametrize(("product", "itemsizes"), [(product, itemsizes) for product, *itemsizes in TABLES])
+def test_tables_run_from_the_largest_tile_down(product, itemsizes):
+    areas = [tile.block_rows * tile.block_cols for tile in TABLES[product, *itemsizes].tiles]
     assert areas == sorted(areas, reverse=True)
 
 
@@ -40,10 +40,10 @@ def test_tables_run_from_the_largest_tile_down(product, itemsize):
 def test_the_shapes_of_public_networks_fill_a_large_gpu(width):
     tokens, multiprocessors = 64 * 257, 132
     for product, cols in (("forward", (width,)), ("inputs", (width, width))):
-        tile = choose_tile(product, 2, (tokens,), cols, multiprocessors)
-        assert tile == TABLES[product, 2].tiles[0]
+        tile = choose_tile(product, 2, 2, (tokens,), cols, multiprocessors)
+        assert tile == TABLES[product, 2, 2].tiles[0]
         assert num_tiles(tile, (tokens,), cols) >= multiprocessors
-    tile = choose_tile("weight", 2, (width, width), (width,), multiprocessors // MAX_SPLITS)
+    tile = choose_tile("weight", 2, 2, (width, width), (width,), multiprocessors // MAX_SPLITS)
     tiles = num_tiles(tile, (width, width), (width,))
     programs = tiles * choose_num_splits(tiles, tokens, multiprocessors)
     assert programs / (-(-programs // multiprocessors) * multiprocessors) > 0.8  # of the last wave, too
