@@ -58,7 +58,7 @@ class _GeluLinear(torch.autograd.Function):
         product = product_dtype(x, dtype)
         with without_autocast(x):
             y = F.linear(_gelu(x, product), weight.to(product), None if bias is None else bias.to(product))
-            return y.to(dtype)
+            return y.to(dtype).detach()  # linear may have returned a view, which nobody could change in place
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,33 +1,19 @@
-"""Runs interpreted_skip_linear.py: Triton reads TRITON_INTERPRET when it is imported, so that takes a new process."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Runs interpreted_skip_linear.py, and holds the tables of tiles to what they promise."""
 
 import pytest
+from interpreting import run_interpreted
 
 from scalelong.kernels.skip_linear_tilings import MAX_SPLITS, TABLES, choose_num_splits, choose_tile, num_tiles
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run_interpreted(*flags: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_skip_linear.py"]
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-8000:]}{result.stderr[-2000:]}"
 
 
 @pytest.mark.slow
 def test_the_kernels_are_right_in_the_interpreter():
-    run_interpreted("-m", "not exhaustive")
+    run_interpreted("interpreted_skip_linear.py", "-m", "not exhaustive")
 
 
 @pytest.mark.exhaustive
 def test_every_shape_is_right_in_the_interpreter():
-    run_interpreted("-m", "exhaustive")
+    run_interpreted("interpreted_skip_linear.py", "-m", "exhaustive")
 
 
 @pytest.mark.parametrize(("product", "itemsizes"), [(product, itemsizes) for product, *itemsizes in TABLES])
