@@ -37,7 +37,7 @@ def second_derivatives(
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        inputs = [
+        inputs: list[Tensor | None] = [
             None if x is None else x.view_as(x) if create_graph and x.requires_grad else x.detach().requires_grad_()
             for x in (dy, *tensors)
         ]
@@ -54,7 +54,6 @@ def second_derivatives(
 
 
 def _gradients(f: Callable[..., Tensor], tensors: Tensors, needed: Sequence[bool], dy: Tensor) -> tuple:
-    is_wanted = [x is not None and need for x, need in zip(tensors, needed, strict=True)]
-    leaves = [x for x, want in zip(tensors, is_wanted, strict=True) if want]
+    leaves = [x for x, need in zip(tensors, needed, strict=True) if x is not None and need]
     found = iter(torch.autograd.grad(f(*tensors), leaves, dy, create_graph=True))
-    return tuple(next(found) if want else None for want in is_wanted)
+    return tuple(next(found) if x is not None and need else None for x, need in zip(tensors, needed, strict=True))

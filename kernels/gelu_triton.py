@@ -74,6 +74,6 @@ def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
     if num > 0:
         _plans.launch(
             kernel,
-            lambda: Launch(kernel, triton.cdiv(num, BLOCK), (*tensors, num), {"BLOCK": BLOCK}, NUM_WARPS),
+            lambda: Launch(kernel, math.ceil(num / BLOCK), (*tensors, num), {"BLOCK": BLOCK}, NUM_WARPS),
             tensors,
         )

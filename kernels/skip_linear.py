@@ -144,9 +144,7 @@ def _forward(tensors: _Tensors, options: _Options) -> Tensor:
     return y
 
 
-def _backward(
-    dy: Tensor, tensors: _Tensors, options: _Options, needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
+def _backward(dy: Tensor, tensors: _Tensors, options: _Options, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors, where they are needed."""
     x, s, scale, weight, bias = tensors
     channels_last = options.channels_last

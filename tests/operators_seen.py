@@ -2,9 +2,9 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 CASTS = ("_to_copy", "copy_")
 
@@ -17,7 +17,7 @@ class OperatorsSeen(TorchDispatchMode):
         self.all: list[tuple[str, list[Tensor]]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         self.all.append((func.overloadpacket.__name__, tensors))
         return func(*args, **(kwargs or {}))
 

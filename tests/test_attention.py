@@ -504,7 +504,7 @@ def test_a_package_says_that_its_derivatives_end(monkeypatch):
     x = qkv(1, 4, 2, 8).requires_grad_()
     y = attention(x, 2, backend="fa3")
     torch.autograd.grad(y.sum(), x, retain_graph=True)
-    with pytest.raises(RuntimeError, match="'fa3' has no second derivative.*sdpa, math, reference have one"):
+    with pytest.raises(RuntimeError, match=r"'fa3' has no second derivative.*sdpa, math, reference have one"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
 
 

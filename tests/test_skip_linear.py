@@ -311,7 +311,7 @@ def test_activations_of_any_dtype_under_autocast():
             assert y.dtype == torch.bfloat16
             grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
             assert [g.dtype for g in grads] == [t.dtype for t in leaves]
-        with pytest.raises(ValueError, match="x is .* float32 on cpu but s is .* float64 on cpu"):
+        with pytest.raises(ValueError, match=r"x is .* float32 on cpu but s is .* float64 on cpu"):
             skip_linear(x, s.double(), 0.5, weight, bias)
 
 
