@@ -15,7 +15,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from scalelong.kernels.launches import Launch, prepare, signature
+from scalelong.kernels.launches import Launch, Plans, prepare, signature
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -202,3 +202,36 @@ def test_what_triton_specialises_on_is_in_the_key():
     others = (x.t(), x[:2], x.double(), torch.zeros(33)[1:].view(4, 8), None)
     assert signature(x) == signature(same)
     assert len({signature(x), *map(signature, others)}) == 6
+
+
+def test_plans_launch_through_triton_once_for_each_signature(gpu):
+    plans, made = Plans(), []
+
+    def launch(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
+        tensors = (x, bias, y)
+        plans.launch("flat", lambda: made.append(tensors) or flat_launch(*tensors), tensors)
+
+    for _ in range(3):
+        launch(torch.zeros(192), None, torch.zeros(192))
+    assert len(made) == 1
+    launch(torch.zeros(192), torch.zeros(192), torch.zeros(192))
+    launch(torch.zeros(193)[1:], None, torch.zeros(192))  # no multiple of 16
+    launch(torch.zeros(192).double(), None, torch.zeros(192))
+    assert len(made) == 4
+    assert len(gpu.launches) == 6
+
+
+def test_plans_keep_no_launch_that_was_not_compiled(gpu):
+    plans, x = Plans(), torch.zeros(192)
+    with patch.object(triton.JITFunction, "run", lambda *_, **__: None):
+        plans.launch("flat", lambda: flat_launch(x, None, x), (x, None, x))
+    plans.launch("flat", lambda: flat_launch(x, None, x), (x, None, x))
+    assert len(gpu.launches) == 1
+
+
+def test_plans_do_not_grow_without_end(gpu, monkeypatch):
+    monkeypatch.setattr(Plans, "MAX_KEPT", 2)
+    plans, x = Plans(), torch.zeros(192)
+    for key in range(5):
+        plans.launch(key, lambda: flat_launch(x, None, x), (x, None, x))
+    assert len(plans._prepared) <= 2
