@@ -8,12 +8,17 @@ Shapes: B batch, T tokens, H heads, D model width, E = D / H width of a head.
 import math
 import warnings
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from scalelong.kernels import attention_backends
-from scalelong.kernels.attention_backends import Backend, join_heads, split_heads
+from scalelong.kernels.attention_backends import PACKAGES, Backend, join_heads, split_heads
+from scalelong.kernels.backend import forced_backend, in_transform
+from scalelong.kernels.double_backward import differentiable_gradients
+from scalelong.kernels.products import without_autocast
 
 
 def attention_ref(qkv_BT3D: Tensor, num_heads: int) -> Tensor:
@@ -56,8 +61,11 @@ FASTEST: tuple[Fastest, ...] = ()
 def attention_backend(qkv: Tensor, num_heads: int) -> str:
     """What ``attention(qkv, num_heads)`` runs: by the table ``FASTEST``, else PyTorch's own choice, "sdpa".
 
-    Under torch.use_deterministic_algorithms only what has a deterministic backward.
+    Under torch.use_deterministic_algorithms only what has a deterministic backward; the reference inside the transforms
+    of torch.func and where ``use_backend`` forces it.
     """
+    if forced_backend() == "reference" or in_transform():
+        return "reference"
     T, E = qkv.shape[1], qkv.shape[2] // (3 * num_heads)
     for entry in FASTEST:
         if (
@@ -82,14 +90,16 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
             the one of that name; "reference" is the plain formula; "auto" takes what ``attention_backend`` says.
 
     Returns:
-        (B, T, D) in the dtype of ``qkv``.
+        (B, T, D) in the dtype of ``qkv``, differentiable; under create_graph=True by the plain formula, which can be
+        differentiated again.
 
     Raises:
         ValueError: a shape that cannot be, no such backend, or a length, head count or dtype that it cannot take;
             names the backends that can.
         RuntimeError: the machine lacks what the backend needs, says what and how to get it; or
             torch.use_deterministic_algorithms is on, ``qkv`` requires grad and the backward is not deterministic.
-            torch.compile leaves these checks out: PyTorch and the packages raise errors of their own there.
+            torch.compile leaves these checks out: PyTorch and the packages raise errors of their own there. So does
+            backward under create_graph=True by one of the packages, whose derivatives end there.
     """
     if qkv.dim() != 3 or qkv.shape[-1] % 3:
         raise ValueError(f"attention: qkv must be (B, T, 3D), got {tuple(qkv.shape)}")
@@ -103,7 +113,38 @@ def attention(qkv: Tensor, num_heads: int, *, backend: str = "auto") -> Tensor:
         raise ValueError(f"attention: unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     elif not torch.compiler.is_compiling():
         _assert_runs(BACKENDS[backend], qkv, num_heads)
-    return BACKENDS[backend].call(qkv, num_heads)
+    out = BACKENDS[backend].call(qkv, num_heads)
+    if backend in ("math", "reference") or not out.requires_grad or torch.compiler.is_compiling():
+        return out
+    return _TwiceDifferentiable.apply(out, qkv, num_heads, backend)
+
+
+class _TwiceDifferentiable(torch.autograd.Function):
+    """``out``, attention over ``qkv`` by kernels without a second derivative, with one by the plain formula.
+
+    It goes round those kernels: under create_graph=True they get no gradient, and ``qkv`` gets that of the formula.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, qkv: Tensor, num_heads: int, backend: str) -> Tensor:
+        ctx.save_for_backward(qkv)
+        ctx.num_heads, ctx.backend = num_heads, backend
+        return out.detach()
+
+    @staticmethod
+    def backward(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
+        if not torch.is_grad_enabled():
+            return d_out, None, None, None
+        if ctx.backend in PACKAGES:
+            raise RuntimeError(
+                f"attention: backend {ctx.backend!r} has no second derivative, as create_graph=True asks for; "
+                "sdpa, math, reference have one"
+            )
+        (qkv,) = ctx.saved_tensors
+        with without_autocast(qkv):
+            formula = partial(attention_ref, num_heads=ctx.num_heads)
+            (d_qkv,) = differentiable_gradients(formula, (qkv,), (True,), d_out)
+        return None, d_qkv, None, None
 
 
 def _assert_runs(backend: Backend, qkv: Tensor, num_heads: int) -> None:

@@ -227,6 +227,7 @@ def _package(
     )
 
 
+PACKAGES = ("fa4", "fa3", "fa2")
 BACKENDS = {
     backend.name: backend
     for backend in (

@@ -1,7 +1,7 @@
 """Which implementation of the operators runs: "triton", "native" (the C++ library for CPUs) or "reference".
 
 CUDA tensors take Triton, CPU tensors the native library; with TRITON_INTERPRET=1, CPU tensors take Triton as well.
-What neither can take (fp64, other devices) is computed by the plain PyTorch reference.
+What neither can take (fp64, other devices, transforms of torch.func) is computed by the plain PyTorch reference.
 """
 
 import os
@@ -48,7 +48,7 @@ def get_backend(tensor: Tensor) -> str:
         if reason is not None:
             raise RuntimeError(f"the backend {forced!r} cannot run: {reason}")
         return forced
-    if tensor.dtype not in FUSED_DTYPES:
+    if tensor.dtype not in FUSED_DTYPES or in_transform():
         return "reference"
     if tensor.device.type == "cuda":
         return "triton" if _why_no_triton() is None else "reference"
@@ -60,6 +60,11 @@ def get_backend(tensor: Tensor) -> str:
         return "native"
     _warn_once()
     return "reference"
+
+
+def in_transform() -> bool:
+    """Inside torch.func.grad, vmap, jvp and their like, which see through the reference alone."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def forced_backend() -> str | None:
@@ -111,6 +116,8 @@ def _why_not(name: str, tensor: Tensor | None = None) -> str | None:
         return None
     if tensor is not None and tensor.dtype not in FUSED_DTYPES:
         return f"it takes float32, bfloat16 and float16, not {str(tensor.dtype).removeprefix('torch.')}"
+    if tensor is not None and in_transform():
+        return "torch.func's transforms see through the reference alone"
     if name == "native":
         if native_library.ERROR is not None:
             return f"{native_library.ERROR}; {native_library.how_to_build()}"

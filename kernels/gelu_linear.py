@@ -6,14 +6,17 @@ pass.
 Shapes: M rows (any leading dimensions), D width of x, O width of the output.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scalelong.kernels import gelu_triton
 from scalelong.kernels.backend import get_backend
-from scalelong.kernels.products import cast_by_autocast, product_dtype
+from scalelong.kernels.double_backward import differentiable_gradients
+from scalelong.kernels.products import autocast_dtype, product_dtype, without_autocast
 
 
 def gelu_linear_ref(x_MD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -24,7 +27,7 @@ def gelu_linear_ref(x_MD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> T
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(gelu(x), weight, bias)`` with the exact gelu.
 
-    torch.compile sees the plain formula, which it recomputes by itself.
+    torch.compile and torch.func's transforms see the plain formula, which torch.compile recomputes by itself.
 
     Args:
         x: (..., D).
@@ -32,7 +35,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         bias: (O,) or None.
 
     Returns:
-        (..., O), differentiable in every argument. Under autocast computed in its dtype, as torch's linear.
+        (..., O), differentiable in every argument. Under autocast the product is in its dtype, as
+        torch's linear has it, whatever that of x.
 
     Raises:
         ValueError: widths that do not fit, naming both shapes.
@@ -41,48 +45,71 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"gelu_linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"gelu_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or get_backend(x) == "reference":
         return gelu_linear_ref(x, weight, bias)
-    return _GeluLinear.apply(*cast_by_autocast(x, weight, bias))
-
-
-def _gelu(x: Tensor) -> Tensor:
-    if get_backend(x) != "native":
-        return F.gelu(x)
-    x = x.contiguous()
-    y = torch.empty_like(x)
-    torch.ops.scalelong_native.gelu_forward.default(y, x)
-    return y
-
-
-def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradient of x, and gelu(x) anew; the native library makes both in one pass and may overwrite ``dy``."""
-    if get_backend(x) != "native" or torch.is_grad_enabled():
-        return torch.ops.aten.gelu_backward(dy, x), F.gelu(x)
-    dy, x = dy.contiguous(), x.contiguous()
-    y = torch.empty_like(x)
-    torch.ops.scalelong_native.gelu_backward.default(dy, y, dy, x)
-    return dy, y
+    return _GeluLinear.apply(x, weight, bias, autocast_dtype(x))
 
 
 class _GeluLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        dtype = product_dtype(x)
-        y = F.linear(_gelu(x).to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-        return y.to(x.dtype)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(x, weight, bias)
+        ctx.dtype = dtype
+        product = product_dtype(x, dtype)
+        with without_autocast(x):
+            y = F.linear(_gelu(x, product), weight.to(product), None if bias is None else bias.to(product))
+            return y.to(dtype).detach()  # linear may have returned a view, which nobody could change in place
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        dtype = product_dtype(x)
-        dx = dweight = activated = None
-        dy_MO = dy.to(dtype).reshape(-1, dy.shape[-1])
-        if needs_x:
-            dx, activated = _gelu_backward((dy_MO @ weight.to(dtype)).to(x.dtype).view(x.shape), x)
-        if needs_weight:
-            activated = _gelu(x) if activated is None else activated
-            dweight = (dy_MO.t() @ activated.to(dtype).reshape(-1, x.shape[-1])).to(weight.dtype)
-        return dx, dweight, dy_MO.sum(dim=0).to(x.dtype) if needs_bias else None
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias = ctx.saved_tensors
+        needed = needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():  # with create_graph=True
+            return *differentiable_gradients(partial(_reference, ctx.dtype), (x, weight, bias), needed, dy), None
+        dx = dweight = dbias = activated = None
+        product = product_dtype(x, ctx.dtype)
+        with without_autocast(x):
+            dy_MO = dy.reshape(-1, dy.shape[-1]).to(product)
+            if needs_x:
+                dx, activated = _gelu_backward((dy_MO @ weight.to(product)).view(x.shape), x)
+            if needs_weight:
+                activated = _gelu(x, product) if activated is None else activated
+                dweight = (dy_MO.t() @ activated.reshape(-1, x.shape[-1])).to(weight.dtype)
+            if needs_bias:
+                dbias = torch.sum(dy_MO, 0, dtype=bias.dtype)
+        return dx, dweight, dbias, None
+
+
+def _gelu(x: Tensor, dtype: torch.dtype) -> Tensor:
+    backend = get_backend(x)
+    if backend == "reference":
+        return F.gelu(x).to(dtype)
+    x = x.contiguous()
+    if backend == "triton":
+        y = torch.empty_like(x, dtype=dtype)
+        gelu_triton.forward(x, y)
+        return y
+    y = torch.empty_like(x)
+    torch.ops.scalelong_native.gelu_forward.default(y, x)
+    return y.to(dtype)
+
+
+def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradient of x in its dtype, and gelu(x) anew in that of ``dy``, which may be overwritten."""
+    backend = get_backend(x)
+    if backend == "reference":
+        return torch.ops.aten.gelu_backward(dy.to(x.dtype), x), F.gelu(x).to(dy.dtype)
+    dtype, x = dy.dtype, x.contiguous()
+    if backend == "triton":
+        dx, y = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
+        gelu_triton.backward(dy, x, dx, y)
+        return dx, y
+    dy, y = dy.to(x.dtype), torch.empty_like(x)
+    torch.ops.scalelong_native.gelu_backward.default(dy, y, dy, x)
+    return dy, y.to(dtype)
+
+
+def _reference(dtype: torch.dtype, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    with without_autocast(x):
+        bias = None if bias is None else bias.to(dtype)
+        return F.linear(F.gelu(x).to(dtype), weight.to(dtype), bias)

@@ -1,20 +1,24 @@
 """The 1x1 shortcut convolution of a scaled skip concatenation (arXiv:2310.13545), without the concatenation.
 
 It is the sum of a product with h and one with s. The scale goes into the weights of s, once or for each sample, so that
-its gradient comes from the gradient of those weights, without a pass over activations.
+its gradient comes from the gradient of those weights, without a pass over activations. In channels_last the positions
+are the rows of skip_linear.
 
 Shapes: N batch, Ch channels of h, Cs channels of the skip s, O channels of the output, P positions,
 * any number of spatial dimensions.
 """
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels.arguments import check_scale, check_skip, described
+from scalelong.kernels.backend import get_backend
 from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
 from scalelong.kernels.products import cast_by_autocast
-from scalelong.kernels.skip_linear import skip_linear
+from scalelong.kernels.skip_linear import projected
 
 
 def skip_conv1x1_ref(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -45,27 +49,50 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
     _check(h, s, weight, bias)
     if isinstance(scale, Tensor):
         scale = check_scale("skip_conv1x1", scale, h, s)
+    if get_backend(h) == "reference":
+        return as_layout(skip_conv1x1_ref(h, s, scale, weight, bias), is_channels_last(h))
     N, Ch, *spatial = h.shape
     weight = weight.flatten(1)
     channels_last = is_channels_last(h)
     h, s = as_layout(h, channels_last), as_layout(s, channels_last)
-    if channels_last:
-        y_NPO = _rows(h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2), scale, weight, bias)
-        return y_NPO.unflatten(1, spatial).movedim(-1, 1)
+    if channels_last and (not isinstance(scale, Tensor) or scale.dim() < 2 or scale.shape[1] == 1):
+        return _rows(h, s, scale, weight, bias)
     weight_h, weight_s = _scaled_weights(scale, weight, Ch)
+    if channels_last:
+        h_NPC, s_NPC = h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2)
+        y_NPO = torch.baddbmm(F.linear(h_NPC, weight_h, bias), s_NPC, weight_s.mT)
+        return _without_view(y_NPO.unflatten(1, spatial).movedim(-1, 1))
     weight_h, weight_s = weight_h.expand(N, -1, -1), weight_s.expand(N, -1, -1)
     h_NCP, s_NCP = h.flatten(2), s.flatten(2)
     y_NOP = torch.bmm(weight_h, h_NCP) if bias is None else torch.baddbmm(bias[:, None], weight_h, h_NCP)
-    return torch.baddbmm(y_NOP, weight_s, s_NCP).unflatten(2, spatial)
+    return _without_view(torch.baddbmm(y_NOP, weight_s, s_NCP).unflatten(2, spatial))
 
 
-def _rows(h_NPC: Tensor, s_NPC: Tensor, scale: Scale, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
-    if not isinstance(scale, Tensor) or scale.dim() < 2:
-        return skip_linear(h_NPC, s_NPC, scale, weight_OC, bias_O)
-    if scale.shape[1] == 1:
-        return skip_linear(h_NPC, s_NPC, scale.expand(h_NPC.shape[:2]), weight_OC, bias_O)
-    weight_h, weight_s_NOC = _scaled_weights(scale, weight_OC, h_NPC.shape[-1])
-    return torch.baddbmm(F.linear(h_NPC, weight_h, bias_O), s_NPC, weight_s_NOC.mT)
+def _without_view(y: Tensor) -> Tensor:
+    return y if torch.compiler.is_compiling() else _WithoutView.apply(y)
+
+
+class _WithoutView(torch.autograd.Function):
+    """The same tensor, of which autograd does not know that it is a view of another, which nobody else has."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.detach()
+
+    @staticmethod
+    def backward(ctx: Any, dx: Tensor) -> Tensor:
+        return dx
+
+
+def _rows(h: Tensor, s: Tensor, scale: Scale, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
+    """By ``skip_linear``, with a position for a token."""
+    if isinstance(scale, Tensor) and scale.dim() == 2:
+        scale = scale.expand(-1, h.shape[2:].numel())
+    if not torch.compiler.is_compiling():
+        return projected(h, s, scale, weight_OC, bias_O, channels_last=True)
+    h_NPC, s_NPC = h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2)
+    y_NPO = projected(h_NPC, s_NPC, scale, weight_OC, bias_O, channels_last=False)
+    return y_NPO.unflatten(1, h.shape[2:]).movedim(-1, 1)
 
 
 def _scaled_weights(scale: Scale, weight_OC: Tensor, Ch: int) -> tuple[Tensor, Tensor]:

@@ -3,12 +3,13 @@
 Neither the concatenation nor the scaled skip is written: linear is the sum of one product with x and one with s. A
 scale that does not depend on the token goes into the weights of s, and its gradient comes from the gradient of those
 weights, without a pass over activations. On a GPU the sum is one product of two sources, with a factor for each token
-applied in between.
+applied in between; under autocast it reads fp32 inputs as they are and writes their gradients in fp32.
 
 Shapes: B batch, T tokens, M = B T, D1 width of the stream x, D2 width of the skip s, O width of the output.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -18,10 +19,18 @@ from torch import Tensor
 
 from scalelong.kernels import skip_linear_gemm, skip_linear_triton
 from scalelong.kernels.arguments import described, none_as_empty
-from scalelong.kernels.backend import forced_backend, get_backend
-from scalelong.kernels.products import cast_by_autocast, product_dtype
+from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
+from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
+from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
 
 Scale = Tensor | float | None
+
+# What runs in Triton on a GPU, the rest by the BLAS library over copies in 16 bits. Chosen by modelled traffic, until
+# bench_skip_linear.py has rows of a GPU. One product rounds its sum once, where the library would round twice. fp32
+# operands are the heavier case: at 64 x 257 tokens of width 512, forward reads 67 MB where copies would cost 67 read,
+# 34 written and 34 read again, 34 us at 3 TB/s beside a product of 30 us; backward's weights read the same 67 MB, and
+# its inputs are written once, in fp32, with the scale of their row.
+IN_TRITON = {"16 bits": ("forward",), "fp32 operands": ("forward", "inputs", "weight")}
 
 
 def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -42,24 +51,32 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
         weight: (O, D1 + D2).
         bias: (O,) or None.
 
-    All but the scale have one dtype: fp32, bf16 or fp16; fp64 runs the reference. Under autocast they are cast as for
-    torch's linear.
+    All but the scale have one dtype: fp32, bf16 or fp16; fp64 and torch.func's transforms run the reference. Under
+    autocast each may have its own, and the product is in autocast's, as torch's linear has it.
 
     Returns:
-        (B, T, O), differentiable in every tensor argument. Backward keeps x, s and the parameters.
+        (B, T, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them.
     """
-    x, s, weight, bias = cast_by_autocast(x, s, weight, bias)  # type: ignore[assignment]
     _check(x, s, scale, weight, bias)
     if get_backend(x) == "reference":
         return skip_linear_ref(x, s, scale, weight, bias)
-    tensors = _Tensors(x, s, scale if isinstance(scale, Tensor) else None, weight, bias)
-    float_scale = 1.0 if scale is None or isinstance(scale, Tensor) else float(scale)
-    if torch.compiler.is_compiling():
-        return torch.ops.scalelong.skip_linear(*tensors, float_scale)
-    return _SkipLinear.apply(*tensors, float_scale)
+    return projected(x, s, scale, weight, bias, channels_last=False)
+
+
+def projected(
+    x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None, *, channels_last: bool
+) -> Tensor:
+    """What ``skip_linear`` computes, unchecked; or, ``channels_last``, on images (N, C, *) that lie in that layout."""
+    is_tensor = isinstance(scale, Tensor)
+    tensors = _Tensors(x, s, scale if is_tensor else None, weight, bias)
+    float_scale = 1.0 if scale is None or is_tensor else float(scale)
+    dtype = autocast_dtype(x)
+    if torch.compiler.is_compiling() and not channels_last:
+        return torch.ops.scalelong.skip_linear(*tensors, float_scale, dtype)
+    return _SkipLinear.apply(*tensors, _Options(float_scale, dtype, channels_last))
 
 
 class _Tensors(NamedTuple):
@@ -70,106 +87,135 @@ class _Tensors(NamedTuple):
     bias: Tensor | None
 
 
+class _Options(NamedTuple):
+    float_scale: float
+    dtype: torch.dtype
+    """Of the output."""
+    channels_last: bool = False
+
+
 class _SkipLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.float_scale = arguments
+        *tensors, ctx.options = arguments
         ctx.save_for_backward(*tensors)
-        return _forward(_Tensors(*tensors), ctx.float_scale)
+        return _forward(_Tensors(*tensors), ctx.options)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
-        tensors = _Tensors(*ctx.saved_tensors)
-        return *_backward(dy, tensors, ctx.float_scale, ctx.needs_input_grad), None
+        tensors, needed = _Tensors(*ctx.saved_tensors), ctx.needs_input_grad[:5]
+        if torch.is_grad_enabled():  # with create_graph=True
+            return *differentiable_gradients(partial(_reference, ctx.options), tensors, needed, dy), None
+        return *_backward(dy, tensors, ctx.options, needed), None
 
 
 class _Products(NamedTuple):
-    """What the matrix products work on: the scale is either folded into the weights of s or a factor of each row."""
+    """What the matrix products work on: the scale is folded into the weights of s, a factor of each row, or a float."""
 
     x_MD1: Tensor
     s_MD2: Tensor
     row_scale_M: Tensor | None
     weight_x_OD1: Tensor
     weight_s_OD2: Tensor
+    float_scale: float
 
 
-def _products(tensors: _Tensors, float_scale: float) -> _Products:
+def _products(tensors: _Tensors, options: _Options) -> _Products:
+    """The weights in the dtype of the product, the activations as they are: copies are up to who needs them."""
     x, s, scale, weight, _ = tensors
-    dtype = x.dtype if get_backend(x) == "triton" else product_dtype(x)
-    weight_x, weight_s = _dense_rows(weight.to(dtype)).split((x.shape[-1], s.shape[-1]), dim=1)
-    row_scale = scale.reshape(-1) if scale is not None and scale.dim() > 1 else None
-    if row_scale is None and (scale is not None or float_scale != 1.0):
-        weight_s = (weight_s * (float_scale if scale is None else scale)).to(dtype)
-    return _Products(_rows(x, dtype), _rows(s, dtype), row_scale, weight_x, weight_s)
+    float_scale, dtype, channels_last = options
+    D1 = x.shape[1] if channels_last else x.shape[-1]
+    weight = _dense_rows(weight.to(product_dtype(x, dtype)))
+    weight_s = weight[:, D1:]
+    row_scale = None
+    if scale is not None and scale.dim() > 1:
+        row_scale = scale.reshape(-1)
+    elif scale is not None:
+        weight_s = (weight_s * scale).to(weight.dtype)
+    return _Products(_rows(x, channels_last), _rows(s, channels_last), row_scale, weight[:, :D1], weight_s, float_scale)
 
 
-def _forward(tensors: _Tensors, float_scale: float) -> Tensor:
+def _forward(tensors: _Tensors, options: _Options) -> Tensor:
     x, _, _, weight, bias = tensors
-    products = _products(tensors, float_scale)
-    y_MO = products.x_MD1.new_empty(products.x_MD1.shape[0], weight.shape[0])
-    _forward_form(x).forward(*products, None if bias is None else bias.to(y_MO.dtype), y_MO)
-    return y_MO.to(x.dtype).view(*x.shape[:-1], weight.shape[0])
+    with without_autocast(x):
+        *products, float_scale = _products(tensors, options)
+        y = _empty(x, weight.shape[0], options.dtype, options.channels_last)
+        _form("forward", tensors, options).forward(*products, bias, _rows(y, options.channels_last), float_scale)
+    return y
 
 
-def _backward(dy: Tensor, tensors: _Tensors, float_scale: float, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _backward(dy: Tensor, tensors: _Tensors, options: _Options, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors, where they are needed."""
-    if torch.is_grad_enabled():  # with create_graph=True
-        return _backward_of_reference(dy, tensors, float_scale, needed)
-    x, _, scale, weight, _ = tensors
-    needs_x, needs_s, needs_scale, needs_weight, needs_bias = needed[:5]
-    products = _products(tensors, float_scale)
-    x_MD1, s_MD2, row_scale_M, weight_x, weight_s = products
-    dy_MO = _rows(dy, x_MD1.dtype)
-    form = _backward_form(x)
-    dx = ds = dscale = dweight = None
-
-    needs_row_scale = needs_scale and row_scale_M is not None
-    if needs_x or needs_s or needs_row_scale:
-        dx = x_MD1.new_empty(x_MD1.shape) if needs_x else None
-        ds = s_MD2.new_empty(s_MD2.shape) if needs_s or needs_row_scale else None
-        if needs_row_scale:
-            dscale = s_MD2.new_empty(s_MD2.shape[0], dtype=torch.float32)
-        form.backward_inputs(dy_MO, weight_x, weight_s, s_MD2, row_scale_M, dx, ds, dscale)
-    if needs_weight or (needs_scale and not needs_row_scale):
-        dweight = weight.new_empty(weight.shape, dtype=x_MD1.dtype)
-        form.backward_weight(dy_MO, x_MD1, s_MD2, row_scale_M, dweight)
-        if row_scale_M is None:
-            # So far that of the weights with the scale in them.
-            dweight_s = dweight[:, x.shape[-1] :]
-            if scale is not None and needs_scale:
-                dscale = dweight_s.float() * weight[:, x.shape[-1] :].float()
-                dscale = dscale.sum() if scale.dim() == 0 else dscale.sum(dim=0)
-            if scale is not None or float_scale != 1.0:
-                dweight_s *= float_scale if scale is None else scale
-    dbias = dy_MO.sum(dim=0) if needs_bias else None
-    grads = zip((dx, ds if needs_s else None, dscale, dweight if needs_weight else None, dbias), tensors, strict=True)
-    return tuple(None if x is None or grad is None else grad.to(x.dtype).view(x.shape) for grad, x in grads)
-
-
-def _backward_of_reference(
-    dy: Tensor, tensors: _Tensors, float_scale: float, needed: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
     x, s, scale, weight, bias = tensors
-    y = skip_linear_ref(x, s, float_scale if scale is None else scale, weight, bias)
-    wanted = [x for x, need in zip(tensors, needed, strict=False) if x is not None and need]
-    grads = iter(torch.autograd.grad(y, wanted, dy, create_graph=True))
-    return tuple(None if x is None or not need else next(grads) for x, need in zip(tensors, needed, strict=False))
+    channels_last = options.channels_last
+    needs_x, needs_s, needs_scale, needs_weight, needs_bias = needed[:5]
+    dx = ds = dscale = dweight = dbias = None
+    with without_autocast(x):
+        x_MD1, s_MD2, row_scale, weight_x, weight_s, float_scale = _products(tensors, options)
+        dy_MO = _rows(dy, channels_last).to(weight_x.dtype)
+        needs_row_scale = needs_scale and row_scale is not None
+        if needs_x or needs_s or needs_row_scale:
+            dx = _empty(x, x_MD1.shape[1], x.dtype, channels_last) if needs_x else None
+            ds = _empty(s, s_MD2.shape[1], s.dtype, channels_last) if needs_s else None
+            dscale = s_MD2.new_empty(s_MD2.shape[0], dtype=torch.float32) if needs_row_scale else None
+            rows = (None if grad is None else _rows(grad, channels_last) for grad in (dx, ds))
+            form = _form("inputs", tensors, options)
+            form.backward_inputs(dy_MO, weight_x, weight_s, s_MD2, row_scale, *rows, dscale, float_scale)
+        if needs_weight or (needs_scale and not needs_row_scale):
+            dweight = weight.new_empty(weight.shape)
+            form = _form("weight", tensors, options)
+            form.backward_weight(dy_MO, x_MD1, s_MD2, row_scale, dweight, float_scale)
+            if scale is not None and row_scale is None:
+                # So far that of the weights with the scale in them.
+                dweight_s = dweight[:, x_MD1.shape[1] :]
+                if needs_scale:
+                    dscale = dweight_s.float() * weight[:, x_MD1.shape[1] :].float()
+                    dscale = dscale.sum() if scale.dim() == 0 else dscale.sum(dim=0)
+                dweight_s *= scale
+        if bias is not None and needs_bias:
+            dbias = torch.sum(dy_MO, 0, dtype=bias.dtype)
+    if scale is not None and dscale is not None:
+        dscale = dscale.to(scale.dtype).view(scale.shape)
+    return dx, ds, dscale, dweight if needs_weight else None, dbias
 
 
-def _forward_form(x: Tensor) -> ModuleType:
-    """On a GPU in 16 bits one product of two sources: the library would round the first before it adds the second."""
-    needs_one_product = x.dtype != torch.float32 and get_backend(x) == "triton"
-    return skip_linear_triton if needs_one_product else _backward_form(x)
+def _reference(options: _Options, *tensors: Tensor | None) -> Tensor:
+    x, s, scale, weight, bias = tensors
+    assert x is not None
+    float_scale, dtype, channels_last = options
+    with without_autocast(x):
+        x, s, weight, bias = (None if tensor is None else tensor.to(dtype) for tensor in (x, s, weight, bias))
+        if channels_last:
+            x, s = x.movedim(1, -1), s.movedim(1, -1)  # type: ignore[union-attr]
+            scale = scale.view(x.shape[:-1]).unsqueeze(-1) if scale is not None and scale.dim() > 1 else scale
+        y = skip_linear_ref(x, s, float_scale if scale is None else scale, weight, bias)  # type: ignore[arg-type]
+        return y.movedim(-1, 1) if channels_last else y
 
 
-def _backward_form(x: Tensor) -> ModuleType:
-    """The BLAS library, until a GPU has measured the Triton kernels to be faster; those where they are asked for."""
-    is_asked = forced_backend() == "triton" or x.device.type == "cpu"
-    return skip_linear_triton if is_asked and get_backend(x) == "triton" else skip_linear_gemm
+def _form(product: str, tensors: _Tensors, options: _Options) -> ModuleType:
+    """Which of the two ways to multiply takes "forward", "inputs" or "weight"."""
+    x, s, _, _, _ = tensors
+    if get_backend(x) != "triton":
+        return skip_linear_gemm
+    if forced_backend() == "triton" or x.device.type == "cpu":
+        return skip_linear_triton
+    if options.dtype == torch.float32:
+        return skip_linear_gemm
+    operands = "16 bits" if x.dtype == s.dtype == options.dtype else "fp32 operands"
+    return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_gemm
 
 
-def _rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    return _dense_rows(x.to(dtype).reshape(-1, x.shape[-1]))
+def _empty(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Shaped and laid out as ``x``, with so many channels."""
+    if not channels_last:
+        return x.new_empty((*x.shape[:-1], channels), dtype=dtype)
+    order = (0, *range(2, x.dim()), 1)
+    return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=dtype, device=x.device)
+
+
+def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    x = x.movedim(1, -1) if channels_last else x
+    return _dense_rows(x.reshape(-1, x.shape[-1]))
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -178,48 +224,67 @@ def _dense_rows(x: Tensor) -> Tensor:
 
 
 _ARGUMENTS = "Tensor x, Tensor s, Tensor? scale, Tensor weight, Tensor? bias, float float_scale"
-torch.library.define("scalelong::skip_linear", f"({_ARGUMENTS}) -> Tensor", tags=torch.Tag.pt2_compliant_tag)
+torch.library.define(
+    "scalelong::skip_linear", f"({_ARGUMENTS}, ScalarType? dtype=None) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
 torch.library.define(
     "scalelong::skip_linear_backward",
-    f"(Tensor dy, {_ARGUMENTS}, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"(Tensor dy, {_ARGUMENTS}, ScalarType dtype, bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl("scalelong::skip_linear", "default")
-def _(*arguments: Any) -> Tensor:
-    return _forward(_Tensors(*arguments[:5]), arguments[5])
+def _(x, s, scale, weight, bias, float_scale, dtype=None):
+    return _forward(_Tensors(x, s, scale, weight, bias), _Options(float_scale, dtype or x.dtype))
 
 
 @torch.library.impl("scalelong::skip_linear_backward", "default")
-def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+def _(dy: Tensor, x, s, scale, weight, bias, float_scale, dtype, needed) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        return none_as_empty(_backward(dy, _Tensors(*arguments[:5]), *arguments[5:]), dy)
+        grads = _backward(dy, _Tensors(x, s, scale, weight, bias), _Options(float_scale, dtype), needed)
+        return none_as_empty(grads, dy)
 
 
 @torch.library.register_fake("scalelong::skip_linear")
-def _(x, s, scale, weight, bias, float_scale):
-    return x.new_empty(*x.shape[:-1], weight.shape[0])
+def _(x, s, scale, weight, bias, float_scale, dtype=None):
+    return x.new_empty((*x.shape[:-1], weight.shape[0]), dtype=dtype)
 
 
 @torch.library.register_fake("scalelong::skip_linear_backward")
-def _(dy, x, s, scale, weight, bias, float_scale, needed):
+def _(dy, x, s, scale, weight, bias, float_scale, dtype, needed):
     tensors = zip((x, s, scale, weight, bias), needed, strict=True)
     return none_as_empty((x.new_empty(x.shape) if x is not None and need else None for x, need in tensors), dy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.float_scale = inputs[5]
+    *tensors, ctx.float_scale, ctx.dtype = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _backward_of_operator(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    needed = ctx.needs_input_grad[:5]
-    grads = torch.ops.scalelong.skip_linear_backward(dy, *ctx.saved_tensors, ctx.float_scale, needed)
-    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None
+    needed, tensors = ctx.needs_input_grad[:5], ctx.saved_tensors
+    dtype = ctx.dtype or tensors[0].dtype
+    grads = torch.ops.scalelong.skip_linear_backward(dy, *tensors, ctx.float_scale, dtype, needed)
+    return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, float_scale, dtype, ctx.needed = inputs
+    ctx.options = _Options(float_scale, dtype)
+    ctx.save_for_backward(*tensors)
+
+
+def _backward_of_backward(ctx: Any, *ddgrads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dy, *tensors = ctx.saved_tensors
+    reference, wanted = partial(_reference, ctx.options), ctx.needs_input_grad[:6]
+    return *second_derivatives(reference, tensors, ctx.needed, dy, ddgrads, wanted), None, None, None
 
 
 torch.library.register_autograd("scalelong::skip_linear", _backward_of_operator, setup_context=_setup_context)
+torch.library.register_autograd(
+    "scalelong::skip_linear_backward", _backward_of_backward, setup_context=_setup_second_context
+)
 
 
 def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
@@ -233,8 +298,12 @@ def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
         )
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"skip_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+    casts = x.dtype in FUSED_DTYPES and is_autocast(x.device.type)
     for name, tensor in (("s", s), ("weight", weight), ("bias", bias)):
-        if tensor is not None and (tensor.dtype != x.dtype or tensor.device != x.device):
+        if tensor is None:
+            continue
+        fits = tensor.dtype in FUSED_DTYPES if casts else tensor.dtype == x.dtype
+        if not fits or tensor.device != x.device:
             raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
     if isinstance(scale, Tensor):
         B, T, D2 = s.shape

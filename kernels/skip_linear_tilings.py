@@ -29,22 +29,31 @@ class Table:
 
 
 _HALF = "usual tiles of 16-bit GEMMs on Hopper; spills of Triton 3.6.0 and 3.7.1 compiling them; not yet timed"
+_WIDE = "those of 16 bits, with fp32 operands in shared memory, as far as Triton 3.7.1 compiles them; not yet timed"
 _SINGLE = "IEEE fp32 has no tensor cores: what Triton 3.6.0 and 3.7.1 compile without spills; not yet timed"
 
-# By product and bytes of an element.
-TABLES: Mapping[tuple[str, int], Table] = {
-    ("forward", 2): Table(
+# By product, bytes of its elements, and bytes of the elements that its first operand is read in.
+TABLES: Mapping[tuple[str, int, int], Table] = {
+    ("forward", 2, 2): Table(
         _HALF, (Tile(128, 256, 64, 8, 3, spill_bytes=56), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
     ),
-    ("inputs", 2): Table(
+    ("inputs", 2, 2): Table(
         _HALF, (Tile(256, 128, 64, 8, 3, spill_bytes=24), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
     ),
-    ("weight", 2): Table(
+    ("weight", 2, 2): Table(
         _HALF, (Tile(128, 256, 64, 8, 3, spill_bytes=152), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
     ),
-    ("forward", 4): Table(_SINGLE, (Tile(128, 64, 16, 4, 3),)),
-    ("inputs", 4): Table(_SINGLE, (Tile(128, 64, 16, 4, 3),)),
-    ("weight", 4): Table(_SINGLE, (Tile(128, 64, 16, 4, 3),)),
+    ("forward", 2, 4): Table(
+        _WIDE, (Tile(128, 256, 64, 8, 3, spill_bytes=56), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
+    ),
+    # A tile twice as large holds too much when it writes fp32 and reads an fp32 skip for the gradient of its scale.
+    ("inputs", 2, 4): Table(_WIDE, (Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))),
+    ("weight", 2, 4): Table(
+        _WIDE, (Tile(128, 256, 64, 8, 3, spill_bytes=168), Tile(128, 128, 64, 8, 3), Tile(64, 64, 64, 4, 4))
+    ),
+    ("forward", 4, 4): Table(_SINGLE, (Tile(128, 64, 16, 4, 3),)),
+    ("inputs", 4, 4): Table(_SINGLE, (Tile(128, 64, 16, 4, 3),)),
+    ("weight", 4, 4): Table(_SINGLE, (Tile(128, 64, 16, 4, 3),)),
 }
 
 # Neighbouring programs take a column of so many tiles before the next one, so that they share operands in L2.
@@ -65,10 +74,15 @@ def num_tiles(tile: Tile, num_rows: tuple[int, ...], num_cols: tuple[int, ...]) 
 
 @cache
 def choose_tile(
-    product: str, itemsize: int, num_rows: tuple[int, ...], num_cols: tuple[int, ...], num_programs: int
+    product: str,
+    itemsize: int,
+    read_itemsize: int,
+    num_rows: tuple[int, ...],
+    num_cols: tuple[int, ...],
+    num_programs: int,
 ) -> Tile:
     """``product`` is "forward", "inputs" or "weight"; its result is as in ``num_tiles``."""
-    tiles = TABLES[product, itemsize].tiles
+    tiles = TABLES[product, itemsize, read_itemsize].tiles
     return next((tile for tile in tiles if num_tiles(tile, num_rows, num_cols) >= num_programs), tiles[-1])
 
 

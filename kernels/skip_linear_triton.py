@@ -1,7 +1,9 @@
 """The Triton kernels of ``skip_linear`` (skip_linear.py says what it computes) and what launches them.
 
 Each product is one kernel over both inputs: neither their concatenation nor the scaled skip is ever written. A scale
-of a row s is applied to the fp32 accumulator, or in registers on the way to a product that sums over the rows.
+of a row s is applied to the fp32 accumulator, or in registers on the way to a product that sums over the rows. x and s
+may be wider than the product: they are read as they are and rounded in registers, their gradients are written from the
+fp32 accumulator.
 
 Shapes: M tokens of all images, D1 width of x, D2 width of the skip s, O (OUT in kernels) width of y. Only the last
 axis has to be dense. The tiles: skip_linear_tilings.py.
@@ -18,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 from triton import knobs
 
+from scalelong.kernels.launches import Launch, Plans
 from scalelong.kernels.skip_linear_tilings import (
     GROUP_ROWS,
     MAX_SPLITS,
@@ -26,7 +29,7 @@ from scalelong.kernels.skip_linear_tilings import (
     choose_tile,
     num_tiles,
 )
-from scalelong.kernels.triton_device import current_device, multiprocessors
+from scalelong.kernels.triton_device import multiprocessors
 
 # The interpreter's dot takes bf16 for integers.
 _WIDENS_OPERANDS = tl.constexpr(knobs.runtime.interpret)
@@ -50,7 +53,10 @@ def _add_product(
     acc, a_ptr, b_ptr, k_scale_ptr, row, col, num_rows, num_cols, K,
     a_row_stride, a_k_stride, b_k_stride, b_col_stride, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """acc + a @ b for those rows of a (num_rows, K) and columns of b (K, num_cols); ``k_scale`` (K,) multiplies a."""
+    """acc + a @ b for those rows of a (num_rows, K) and columns of b (K, num_cols), in the type of b.
+
+    ``k_scale`` (K,) multiplies a.
+    """
     k = tl.arange(0, BLOCK_K)
     a_pointers = a_ptr + row[:, None] * a_row_stride + k[None, :] * a_k_stride
     b_pointers = b_ptr + k[:, None] * b_k_stride + col[None, :] * b_col_stride
@@ -61,6 +67,7 @@ def _add_product(
         if k_scale_ptr is not None:
             k_scale = tl.load(k_scale_ptr + first + k, mask=inside, other=0.0).to(tl.float32)
             a = (a.to(tl.float32) * k_scale[None, :]).to(a.dtype)
+        a = a.to(b.dtype)
         if _WIDENS_OPERANDS:
             a, b = a.to(tl.float32), b.to(tl.float32)
         acc = tl.dot(a, b, acc, input_precision="ieee")
@@ -99,6 +106,7 @@ def _skip_linear_fwd_kernel(
     weight_x_stride,
     weight_s_stride,
     y_stride,
+    float_scale,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -108,8 +116,7 @@ def _skip_linear_fwd_kernel(
     m, o = _indices(row_tile, BLOCK_ROWS), _indices(col_tile, BLOCK_COLS)
     y = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
     y = _add_product(y, s_ptr, weight_s_ptr, None, m, o, M, OUT, D2, s_stride, 1, 1, weight_s_stride, BLOCK_K)
-    if row_scale_ptr is not None:
-        y *= _row_scale(row_scale_ptr, m, M)
+    y *= float_scale if row_scale_ptr is None else _row_scale(row_scale_ptr, m, M)
     y = _add_product(y, x_ptr, weight_x_ptr, None, m, o, M, OUT, D1, x_stride, 1, 1, weight_x_stride, BLOCK_K)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + o, mask=o < OUT, other=0.0).to(tl.float32)[None, :]
@@ -136,6 +143,7 @@ def _skip_linear_bwd_inputs_kernel(
     s_stride,
     dx_stride,
     ds_stride,
+    float_scale,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -156,7 +164,7 @@ def _skip_linear_bwd_inputs_kernel(
     dinput = _add_product(dinput, dy_ptr, weight_ptr, None, m, d, M, D, OUT, dy_stride, 1, weight_stride, 1, BLOCK_K)
     if is_skip:
         if ds_ptr is not None:
-            scale = 1.0 if row_scale_ptr is None else _row_scale(row_scale_ptr, m, M)
+            scale = float_scale if row_scale_ptr is None else _row_scale(row_scale_ptr, m, M)
             _store(ds_ptr, scale * dinput, m, d, M, D2, ds_stride, 1)
         if partial_drow_ptr is not None:
             mask = (m < M)[:, None] & (d < D2)[None, :]
@@ -184,6 +192,7 @@ def _skip_linear_bwd_weight_kernel(
     s_stride,
     dweight_split_stride,
     dweight_stride,
+    float_scale,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLS: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -212,6 +221,8 @@ def _skip_linear_bwd_weight_kernel(
         dweight = _add_product(
             zero, s_ptr, dy_ptr, row_scale_ptr, d, o, D2, OUT, num_tokens, 1, s_stride, dy_stride, 1, BLOCK_K
         )
+        if row_scale_ptr is None:
+            dweight *= float_scale
         _store(dweight_ptr + D1, dweight, d, o, D2, OUT, 1, dweight_stride)
 
 
@@ -223,15 +234,24 @@ def forward(
     weight_s_OD2: Tensor,
     bias_O: Tensor | None,
     y_MO: Tensor,
+    float_scale: float = 1.0,
 ) -> None:
-    """Fills y with x @ weight_x.T + row_scale * (s @ weight_s.T) + bias, rounded once."""
-    (M, D1), D2, OUT = x_MD1.shape, s_MD2.shape[1], y_MO.shape[1]
-    rows, cols = (M,), (OUT,)
-    tile = choose_tile("forward", x_MD1.element_size(), rows, cols, multiprocessors(x_MD1.get_device()))
-    strides = (x_MD1.stride(0), s_MD2.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), y_MO.stride(0))
+    """Fills y with x @ weight_x.T + scale * (s @ weight_s.T) + bias, rounded once.
+
+    The scale is that of the row or, where there is none, ``float_scale``. In the dtype of the weights; x and s may be
+    wider.
+    """
+
+    def make() -> Launch:
+        (M, D1), D2, OUT = x_MD1.shape, s_MD2.shape[1], y_MO.shape[1]
+        rows, cols = (M,), (OUT,)
+        tile = choose_tile("forward", *_itemsizes(weight_x_OD1, x_MD1, s_MD2), rows, cols, _multiprocessors(x_MD1))
+        strides = (x_MD1.stride(0), s_MD2.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), y_MO.stride(0))
+        arguments = (*tensors, M, OUT, D1, D2, *strides, float_scale)
+        return _launch(_skip_linear_fwd_kernel, tile, num_tiles(tile, rows, cols), arguments)
+
     tensors = (x_MD1, s_MD2, _dense(row_scale_M), weight_x_OD1, weight_s_OD2, _dense(bias_O), y_MO)
-    with current_device(x_MD1):
-        _launch(_skip_linear_fwd_kernel, tile, (num_tiles(tile, rows, cols),), *tensors, M, OUT, D1, D2, *strides)
+    _plans.launch(("forward", float_scale), make, tensors)
 
 
 def backward_inputs(
@@ -243,51 +263,84 @@ def backward_inputs(
     dx_MD1: Tensor | None,
     ds_MD2: Tensor | None,
     drow_M: Tensor | None,
+    float_scale: float = 1.0,
 ) -> None:
-    """Fills those of dx, ds and the fp32 gradient of the row scale that are given."""
+    """Fills those of dx, ds and the fp32 gradient of the row scale that are given; dx and ds in dtypes of their own."""
     (M, OUT), D1, D2 = dy_MO.shape, weight_x_OD1.shape[1], weight_s_OD2.shape[1]
     needs_skip = ds_MD2 is not None or drow_M is not None
     rows, cols = (M,), (0 if dx_MD1 is None else D1, D2 if needs_skip else 0)
-    tile = choose_tile("inputs", dy_MO.element_size(), rows, cols, multiprocessors(dy_MO.get_device()))
+    tile = choose_tile("inputs", *_itemsizes(dy_MO, s_MD2, s_MD2), rows, cols, _multiprocessors(dy_MO))
     partial_drow = None
     if drow_M is not None:
         partial_drow = drow_M.new_empty((math.ceil(D2 / tile.block_cols), M), dtype=torch.float32)
-    strides = (dy_MO.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), s_MD2.stride(0))
-    strides += tuple(0 if gradient is None else gradient.stride(0) for gradient in (dx_MD1, ds_MD2))
+
+    def make() -> Launch:
+        strides = (dy_MO.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), s_MD2.stride(0))
+        strides += tuple(0 if gradient is None else gradient.stride(0) for gradient in (dx_MD1, ds_MD2))
+        arguments = (*tensors, M, OUT, D1, D2, *strides, float_scale)
+        return _launch(_skip_linear_bwd_inputs_kernel, tile, num_tiles(tile, rows, cols), arguments)
+
     tensors = (dy_MO, weight_x_OD1, weight_s_OD2, s_MD2, _dense(row_scale_M), dx_MD1, ds_MD2, partial_drow)
-    with current_device(dy_MO):
-        programs = (num_tiles(tile, rows, cols),)
-        _launch(_skip_linear_bwd_inputs_kernel, tile, programs, *tensors, M, OUT, D1, D2, *strides)
-        if drow_M is not None and partial_drow is not None:
-            torch.sum(partial_drow, 0, out=drow_M)
+    _plans.launch(("inputs", float_scale), make, tensors)
+    if partial_drow is not None:
+        torch.sum(partial_drow, 0, out=drow_M)
 
 
 def backward_weight(
-    dy_MO: Tensor, x_MD1: Tensor, s_MD2: Tensor, row_scale_M: Tensor | None, dweight_OD: Tensor
+    dy_MO: Tensor,
+    x_MD1: Tensor,
+    s_MD2: Tensor,
+    row_scale_M: Tensor | None,
+    dweight_OD: Tensor,
+    float_scale: float = 1.0,
 ) -> None:
-    """Fills dweight with dy.T @ x and, beside it, dy.T @ (row_scale * s), its scaled skip rounded as eager does."""
+    """Fills dweight with dy.T @ x and, beside it, dy.T @ (scale * s), a skip scaled by row rounded as eager does.
+
+    In the dtype of dy; x and s may be wider, dweight is of any dtype.
+    """
     (M, OUT), D1, D2 = dy_MO.shape, x_MD1.shape[1], s_MD2.shape[1]
     rows, cols = (D1, D2), (OUT,)
-    num_multiprocessors = multiprocessors(dy_MO.get_device())
-    tile = choose_tile("weight", dy_MO.element_size(), rows, cols, num_multiprocessors // MAX_SPLITS)
+    num_multiprocessors = _multiprocessors(dy_MO)
+    itemsizes = _itemsizes(dy_MO, x_MD1, s_MD2)
+    tile = choose_tile("weight", *itemsizes, rows, cols, num_multiprocessors // MAX_SPLITS)
     tiles = num_tiles(tile, rows, cols)
     num_splits = choose_num_splits(tiles, M, num_multiprocessors)
     dweight = dweight_OD.unsqueeze(0)
     if num_splits > 1:
         dweight = dweight_OD.new_empty((num_splits, OUT, D1 + D2), dtype=torch.float32)
-    strides = (dy_MO.stride(0), x_MD1.stride(0), s_MD2.stride(0), dweight.stride(0), dweight.stride(1))
-    numbers = (M, math.ceil(M / num_splits), OUT, D1, D2, *strides)
+
+    def make() -> Launch:
+        strides = (dy_MO.stride(0), x_MD1.stride(0), s_MD2.stride(0), dweight.stride(0), dweight.stride(1))
+        arguments = (*tensors, M, math.ceil(M / num_splits), OUT, D1, D2, *strides, float_scale)
+        return _launch(_skip_linear_bwd_weight_kernel, tile, (tiles, num_splits), arguments)
+
     row_scale = None if row_scale_M is None else row_scale_M.float().contiguous()
     tensors = (dy_MO, x_MD1, s_MD2, row_scale, dweight)
-    with current_device(dy_MO):
-        _launch(_skip_linear_bwd_weight_kernel, tile, (tiles, num_splits), *tensors, *numbers)
-        if num_splits > 1:
-            dweight_OD.copy_(dweight.sum(0))
+    _plans.launch(("weight", float_scale), make, tensors)
+    if num_splits > 1:
+        torch.sum(dweight, 0, out=dweight_OD) if dweight_OD.dtype == torch.float32 else dweight_OD.copy_(dweight.sum(0))
 
 
-def _launch(kernel: Any, tile: Tile, grid: tuple[int, ...], *arguments: Any) -> None:
-    constants = (tile.block_rows, tile.block_cols, tile.block_k, GROUP_ROWS)
-    kernel[grid](*arguments, *constants, num_warps=tile.num_warps, num_stages=tile.num_stages)
+_plans = Plans()
+
+
+def _launch(kernel: Any, tile: Tile, num_programs: int | tuple[int, ...], arguments: tuple[Any, ...]) -> Launch:
+    constants = {
+        "BLOCK_ROWS": tile.block_rows,
+        "BLOCK_COLS": tile.block_cols,
+        "BLOCK_K": tile.block_k,
+        "GROUP_ROWS": GROUP_ROWS,
+    }
+    return Launch(kernel, num_programs, arguments, constants, tile.num_warps, {"num_stages": tile.num_stages})
+
+
+def _itemsizes(product: Tensor, x: Tensor, s: Tensor) -> tuple[int, int]:
+    """Of the product, and of the wider of its first operands."""
+    return product.element_size(), max(x.element_size(), s.element_size())
+
+
+def _multiprocessors(x: Tensor) -> int:
+    return multiprocessors(x.get_device())
 
 
 def _dense(vector: Tensor | None) -> Tensor | None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from triton.runtime import interpreter
 
 from scalelong.kernels import skip_linear_triton
+from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
 from scalelong.kernels.skip_linear_tilings import Tile
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -124,6 +125,37 @@ def test_any_shape_is_within_budget(seed):
     shape, dtype = tuple(draw.randint(1, 40) for _ in range(4)), draw.choice(DTYPES)
     inputs = make_inputs(shape, dtype, has_scale=draw.random() < 0.5, margin=draw.randint(0, 9))
     assert_within_budget(ours, ref, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("wide", ["xs", "s", "x"])
+@pytest.mark.parametrize("scale", [None, 0.7, "scalar", "token", "channel"])
+def test_fp32_operands_under_autocast_are_within_budget(scale, wide, dtype):
+    B, T, D1, D2, OUT = 2, 19, 33, 24, 38
+    inputs = {"x": torch.randn(B, T, D1), "s": torch.randn(B, T, D2)}
+    inputs = {name: x if name in wide else x.to(dtype) for name, x in inputs.items()}
+    inputs |= {"weight": torch.randn(OUT, D1 + D2) / (D1 + D2) ** 0.5, "bias": torch.randn(OUT)}
+    scales = {"scalar": torch.rand(()), "token": torch.rand(B, T, 1), "channel": torch.rand(D2)}
+    if scale in scales:
+        inputs["scale"] = scales[scale]
+
+    def under_autocast(op):
+        def run(x, s, weight, bias, factor=scale):
+            with torch.autocast("cpu", dtype):
+                return op(x, s, factor, weight, bias)
+
+        return run
+
+    # Rounded to 16 bits and summed in fp32 or not at all: what the reference rounds in between stands for more.
+    assert_within_budget(under_autocast(skip_linear), under_autocast(skip_linear_ref), inputs)
+
+
+def test_a_float_scale_is_applied_to_the_accumulator():
+    x, s, weight, bias = make_inputs((33, 40, 24, 17), torch.bfloat16, has_scale=False).values()
+    y = x.new_empty(33, 17)
+    skip_linear_triton.forward(x, s, None, *halves(weight, x), bias, y, 0.7)
+    truth = ref(x.double(), 0.7 * s.double(), weight.double(), bias.double())
+    assert torch.equal(y, truth.float().bfloat16())
 
 
 def test_the_tiles_of_the_tables_are_within_budget(monkeypatch):

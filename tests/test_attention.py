@@ -13,8 +13,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import assert_within_budget
+from second_order import assert_transforms, assert_twice_differentiable
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 
 from scalelong.bench.record import RESULTS, Row, append_rows, slug
 from scalelong.kernels import attention as attention_module
@@ -28,6 +30,7 @@ from scalelong.kernels.attention import (
     attention_backend,
     attention_ref,
 )
+from scalelong.kernels.backend import use_backend
 
 PACKAGES = ("fa4", "fa3", "fa2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -481,3 +484,49 @@ def test_fa4_is_deterministic_up_to_capability_11(monkeypatch):
     assert not BACKENDS["fa4"].is_deterministic(torch.device("cuda"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 0))
     assert BACKENDS["fa4"].is_deterministic(torch.device("cuda"))
+
+
+# Derivatives of every kind
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "flash", "math", "reference"])
+def test_create_graph_takes_the_plain_formula(backend):
+    def dependent(x: Tensor, weight: Tensor) -> tuple[Tensor]:
+        return ((x @ weight).tanh() + x.mean(),)
+
+    leaves = [torch.randn(2, 5, 16), torch.randn(16, 48) / 4]
+    op, ref = partial(attention, num_heads=2, backend=backend), partial(attention_ref, num_heads=2)
+    assert_twice_differentiable(op, ref, dependent, leaves)
+
+
+def test_a_package_says_that_its_derivatives_end(monkeypatch):
+    monkeypatch.setitem(BACKENDS, "fa3", replace(BACKENDS["sdpa"], name="fa3"))
+    x = qkv(1, 4, 2, 8).requires_grad_()
+    y = attention(x, 2, backend="fa3")
+    torch.autograd.grad(y.sum(), x, retain_graph=True)
+    with pytest.raises(RuntimeError, match=r"'fa3' has no second derivative.*sdpa, math, reference have one"):
+        torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+def test_transforms_take_the_reference():
+    assert_transforms(partial(attention, num_heads=2), partial(attention_ref, num_heads=2), [qkv(2, 5, 2, 8)])
+
+
+def test_a_forced_reference_is_what_auto_takes():
+    with use_backend("reference"):
+        assert attention_backend(qkv(1, 4, 2, 8), 2) == "reference"
+
+
+def test_create_graph_through_a_checkpoint():
+    """Recomputed inside a checkpoint, attention has the same second derivative."""
+    x = qkv(2, 5, 2, 8)
+
+    def penalty_gradient(op: Callable[..., Tensor]) -> Tensor:
+        leaf = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(op(leaf, 2).square().sum(), leaf, create_graph=True)
+        return torch.autograd.grad(grad.square().sum(), leaf)[0]
+
+    def recomputed(qkv: Tensor, num_heads: int) -> Tensor:
+        return checkpoint(attention, qkv, num_heads, use_reentrant=False)
+
+    torch.testing.assert_close(penalty_gradient(recomputed), penalty_gradient(attention))

@@ -2,8 +2,13 @@ import re
 
 import pytest
 import torch
+from interpreting import run_interpreted
+from operators_seen import OperatorsSeen
 from parity import assert_within_budget
+from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable
 
+from scalelong.kernels import gelu_linear as module
+from scalelong.kernels.backend import use_backend
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -65,3 +70,75 @@ def test_autocast_computes_in_its_dtype():
 def test_widths_that_do_not_fit_are_named(x, weight, bias):
     with pytest.raises(ValueError, match=re.escape(str(weight))):
         gelu_linear(torch.randn(x), torch.randn(weight), torch.randn(bias))
+
+
+def dependent(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The weights come from x, too."""
+    return x, x.reshape(-1, 24)[:16].tanh() / 5, x.reshape(-1, 24)[:16].mean(dim=1)
+
+
+def test_create_graph_counts_each_path_once():
+    assert_twice_differentiable(gelu_linear, gelu_linear_ref, dependent, [torch.randn(3, 7, 24)])
+
+
+def test_transforms_take_the_reference():
+    assert_transforms(gelu_linear, gelu_linear_ref, list(make_inputs(torch.float32).values()))
+
+
+def test_the_output_is_an_ordinary_tensor():
+    assert_ordinary(gelu_linear, list(make_inputs(torch.float32).values()))
+
+
+def test_the_reference_runs_where_it_is_asked_for_and_in_fp64():
+    def name_of_node(dtype):
+        return type(gelu_linear(*(x.requires_grad_() for x in make_inputs(dtype).values())).grad_fn).__name__
+
+    assert name_of_node(torch.float32) == "_GeluLinearBackward"
+    assert name_of_node(torch.float64) != "_GeluLinearBackward"
+    with use_backend("reference"):
+        assert name_of_node(torch.float32) != "_GeluLinearBackward"
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias"])
+def test_what_nobody_needs_is_not_computed(wanted):
+    inputs = {name: x.requires_grad_(name == wanted) for name, x in make_inputs(torch.float32).items()}
+    y = gelu_linear(**inputs)
+    with OperatorsSeen() as seen:
+        y.sum().backward()
+    names = [name for name, _ in seen.all]
+    assert names.count("mm") == (wanted != "bias")
+    assert any(name.startswith("gelu") for name in names) == (wanted != "bias")
+
+
+def test_autocast_casts_back_nothing_on_a_cpu_without_16_bit_products(monkeypatch):
+    """Such products take a hundred times as long there: those in fp32 must stay in fp32, inside autocast."""
+    monkeypatch.setattr(module, "product_dtype", lambda x, dtype: torch.float32)
+    inputs = [x.requires_grad_() for x in make_inputs(torch.float32).values()]
+    with OperatorsSeen() as seen, torch.autocast("cpu", torch.bfloat16):
+        y = gelu_linear(*inputs)
+        y.sum().backward()
+    assert y.dtype == torch.bfloat16
+    products = [tensors for name, tensors in seen.all if name in ("mm", "addmm")]
+    assert len(products) == 3
+    assert all(x.dtype == torch.float32 for tensors in products for x in tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_autocast_takes_x_as_it_is_and_gives_its_gradient_in_that_dtype(dtype):
+    x, weight, bias = (x.requires_grad_() for x in make_inputs(torch.float32).values())
+    x = x.detach().to(dtype).requires_grad_()
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        y = gelu_linear(x, weight, bias)
+    assert y.dtype == torch.bfloat16
+    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in (x, weight, bias)}
+    y.sum().backward()
+    assert [t.grad.dtype for t in (x, weight, bias) if t.grad is not None] == [dtype, torch.float32, torch.float32]
+
+
+@pytest.mark.slow
+def test_the_triton_kernels_are_right_in_the_interpreter():
+    run_interpreted("interpreted_gelu_linear.py")

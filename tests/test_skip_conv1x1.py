@@ -4,9 +4,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from operators_seen import OperatorsSeen
 from parity import assert_within_budget, sent_back
+from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable
 from torch import Tensor
 
+from scalelong.kernels import skip_conv1x1 as module
+from scalelong.kernels.backend import use_backend
 from scalelong.kernels.group_norm import Scale
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 
@@ -186,3 +190,60 @@ def test_a_scale_or_a_bias_that_does_not_fit_is_named():
         skip_conv1x1(h, s, None, weight, bias[1:])
     with pytest.raises(ValueError, match=r"h is .* float32 on cpu but weight is .* float64 on cpu"):
         skip_conv1x1(h, s, None, weight.double(), bias)
+
+
+def dependent(s: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """h and the scale of each sample come from s."""
+    h = F.conv2d(s, weight[:CH, :CS])
+    return h, s, s.mean(dim=(1, 2, 3))[:, None].sigmoid(), weight, bias
+
+
+def leaves(channels_last: bool) -> list[Tensor]:
+    s = make_inputs(None, torch.float32, channels_last)["s"]
+    return [s, torch.randn(OUT, CH + CS, 1, 1) / CS**0.5, torch.randn(OUT)]
+
+
+@each_layout
+def test_create_graph_counts_each_path_once(channels_last):
+    assert_twice_differentiable(skip_conv1x1, skip_conv1x1_ref, dependent, leaves(channels_last))
+
+
+@each_layout
+def test_transforms_take_the_reference(channels_last):
+    inputs = [x.detach() for x in dependent(*leaves(channels_last))]
+    assert_transforms(skip_conv1x1, skip_conv1x1_ref, inputs)
+
+
+@each_scale
+@each_layout
+@pytest.mark.parametrize("spatial", [(6,), (5, 7), (2, 3, 4)], ids=str)
+def test_the_output_is_an_ordinary_tensor(spatial, channels_last, make_scale):
+    scale = make_scale()
+    inputs = make_inputs(scale, torch.float32, channels_last, spatial)
+    assert_ordinary(of_inputs(skip_conv1x1, scale), list(inputs.values()))
+
+
+@each_layout
+def test_the_reference_runs_where_it_is_asked_for_and_in_fp64(channels_last, monkeypatch):
+    called = []
+    monkeypatch.setattr(module, "skip_conv1x1_ref", lambda *args: called.append(args) or skip_conv1x1_ref(*args))
+    for dtype in (torch.float32, torch.float64):
+        h, s, weight, bias = make_inputs(None, dtype, channels_last).values()
+        skip_conv1x1(h, s, 0.7, weight, bias)
+        assert len(called) == (dtype == torch.float64)
+    with use_backend("reference"):
+        y = skip_conv1x1(h.float(), s.float(), 0.7, weight.float(), bias.float())
+    assert len(called) == 2
+    assert y.is_contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+@each_layout
+@pytest.mark.parametrize("wanted", ["h", "s", "weight", "bias"])
+def test_what_nobody_needs_is_not_computed(wanted, channels_last):
+    inputs = make_inputs(None, torch.float32, channels_last)
+    inputs = {name: x.requires_grad_(name == wanted) for name, x in inputs.items()}
+    y = skip_conv1x1(inputs["h"], inputs["s"], None, inputs["weight"], inputs["bias"])
+    with OperatorsSeen() as seen:
+        y.sum().backward()
+    num_products = len([name for name, _ in seen.all if name in ("mm", "bmm", "addmm", "baddbmm")])
+    assert num_products == {"h": 1, "s": 1, "weight": 2, "bias": 0}[wanted]

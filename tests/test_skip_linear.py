@@ -1,12 +1,15 @@
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from operators_seen import OperatorsSeen
 from parity import assert_within_budget, sent_back
+from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable, gradients_twice
 from torch import Tensor
 
 from scalelong.kernels import skip_linear as module
+from scalelong.kernels.backend import use_backend
 from scalelong.kernels.skip_linear import Scale, skip_linear, skip_linear_ref
 
 B, D1, D2, OUT = 2, 12, 20, 16
@@ -62,7 +65,7 @@ def test_as_exact_as_the_reference(dtype, T, make_scale):
 @each_scale
 def test_products_of_16_bits_are_within_budget(make_scale, monkeypatch):
     """As a GPU computes them, and a CPU that has such products."""
-    monkeypatch.setattr(module, "product_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(module, "product_dtype", lambda x, dtype: dtype)
     scale = make_scale(257)
     assert_parity(make_inputs(257, scale, torch.bfloat16), scale)
 
@@ -224,3 +227,113 @@ def test_a_scale_of_another_form_is_refused(shape):
     message = f"scale {shape} is none of scalar, (2, 3), (2, 3, 1), (5,)"
     with pytest.raises(ValueError, match=re.escape(message)):
         skip_linear(x, s, torch.rand(shape), weight, None)
+
+
+# Derivatives of every kind, and whose they are
+
+
+def dependent(s: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    """Inputs of which all but the parameters come from s, the scale of each token too."""
+    return s.tanh()[..., :D1] + s.mean(), s, s.mean(dim=-1, keepdim=True).sigmoid(), weight, bias
+
+
+def leaves() -> list[Tensor]:
+    return [torch.randn(B, 5, D2), torch.randn(OUT, D1 + D2) / D2**0.5, torch.randn(OUT)]
+
+
+def test_create_graph_counts_each_path_once():
+    assert_twice_differentiable(skip_linear, skip_linear_ref, dependent, leaves())
+
+
+def test_create_graph_under_autocast():
+    def under_autocast(op):
+        def run(*inputs):
+            with torch.autocast("cpu", torch.bfloat16):
+                return op(*inputs).float()
+
+        return run
+
+    found, expected = (gradients_twice(under_autocast(op), dependent, leaves_) for op, leaves_ in both())
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert (a - b).norm() < 0.03 * b.norm()
+
+
+def both() -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:
+    inputs = leaves()
+    yield from ((skip_linear, inputs), (skip_linear_ref, inputs))
+
+
+@pytest.mark.parametrize("how", ["compile", "export"])
+def test_the_registered_operator_is_differentiable_twice(how):
+    torch._dynamo.reset()
+    if how == "compile":
+        op = torch.compile(skip_linear, backend="eager", fullgraph=True)
+    else:
+
+        class Module(torch.nn.Module):
+            def forward(self, *inputs):
+                return skip_linear(*inputs)
+
+        op = torch.export.export(Module(), dependent(*leaves()), strict=False).module()
+    assert_twice_differentiable(op, skip_linear_ref, dependent, leaves())
+
+
+def test_the_backward_operator_is_sound():
+    x, s, scale, weight, bias = (t.detach().requires_grad_() for t in dependent(*leaves()))
+    dy = torch.randn(B, 5, OUT, requires_grad=True)
+    arguments = (dy, x, s, scale, weight, bias, 1.0, torch.float32, [True, True, True, False, True])
+    torch.library.opcheck(torch.ops.scalelong.skip_linear_backward.default, arguments)
+
+
+def test_transforms_take_the_reference():
+    x, s, scale, weight, bias = dependent(*leaves())
+    args = (x, s, scale, weight, bias)
+    assert_transforms(skip_linear, skip_linear_ref, args)
+    with use_backend("native"), pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.grad(lambda x: skip_linear(x, s, scale, weight, bias).sum())(x)
+
+
+@each_scale
+def test_the_output_is_an_ordinary_tensor(make_scale):
+    scale = make_scale(5)
+    assert_ordinary(of_inputs(skip_linear, scale), list(make_inputs(5, scale, torch.float32).values()))
+
+
+@pytest.mark.parametrize(("wanted", "num_products"), [("x", 1), ("s", 1), ("weight", 2), ("bias", 0), ("scale", 1)])
+def test_products_that_nobody_needs_are_not_computed(wanted, num_products):
+    inputs = make_inputs(5, torch.rand(B, 5), torch.float32)
+    inputs = {name: x.requires_grad_(name == wanted) for name, x in inputs.items()}
+    y = skip_linear(*(inputs[name] for name in ("x", "s", "scale", "weight", "bias")))
+    with OperatorsSeen() as seen:
+        y.sum().backward()
+    assert len([name for name, _ in seen.all if name in ("mm", "addmm")]) == num_products
+
+
+# Under autocast
+
+
+def test_activations_of_any_dtype_under_autocast():
+    x, s, weight, bias = make_inputs(3, None, torch.float32).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        for a, b in ((x, s), (x.bfloat16(), s), (x, s.half())):
+            leaves = [t.detach().requires_grad_() for t in (a, b, weight, bias)]
+            y = skip_linear(leaves[0], leaves[1], 0.5, *leaves[2:])
+            assert y.dtype == torch.bfloat16
+            grads = torch.autograd.grad(y, leaves, torch.ones_like(y))
+            assert [g.dtype for g in grads] == [t.dtype for t in leaves]
+        with pytest.raises(ValueError, match=r"x is .* float32 on cpu but s is .* float64 on cpu"):
+            skip_linear(x, s.double(), 0.5, weight, bias)
+
+
+@each_scale
+def test_under_autocast_backward_keeps_what_was_given(make_scale):
+    scale = make_scale(5)
+    inputs = [t.requires_grad_() for t in make_inputs(5, scale, torch.float32).values()]
+    kept = []
+    with (
+        torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t), t)[1], lambda t: t),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        of_inputs(skip_linear, scale)(*inputs)
+    assert {t.data_ptr() for t in kept} <= {t.data_ptr() for t in inputs}

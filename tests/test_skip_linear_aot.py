@@ -26,13 +26,22 @@ PRODUCTS = ("forward", "inputs", "weight")
 SHAPE = (4096, 512, 768, 1024)  # tokens, widths of x, s and y
 
 
-def launch_of(product: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE, *, has_scale: bool = True) -> Launch:
+def launch_of(
+    product: str,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] = SHAPE,
+    *,
+    has_scale: bool = True,
+    read_dtype: torch.dtype | None = None,
+) -> Launch:
+    """``read_dtype`` is that of x, s and their gradients, and then fp32 that of the weights' gradient."""
     M, D1, D2, OUT = shape
 
-    def empty(*size: int) -> Tensor:
+    def empty(*size: int, dtype: torch.dtype = dtype) -> Tensor:
         return torch.empty(size, dtype=dtype, device="meta")
 
-    x, s, y, weight = empty(M, D1), empty(M, D2), empty(M, OUT), empty(OUT, D1 + D2)
+    x, s = (empty(M, D, dtype=read_dtype or dtype) for D in (D1, D2))
+    y, weight, dweight = empty(M, OUT), empty(OUT, D1 + D2), empty(OUT, D1 + D2, dtype=read_dtype or dtype)
     row_scale, drow = (empty(M), empty(M).float()) if has_scale else (None, None)
     halves = (weight[:, :D1], weight[:, D1:])
     with recorded_launches() as launches:
@@ -41,26 +50,30 @@ def launch_of(product: str, dtype: torch.dtype, shape: tuple[int, ...] = SHAPE, 
         elif product == "inputs":
             skip_linear_triton.backward_inputs(y, *halves, s, row_scale, x, s, drow)
         else:
-            skip_linear_triton.backward_weight(y, x, s, row_scale, weight)
+            skip_linear_triton.backward_weight(y, x, s, row_scale, dweight)
     (launch,) = launches
     return launch
 
 
 def entries() -> Iterator[Any]:
-    for (product, itemsize), table in TABLES.items():
+    for (product, itemsize, read_itemsize), table in TABLES.items():
+        read_dtype = torch.float32 if read_itemsize > itemsize else None
         for dtype in (torch.bfloat16, torch.float16) if itemsize == 2 else (torch.float32,):
             for arch, has_scale in ((90, True), (90, False), (80, True), (80, False)):
                 is_quick = dtype == torch.bfloat16 and (arch == 90 or has_scale)
                 for tile in table.tiles:
-                    name = f"{product}-{dtype}-{tile.block_rows}x{tile.block_cols}-sm_{arch}-scale={has_scale}"
+                    read = "-reads-fp32" if read_dtype else ""
+                    name = f"{product}-{dtype}{read}-{tile.block_rows}x{tile.block_cols}-sm_{arch}-scale={has_scale}"
                     marks = [] if is_quick else [pytest.mark.exhaustive]
-                    yield pytest.param(product, dtype, tile, arch, has_scale, id=name, marks=marks)
+                    yield pytest.param(product, dtype, read_dtype, tile, arch, has_scale, id=name, marks=marks)
 
 
-@pytest.mark.parametrize(("product", "dtype", "tile", "arch", "has_scale"), list(entries()))
-def test_an_entry_fits_the_gpu_and_feeds_its_tensor_cores(product, dtype, tile, arch, has_scale, monkeypatch):
+@pytest.mark.parametrize(("product", "dtype", "read_dtype", "tile", "arch", "has_scale"), list(entries()))
+def test_an_entry_fits_the_gpu_and_feeds_its_tensor_cores(
+    product, dtype, read_dtype, tile, arch, has_scale, monkeypatch
+):
     monkeypatch.setattr(skip_linear_triton, "choose_tile", lambda *_: tile)
-    compiled = launch_of(product, dtype, has_scale=has_scale).compile(arch)
+    compiled = launch_of(product, dtype, has_scale=has_scale, read_dtype=read_dtype).compile(arch)
     ptx = compiled.asm["ptx"]
     assert spill_bytes(compiled) <= (tile.spill_bytes if arch == 80 else 0)
     assert compiled.metadata.shared <= SHARED_BYTES[arch]

@@ -1,38 +1,24 @@
-"""Runs interpreted_skip_linear.py: Triton reads TRITON_INTERPRET when it is imported, so that takes a new process."""
-
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""Runs interpreted_skip_linear.py, and holds the tables of tiles to what they promise."""
 
 import pytest
+from interpreting import run_interpreted
 
 from scalelong.kernels.skip_linear_tilings import MAX_SPLITS, TABLES, choose_num_splits, choose_tile, num_tiles
-
-ROOT = Path(__file__).resolve().parents[1]
-
-
-def run_interpreted(*flags: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_skip_linear.py"]
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-8000:]}{result.stderr[-2000:]}"
 
 
 @pytest.mark.slow
 def test_the_kernels_are_right_in_the_interpreter():
-    run_interpreted("-m", "not exhaustive")
+    run_interpreted("interpreted_skip_linear.py", "-m", "not exhaustive")
 
 
 @pytest.mark.exhaustive
 def test_every_shape_is_right_in_the_interpreter():
-    run_interpreted("-m", "exhaustive")
+    run_interpreted("interpreted_skip_linear.py", "-m", "exhaustive")
 
 
-@pytest.mark.parametrize(("product", "itemsize"), TABLES)
-def test_tables_run_from_the_largest_tile_down(product, itemsize):
-    areas = [tile.block_rows * tile.block_cols for tile in TABLES[product, itemsize].tiles]
+@pytest.mark.parametrize(("product", "itemsizes"), [(product, itemsizes) for product, *itemsizes in TABLES])
+def test_tables_run_from_the_largest_tile_down(product, itemsizes):
+    areas = [tile.block_rows * tile.block_cols for tile in TABLES[product, *itemsizes].tiles]
     assert areas == sorted(areas, reverse=True)
 
 
@@ -40,10 +26,10 @@ def test_tables_run_from_the_largest_tile_down(product, itemsize):
 def test_the_shapes_of_public_networks_fill_a_large_gpu(width):
     tokens, multiprocessors = 64 * 257, 132
     for product, cols in (("forward", (width,)), ("inputs", (width, width))):
-        tile = choose_tile(product, 2, (tokens,), cols, multiprocessors)
-        assert tile == TABLES[product, 2].tiles[0]
+        tile = choose_tile(product, 2, 2, (tokens,), cols, multiprocessors)
+        assert tile == TABLES[product, 2, 2].tiles[0]
         assert num_tiles(tile, (tokens,), cols) >= multiprocessors
-    tile = choose_tile("weight", 2, (width, width), (width,), multiprocessors // MAX_SPLITS)
+    tile = choose_tile("weight", 2, 2, (width, width), (width,), multiprocessors // MAX_SPLITS)
     tiles = num_tiles(tile, (width, width), (width,))
     programs = tiles * choose_num_splits(tiles, tokens, multiprocessors)
     assert programs / (-(-programs // multiprocessors) * multiprocessors) > 0.8  # of the last wave, too
