@@ -1,0 +1,101 @@
+"""Launches of Triton kernels, of which all but the first go round Triton's own path, 10 to 19 us of the host.
+
+A compiled kernel takes its arguments as they are: whoever keeps a ``Prepared`` vouches that from launch to launch only
+addresses of tensors differ. It belongs in a plan whose key holds the ``signature`` of each tensor.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.compiler import CompiledKernel
+from triton.runtime import driver
+
+_TENSOR = object()
+
+
+class Launch(NamedTuple):
+    """One launch of a kernel, with all that Triton needs for it."""
+
+    kernel: Any
+    """What ``triton.jit`` returned. Its compile-time constants come last in its signature."""
+    num_programs: int | tuple[int, ...]
+    arguments: tuple[Any, ...]
+    """Tensors, numbers, None, and tuples of these, in the order of the signature."""
+    constants: Mapping[str, Any]
+    """The compile-time constants, by name."""
+    num_warps: int
+    options: Mapping[str, int] = {}
+    """Of the compiler: maxnreg, num_stages."""
+    trips: tuple[int, ...] = ()
+    """How often each loop of the kernel runs, in the order of its source, for those who count its instructions."""
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        return self.num_programs if isinstance(self.num_programs, tuple) else (self.num_programs,)
+
+    def through_triton(self) -> Any:
+        """Launches it, compiled first where need be. Returns the CompiledKernel; None when interpreted."""
+        return self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps, **self.options)
+
+
+def signature(x: Tensor | None) -> tuple[Any, ...] | None:
+    """What a plan's key holds of a tensor; an address that is a multiple of 16 has a kernel of its own."""
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.device)
+
+
+def prepare(launch: Launch) -> "Prepared":
+    """Launches once through Triton, and keeps what the next launches need, which is no tensor."""
+    return Prepared(launch, launch.through_triton())
+
+
+class Prepared:
+    """A launch to repeat, on the device that was current when it was prepared and on any stream that is."""
+
+    def __init__(self, launch: Launch, compiled: Any) -> None:
+        arguments = _mapped(lambda x: _TENSOR if isinstance(x, Tensor) else x, launch.arguments)
+        self._launch = launch._replace(arguments=arguments)
+        # A compiled kernel is given its constants too, and leaves them out.
+        constants = (launch.constants[name] for name in launch.kernel.arg_names[len(arguments) :])
+        self._arguments = [*arguments, *constants]
+        self._slots = [(i, x) for i, x in enumerate(arguments) if x is _TENSOR or isinstance(x, tuple)]
+        self._grid = (*launch.grid, 1, 1)[:3]
+        self._keep(compiled)
+
+    @property
+    def takes_addresses(self) -> bool:
+        """False where a launch goes through Triton, which needs tensors: interpreted, or recorded instead of run."""
+        return self._compiled is not None
+
+    def __call__(self, *pointers: Tensor | int) -> None:
+        """Launches it with these tensors, in the order in which they occur, or, faster, with their addresses."""
+        arguments, rest = self._arguments.copy(), iter(pointers)
+        for i, slot in self._slots:
+            arguments[i] = next(rest) if slot is _TENSOR else _mapped(lambda x: next(rest) if x is _TENSOR else x, slot)
+        if (compiled := self._compiled) is None:
+            own = tuple(arguments[: len(self._launch.arguments)])
+            return self._keep(self._launch._replace(arguments=own).through_triton())
+        active: Any = driver.active
+        if active.get_current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self(*pointers)
+        stream = active.get_current_stream(self._device)
+        enter, leave, metadata = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a chain of hooks may be empty
+            metadata = compiled.launch_metadata(self._grid, stream, *arguments)
+        else:
+            enter = leave = None
+        self._run(*self._grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
+
+    def _keep(self, compiled: Any) -> None:
+        self._compiled: Any = compiled if isinstance(compiled, CompiledKernel) else None
+        if self._compiled is not None:
+            active: Any = driver.active
+            self._run, self._device = self._compiled.run, active.get_current_device()
+
+
+def _mapped(f: Any, values: tuple[Any, ...]) -> Any:
+    mapped = [_mapped(f, x) if isinstance(x, tuple) else f(x) for x in values]
+    return type(values)(*mapped) if hasattr(values, "_fields") else tuple(mapped)
