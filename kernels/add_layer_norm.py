@@ -11,6 +11,7 @@ Shapes: B samples, T rows of each, D features of a row; without gain, shift and 
 """
 
 import math
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -122,7 +123,8 @@ def _normalised(inputs: Inputs, eps: float) -> Tensor:
     """y in the dtype of the stream, which is ``inputs.x``."""
     stream, _, *parameters, _ = inputs
     weight, bias, gain, shift = (None if p is None else p.to(stream.dtype) for p in parameters)
-    with torch.autocast(stream.device.type, enabled=False) if _has_autocast(stream.device.type) else _no_change():
+    device = stream.device.type
+    with torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext():
         y = F.layer_norm(stream, stream.shape[-1:], weight, bias, eps)
     if gain is not None:
         y = y * (1 + _over_rows(gain, y))
@@ -361,9 +363,7 @@ def _backward_of_backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
     with torch.enable_grad():
         leaves = [None if p is None else p.view_as(p) if p.requires_grad else p for p in ctx.saved_tensors]
         dstream, dy, *kept = leaves
-        gradients = _gradients_of_reference(
-            dstream, dy, Inputs(*kept), ctx.branch_dtype, ctx.eps, tuple(ctx.wanted)
-        )
+        gradients = _gradients_of_reference(dstream, dy, Inputs(*kept), ctx.branch_dtype, ctx.eps, tuple(ctx.wanted))
         if ctx.wanted[1] and _shares_gradient(Inputs(*kept), ctx.branch_dtype):
             gradients = gradients._replace(dx=gradients.dbranch, dbranch=None)
         pairs = [(g, o) for g, o in zip(gradients, outer, strict=True) if g is not None and o is not None]
@@ -390,12 +390,14 @@ def _check(inputs: Inputs, eps: float) -> None:
         raise ValueError(f"add_layer_norm: gate {tuple(gate.shape)} without a branch")
     D, leading = x.shape[-1], x.shape[:-1]
     of_sample = (leading[0] if leading else None, D)
-    shapes = (x.shape, x.shape, (D,), (D,), of_sample, of_sample, of_sample)
-    for name, p, shape in zip(Inputs._fields, inputs, shapes, strict=True):
-        if p is None or p is x:
+    shapes = (x.shape, (D,), (D,), of_sample, of_sample, of_sample)
+    for name, p, shape in zip(Inputs._fields[1:], inputs[1:], shapes, strict=True):
+        if p is None:
             continue
         if tuple(p.shape) != tuple(shape):
-            raise ValueError(f"add_layer_norm: {name} has shape {tuple(p.shape)}, but x {tuple(x.shape)} needs {shape}")
+            raise ValueError(
+                f"add_layer_norm: {name} has shape {tuple(p.shape)}, but x {tuple(x.shape)} needs {tuple(shape)}"
+            )
         if p.device != x.device or not p.is_floating_point():
             raise ValueError(f"add_layer_norm: {name} is {described(p)}, but x is {described(x)}")
     if not 0 <= eps < math.inf:

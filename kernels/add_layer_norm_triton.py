@@ -25,8 +25,8 @@ from scalelong.kernels.launches import Launch, Prepared, prepare
 from scalelong.kernels.triton_device import current_device, multiprocessors
 
 # What fills an H100 and keeps the walks of backward so long that their sums are a small share: not timed yet.
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 16, 4  # on a multiprocessor
-FORWARD_NUMBERS, BACKWARD_NUMBERS = 32, 16  # of a row, that a thread holds at most
+FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4  # on a multiprocessor
+FORWARD_NUMBERS, BACKWARD_NUMBERS = 36, 24  # of a row, that a thread holds at most
 MAX_WARPS = 16
 PARAMS_ROWS, PARAMS_COLS = 64, 32
 MAX_PLANS = 4096
@@ -113,9 +113,7 @@ def _add_layer_norm_fwd_kernel(
     for k in tl.static_range(NUM_PIECES):
         gain = 1.0 + _vector(gain_ptr, k, D, PIECE, 0.0)
         factors = factors + (_vector(vectors.weight, k, D, PIECE, 1.0) * gain,)
-        constants = constants + (
-            _vector(vectors.bias, k, D, PIECE, 0.0) * gain + _vector(shift_ptr, k, D, PIECE, 0.0),
-        )
+        constants = constants + (_vector(vectors.bias, k, D, PIECE, 0.0) * gain + _vector(shift_ptr, k, D, PIECE, 0.0),)
         gates = gates + (_vector(gate_ptr, k, D, PIECE, 1.0),)
     for t in range(first, last, ROWS):
         row = b * T + t
@@ -415,7 +413,5 @@ def _sizes(inputs: Inputs) -> tuple[int, int, int]:
 
 def _vectors(inputs: Inputs) -> Vectors:
     """With the features side by side."""
-    weight, bias, *of_samples = (
-        None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in inputs[2:]
-    )
+    weight, bias, *of_samples = (None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in inputs[2:])
     return Vectors(weight, bias, *of_samples, *(0 if p is None else p.stride(0) for p in of_samples))

@@ -23,7 +23,7 @@ using Optional = std::optional<Tensor>;
 constexpr int64_t MIN_ROWS_PER_BLOCK = 16, MAX_BLOCKS = 64, ROWS_TOGETHER = 4;
 
 // Outputs from this size on are written past the caches.
-const int64_t STREAM_BYTES = std::getenv("SB") ? std::atoll(std::getenv("SB")) : 4 << 20;
+constexpr int64_t STREAM_BYTES = 4 << 20;
 
 bool is_floating(const Tensor& x) {
   const ScalarType type = x.scalar_type();
