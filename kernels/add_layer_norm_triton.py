@@ -7,6 +7,7 @@ written once a program; small kernels put them together in a fixed order.
 
 B samples of T rows of D features, M = B * T rows in all.
 """
+# ruff: noqa: RUF005 - Triton adds tuples and does not unpack them
 # pyright: reportGeneralTypeIssues=false
 # (to a type checker, a call of one jitted function by another never returns)
 
@@ -321,13 +322,17 @@ def choose_tiling(direction: str, itemsize: int, B: int, T: int, D: int, num_mul
     programs = num_multiprocessors * (FORWARD_PROGRAMS if direction == "forward" else BACKWARD_PROGRAMS)
     vector = math.gcd(16 // itemsize, D)
     warps_per_row = 1
-    while warps_per_row < MAX_WARPS and D > numbers * 32 * warps_per_row:
+    while warps_per_row < MAX_WARPS and numbers * 32 * warps_per_row < D:
         warps_per_row *= 2
     num_warps = max(4, warps_per_row)
     rows, piece = num_warps // warps_per_row, 32 * warps_per_row * vector
-    rows_per_program = min(triton.cdiv(B * T, programs * rows), triton.cdiv(T, rows)) * rows
-    num_chunks = triton.cdiv(T, rows_per_program)
-    return Tiling(rows, piece, triton.cdiv(D, piece), num_warps, rows_per_program, num_chunks)
+    rows_per_program = min(_ceil_div(B * T, programs * rows), _ceil_div(T, rows)) * rows
+    num_chunks = _ceil_div(T, rows_per_program)
+    return Tiling(rows, piece, _ceil_div(D, piece), num_warps, rows_per_program, num_chunks)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
 
 
 _plans: dict[tuple[Any, ...], Prepared] = {}
@@ -378,7 +383,7 @@ def backward(
         return Launch(kernel, grid, (sums, vectors, *wanted, *numbers), constants, 4)
 
     numbers = (stream.shape, vectors[5:])
-    num_columns = triton.cdiv(D, PARAMS_COLS)
+    num_columns = _ceil_div(D, PARAMS_COLS)
     with current_device(stream):
         _launch(("backward", *numbers), launch, tensors)
         if any(p is not None for p in of_all):

@@ -1,4 +1,4 @@
-"""Numerics of the Triton kernels of add_layer_norm under Triton's interpreter; test_add_layer_norm_triton.py runs it."""
+"""The Triton kernels of add_layer_norm under Triton's interpreter; test_add_layer_norm_triton.py runs this."""
 
 import numpy as np
 import pytest

@@ -25,9 +25,9 @@ compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", re
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)", re.M)
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-# An H100 issues 29.7e12 instructions of a lane a second: at 60 % of that and 3.0 TB/s, 24 for each element that is read
-# and written once in bf16, 12 for each further pass.
-PER_PASS = 12
+# An H100 issues 29.7e12 instructions of a lane a second: at 60 % of that and 3.0 TB/s, memory leaves 12 for each element
+# in bf16 and pass.
+FORWARD_PER_PASS, BACKWARD_PER_PASS = 6, 8
 # Loads under way that hide the latency of memory: 3.0 TB/s times 0.6 us, for one multiprocessor.
 BYTES_UNDER_WAY = 14 * 1024
 NETWORKS = ((128, 257, 512), (128, 258, 768), (64, 258, 1024), (32, 258, 1152))  # batch, tokens and width of U-ViTs
@@ -105,7 +105,7 @@ def instructions_of(compiled: Any) -> tuple[list[tuple[str, str]], int]:
 def per_element(launch: Launch, compiled: Any, D: int) -> float:
     """Instructions that a program issues for each element of its rows."""
     instructions, in_loop = instructions_of(compiled)
-    assert in_loop > 0.4 * len(instructions)
+    assert in_loop > 0.3 * len(instructions)
     names = launch.kernel.arg_names
     given = dict(zip(names, launch.arguments, strict=False)) | launch.options
     steps = given["rows_per_program"] // given["ROWS"]
@@ -125,11 +125,12 @@ BF16, FP32 = torch.bfloat16, torch.float32
 def test_memory_decides_and_not_instructions(shape, dtypes, is_adaptive):
     """Passes over rows of two bytes: forward four; backward four, and with a gate six."""
     forward, backward, *small = launches_of(shape, dtypes, is_adaptive=is_adaptive)
-    for launch, num_passes in ((forward, 4), (backward, 6 if is_adaptive else 4)):
+    budgets = (4 * FORWARD_PER_PASS, (6 if is_adaptive else 4) * BACKWARD_PER_PASS)
+    for launch, budget in zip((forward, backward), budgets, strict=True):
         compiled = launch.compile(90)
         name = f"{launch.name} {shape}"
         assert spill_bytes(compiled) == 0, name
-        assert per_element(launch, compiled, shape[-1]) <= min(40, PER_PASS * num_passes), name
+        assert per_element(launch, compiled, shape[-1]) <= budget, name
         instructions, _ = instructions_of(compiled)
         sizes = [int(size) for opcode, _ in instructions for size in re.findall(r"LDG\.E\.(\d+)", opcode)]
         assert sizes.count(128) >= 2 * launch.options["NUM_PIECES"], name
