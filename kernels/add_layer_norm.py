@@ -245,7 +245,7 @@ def _gradients_of_reference(
     if total is not None and wanted[6] and branch is not None and gate is not None:
         dgate = (branch * total).flatten(1, -2).sum(1) if stream.dim() > 2 else branch * total
         dgate = dgate.to(gate.dtype)
-    return Gradients(total if wanted[0] else None, dbranch, *parameters, dgate)
+    return Gradients(total if wanted[0] else None, dbranch, *parameters, dgate=dgate)
 
 
 def _leaf(p: Tensor) -> Tensor:
@@ -362,9 +362,10 @@ def _backward_of_backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
         leaves = [None if p is None else p.view_as(p) if p.requires_grad else p for p in ctx.saved_tensors]
-        dstream, dy, *kept = leaves
-        gradients = _gradients_of_reference(dstream, dy, Inputs(*kept), ctx.branch_dtype, ctx.eps, tuple(ctx.wanted))
-        if ctx.wanted[1] and _shares_gradient(Inputs(*kept), ctx.branch_dtype):
+        dstream, dy, *tensors = leaves
+        kept = Inputs(*tensors)  # type: ignore[arg-type]
+        gradients = _gradients_of_reference(dstream, dy, kept, ctx.branch_dtype, ctx.eps, tuple(ctx.wanted))
+        if ctx.wanted[1] and _shares_gradient(kept, ctx.branch_dtype):
             gradients = gradients._replace(dx=gradients.dbranch, dbranch=None)
         pairs = [(g, o) for g, o in zip(gradients, outer, strict=True) if g is not None and o is not None]
         sought = [p for p in leaves if p is not None and p.requires_grad]

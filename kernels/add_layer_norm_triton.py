@@ -168,7 +168,6 @@ def _add_layer_norm_bwd_kernel(
     PIECE: tl.constexpr,
     NUM_PIECES: tl.constexpr,
 ):
-    WRITES: tl.constexpr = dx_ptr is not None or dbranch_ptr is not None or branch_ptr is not None
     b, first, last = _place(T, rows_per_program)
     gain_ptr = _of_sample(vectors.gain, b, vectors.gain_stride)
     gate_ptr = _of_sample(vectors.gate, b, vectors.gate_stride)
@@ -199,7 +198,7 @@ def _add_layer_norm_bwd_kernel(
             new_dy_sums = new_dy_sums + (dy_sums[k] + dy,)
             new_dy_xhat_sums = new_dy_xhat_sums + (dy_xhat_sums[k] + dy_xhat,)
         dy_sums, dy_xhat_sums = new_dy_sums, new_dy_xhat_sums
-        if WRITES:
+        if dx_ptr is not None or dbranch_ptr is not None or branch_ptr is not None:
             dz_mean, dz_xhat_mean = (tl.sum(dz_sum, 1) / D)[:, None], (tl.sum(dz_xhat_sum, 1) / D)[:, None]
             new_dgate_sums = ()
             for k in tl.static_range(NUM_PIECES):

@@ -25,8 +25,8 @@ compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", re
 
 INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)", re.M)
 LABEL = re.compile(r"^\s*(\.L_x_\d+):")
-# An H100 issues 29.7e12 instructions of a lane a second: at 60 % of that and 3.0 TB/s, memory leaves 12 for each element
-# in bf16 and pass.
+# An H100 issues 29.7e12 instructions of a lane a second: at 60 % of that and 3.0 TB/s, memory leaves 12 for each
+# element in bf16 and pass.
 FORWARD_PER_PASS, BACKWARD_PER_PASS = 6, 8
 # Loads under way that hide the latency of memory: 3.0 TB/s times 0.6 us, for one multiprocessor.
 BYTES_UNDER_WAY = 14 * 1024
