@@ -54,7 +54,7 @@ def as_published(model: UViT, *, skip_scale: SkipScale | None = None, casts_to_f
         if isinstance(module, Block):
             module.__class__ = PublishedBlock
         elif isinstance(module, AddLayerNorm):
-            module.__class__ = nn.LayerNorm
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
         elif isinstance(module, Attention):
             module.__class__ = PublishedAttentionInFp32 if casts_to_fp32 else PublishedAttention
     if skip_scale is not None:
