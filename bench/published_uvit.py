@@ -7,9 +7,10 @@ import copy
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalelong.kernels.skip_linear import Scale
+from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_scale import SkipScale
 from scalelong.model.uvit import Attention, Block, UViT
 
@@ -52,6 +53,8 @@ def as_published(model: UViT, *, skip_scale: SkipScale | None = None, casts_to_f
     for module in twin.modules():
         if isinstance(module, Block):
             module.__class__ = PublishedBlock
+        elif isinstance(module, AddLayerNorm):
+            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
         elif isinstance(module, Attention):
             module.__class__ = PublishedAttentionInFp32 if casts_to_fp32 else PublishedAttention
     if skip_scale is not None:

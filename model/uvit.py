@@ -16,6 +16,7 @@ from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.skip_linear import Scale, skip_linear
 from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
+from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.skip_scale import SkipScale, Unscaled
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 
@@ -120,17 +121,18 @@ class Block(nn.Module):
     def __init__(self, config: UViTConfig, *, takes_skip: bool = False):
         super().__init__()
         self.skip_linear = nn.Linear(2 * config.width, config.width) if takes_skip else None
-        self.norm1 = nn.LayerNorm(config.width)
+        self.norm1 = AddLayerNorm(config.width)
         self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(config.width)
+        self.norm2 = AddLayerNorm(config.width)
         self.mlp = Mlp(config)
 
     def forward(self, x_BTD: Tensor, skip_BTD: Tensor | None = None, scale: Scale = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip_BTD is not None
             x_BTD = skip_linear(x_BTD, skip_BTD, scale, self.skip_linear.weight, self.skip_linear.bias)
-        x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
-        return x_BTD + self.mlp(self.norm2(x_BTD))
+        x_BTD, y_BTD = add_norm(self.norm1, x_BTD)
+        x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD))
+        return x_BTD + self.mlp(y_BTD)
 
 
 class PatchEmbed(nn.Module):
@@ -181,7 +183,7 @@ class UViT(Backbone):
         self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.num_skips))
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, takes_skip=True) for _ in range(config.num_skips))
-        self.norm = nn.LayerNorm(width)
+        self.norm = AddLayerNorm(width)
         self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
         self.final_layer = (
             nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1) if config.final_conv else nn.Identity()

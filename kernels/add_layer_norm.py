@@ -1,0 +1,405 @@
+"""The residual sum of a transformer and the LayerNorm after it, in the adaptive form of DiT (arXiv:2212.09748).
+
+stream = x + gate * branch
+y = (normalised(stream) * weight + bias) * (1 + gain) + shift
+
+Eager PyTorch reads the stream again for the norm, casts y for the next product in a pass of its own, and in backward
+adds the norm's gradient to the residual's in another. Here forward reads x and branch and writes stream and y, and
+backward reads the stream and both gradients and writes theirs; it recomputes from the stream and fp32 statistics.
+
+Shapes: B samples, T rows of each, D features of a row; without gain, shift and gate any leading dimensions.
+"""
+
+import math
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
+from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
+from scalelong.kernels.arguments import described, none_as_empty
+from scalelong.kernels.backend import get_backend
+
+_LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def add_layer_norm_ref(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The specification, in plain PyTorch; fp64 included."""
+    stream = x
+    if branch is not None:
+        stream = (x + (branch if gate is None else _over_rows(gate, x) * branch)).to(x.dtype)
+    y = _normalised(Inputs(stream, None, weight, bias, gain, shift, None), eps)
+    return stream, y.to(_dtype_of_next_product(x))
+
+
+def add_layer_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """The new stream ``x + gate * branch`` and its LayerNorm, ``(norm * weight + bias) * (1 + gain) + shift``.
+
+    Args:
+        x: (B, T, D), or (..., D) without gain, shift and gate; fp32, bf16 or fp16; fp64 runs the reference.
+        branch: what is added to x, of its shape, and any floating dtype; None where there is nothing to add. The
+            stream then is x; taking it from here still lets backward add the residual's gradient in the same pass.
+        weight, bias: (D,) or None, each; any floating dtype.
+        gain, shift, gate: (B, D) or None, each; any floating dtype.
+        eps: added to the variance.
+
+    Returns:
+        The stream, in the dtype of x, and y: under autocast in its dtype, else in that of x, so that the product after
+        it casts nothing. Both are differentiable in every tensor argument; statistics are fp32; two runs give the same
+        bits. Backward keeps the stream and fp32 statistics of the rows; branch only where gate wants a gradient.
+
+    Raises:
+        ValueError: arguments that do not fit, naming their shapes.
+    """
+    inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
+    _check(inputs, eps)
+    backend = get_backend(x)
+    if backend == "reference" or _is_transformed():
+        return add_layer_norm_ref(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, eps=eps)
+    dtype = _dtype_of_next_product(x)
+    # The kernels know streams in fp32 with 16-bit tensors beside them, and tensors of one dtype.
+    own_dtype = dtype if x.dtype == torch.float32 else x.dtype
+    if branch is not None and branch.dtype != x.dtype:
+        is_known = x.dtype == torch.float32 and branch.dtype in _HALVES and own_dtype in (branch.dtype, x.dtype)
+        inputs = inputs if is_known else inputs._replace(branch=branch.to(x.dtype))
+    options = _Options(eps, own_dtype)
+    if torch.compiler.is_compiling():
+        stream, y, *_ = torch.ops.scalelong.add_layer_norm(*inputs, *options)
+        stream = x if branch is None else stream
+    else:  # without the Python that torch.library wraps around an operator
+        stream, y = _AddLayerNorm.apply(*inputs, options, backend)
+    return stream, y if dtype == own_dtype else y.to(dtype)
+
+
+class _Options(NamedTuple):
+    eps: float
+    dtype: torch.dtype  # of y
+
+
+def _dtype_of_next_product(x: Tensor) -> torch.dtype:
+    """That in which torch's linear layers compute on x."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
+@torch.compiler.assume_constant_result
+def _has_autocast(device: str) -> bool:
+    # Dynamo of torch 2.11 cannot trace the question, whose answer never changes.
+    return torch.amp.is_autocast_available(device)
+
+
+def _is_transformed() -> bool:
+    """Inside torch.func.grad, vmap or jvp, which an autograd.Function of the older kind cannot follow."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def _normalised(inputs: Inputs, eps: float) -> Tensor:
+    """y in the dtype of the stream, which is ``inputs.x``."""
+    stream, _, *parameters, _ = inputs
+    weight, bias, gain, shift = (None if p is None else p.to(stream.dtype) for p in parameters)
+    device = stream.device.type
+    with torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext():
+        y = F.layer_norm(stream, stream.shape[-1:], weight, bias, eps)
+    if gain is not None:
+        y = y * (1 + _over_rows(gain, y))
+    return y if shift is None else y + _over_rows(shift, y)
+
+
+def _over_rows(parameter: Tensor, x: Tensor) -> Tensor:
+    """(B, D) as (B, 1, ..., D)."""
+    return parameter[(slice(None), *[None] * (x.dim() - 2))]
+
+
+class _AddLayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
+        *tensors, options, backend = arguments
+        inputs = Inputs(*tensors)
+        stream, y, mean, rstd = _forward(inputs, options, backend)
+        ctx.save_for_backward(*_kept(inputs, stream, ctx.needs_input_grad[6]), mean, rstd)
+        ctx.set_materialize_grads(False)
+        ctx.eps, ctx.backend = options.eps, backend
+        ctx.branch_dtype = None if inputs.branch is None else inputs.branch.dtype
+        return inputs.x.detach() if stream is None else stream, y
+
+    @staticmethod
+    def backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> Any:  # type: ignore[override]
+        *kept, mean, rstd = ctx.saved_tensors
+        kept, wanted = Inputs(*kept), ctx.needs_input_grad[:7]
+        if torch.is_grad_enabled():  # with create_graph=True the reference, which is differentiable again
+            gradients = _gradients_of_reference(dstream, dy, kept, ctx.branch_dtype, ctx.eps, wanted)
+        else:
+            gradients = _backward(dstream, dy, kept, mean, rstd, ctx.branch_dtype, ctx.eps, wanted, ctx.backend)
+            if wanted[1] and gradients.dbranch is None:
+                gradients = gradients._replace(dbranch=gradients.dx)
+        return *gradients, None, None
+
+
+def _kept(inputs: Inputs, stream: Tensor | None, keeps_branch: bool) -> Inputs:
+    """What backward reads."""
+    return inputs._replace(x=inputs.x if stream is None else stream, branch=inputs.branch if keeps_branch else None)
+
+
+def _forward(inputs: Inputs, options: _Options, backend: str) -> Outputs:
+    x, branch, *_ = inputs
+    outputs = _empty_outputs(inputs, options.dtype)
+    stream, y, mean, rstd = outputs
+    if y.numel() == 0:
+        return outputs._replace(mean=mean.zero_(), rstd=rstd.zero_())
+    if backend == "reference":
+        parameters = inputs._asdict()
+        found, _ = add_layer_norm_ref(**parameters, eps=options.eps)
+        rows = found.to(mean.dtype).flatten(0, -2)
+        variance, average = torch.var_mean(rows, dim=1, correction=0)
+        own = inputs._replace(x=found)
+        y.copy_(_normalised(own, options.eps))
+        return Outputs(None if stream is None else stream.copy_(found), y, average, (variance + options.eps).rsqrt())
+    dense = inputs._replace(x=x.contiguous(), branch=None if branch is None else branch.contiguous())
+    _LAUNCHERS[backend].forward(dense, options.eps, outputs)
+    return outputs
+
+
+def _backward(
+    dstream: Tensor | None,
+    dy: Tensor | None,
+    kept: Inputs,
+    mean: Tensor,
+    rstd: Tensor,
+    branch_dtype: torch.dtype | None,
+    eps: float,
+    wanted: tuple[bool, ...],
+    backend: str,
+) -> Gradients:
+    """The wanted gradients; that of branch is left out where it is that of x."""
+    stream = kept.x
+    if backend == "reference" or stream.numel() == 0 or dy is None:
+        kept = Inputs(*(None if p is None else p.detach() for p in kept))  # type: ignore[arg-type]
+        gradients = _gradients_of_reference(dstream, dy, kept, branch_dtype, eps, wanted)
+        shares = wanted[1] and _shares_gradient(kept, branch_dtype)
+        return gradients._replace(dx=gradients.dbranch, dbranch=None) if shares else gradients
+    gradients = _empty_gradients(kept, branch_dtype, wanted, torch.float32)
+    branch = None if kept.branch is None or gradients.dgate is None else kept.branch.contiguous()
+    dense = kept._replace(x=stream.contiguous(), branch=branch)
+    dstream = None if dstream is None else dstream.contiguous()
+    _LAUNCHERS[backend].backward(dstream, dy.contiguous(), dense, mean, rstd, gradients)
+    large, small = gradients[:2], zip(gradients[2:], kept[2:], strict=True)
+    return Gradients(*large, *(None if grad is None or p is None else grad.to(p.dtype) for grad, p in small))
+
+
+def _gradients_of_reference(
+    dstream: Tensor | None,
+    dy: Tensor | None,
+    kept: Inputs,
+    branch_dtype: torch.dtype | None,
+    eps: float,
+    wanted: tuple[bool, ...],
+) -> Gradients:
+    """The wanted gradients, differentiable in all that they are made of.
+
+    They are taken by aliases of the kept tensors: taken by the tensors themselves, paths that join these outside the
+    operator would be counted here too.
+    """
+    create_graph, needs_total = torch.is_grad_enabled(), wanted[0] or wanted[1] or wanted[6]
+    stream, branch, *_, gate = kept
+    with torch.enable_grad():
+        leaves = Inputs(*(None if p is None else p.view_as(p) if p.requires_grad else _leaf(p) for p in kept))  # type: ignore[arg-type]
+        needs = (needs_total, False, *wanted[2:6], False)
+        sought = [p for p, is_needed in zip(leaves, needs, strict=True) if is_needed and p is not None]
+        found: list[Tensor | None] = [torch.zeros_like(p) for p in sought]
+        if dy is not None and sought:
+            y = _normalised(leaves, eps).to(dy.dtype)
+            found = list(torch.autograd.grad(y, sought, dy, create_graph=create_graph))
+    rest = iter(found)
+    total, _, *parameters, _ = (next(rest) if is_needed else None for is_needed in needs)
+    if total is not None and dstream is not None:
+        total = total + dstream
+    dbranch = dgate = None
+    if total is not None and wanted[1]:
+        dbranch = (total if gate is None else _over_rows(gate, total) * total).to(branch_dtype)
+    if total is not None and wanted[6] and branch is not None and gate is not None:
+        dgate = (branch * total).flatten(1, -2).sum(1) if stream.dim() > 2 else branch * total
+        dgate = dgate.to(gate.dtype)
+    return Gradients(total if wanted[0] else None, dbranch, *parameters, dgate=dgate)
+
+
+def _leaf(p: Tensor) -> Tensor:
+    return p.detach().requires_grad_()
+
+
+def _shares_gradient(kept: Inputs, branch_dtype: torch.dtype | None) -> bool:
+    """Whether the gradients of x and branch are one tensor."""
+    return kept.gate is None and branch_dtype == kept.x.dtype
+
+
+def _empty_outputs(inputs: Inputs, dtype: torch.dtype) -> Outputs:
+    x = inputs.x
+    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
+    num_rows = math.prod(x.shape[:-1])
+    stream = None if inputs.branch is None else x.new_empty(x.shape)
+    return Outputs(
+        stream,
+        x.new_empty(x.shape, dtype=dtype),
+        x.new_empty(num_rows, dtype=statistics),
+        x.new_empty(num_rows, dtype=statistics),
+    )
+
+
+def _empty_gradients(
+    kept: Inputs, branch_dtype: torch.dtype | None, wanted: tuple[bool, ...], dtype: torch.dtype | None
+) -> Gradients:
+    """Of the parameters in ``dtype``, or in their own."""
+    stream, shares = kept.x, _shares_gradient(kept, branch_dtype)
+    dx = stream.new_empty(stream.shape) if wanted[0] or (wanted[1] and shares) else None
+    dbranch = stream.new_empty(stream.shape, dtype=branch_dtype) if wanted[1] and not shares else None
+    parameters = (
+        p.new_empty(p.shape, dtype=dtype or p.dtype) if is_wanted and p is not None else None
+        for p, is_wanted in zip(kept[2:], wanted[2:], strict=True)
+    )
+    return Gradients(dx, dbranch, *parameters)
+
+
+_ARGUMENTS = "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate"
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
+torch.library.define(
+    "scalelong::add_layer_norm",
+    f"(Tensor x, {_ARGUMENTS}, float eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+torch.library.define(
+    "scalelong::add_layer_norm_backward",
+    f"(Tensor? dstream, Tensor? dy, Tensor stream, {_ARGUMENTS}, Tensor mean, Tensor rstd, ScalarType? branch_dtype, "
+    "float eps, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+
+
+@torch.library.impl("scalelong::add_layer_norm", "default")
+def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    """Without a branch, an empty tensor stands for the stream, which may not be x itself."""
+    *tensors, eps, dtype = arguments
+    return none_as_empty(_forward(Inputs(x, *tensors), _Options(eps, dtype), get_backend(x)), x)
+
+
+@torch.library.register_fake("scalelong::add_layer_norm")
+def _(x, branch, weight, bias, gain, shift, gate, eps, dtype):
+    return none_as_empty(_empty_outputs(Inputs(x, branch, weight, bias, gain, shift, gate), dtype), x)
+
+
+@torch.library.impl("scalelong::add_layer_norm_backward", "default")
+def _(dstream: Tensor | None, dy: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    kept, (mean, rstd, branch_dtype, eps, wanted) = Inputs(*arguments[:7]), arguments[7:]
+    backend = get_backend(kept.x)
+    gradients = _backward(dstream, dy, kept, mean, rstd, branch_dtype, eps, tuple(wanted), backend)
+    return none_as_empty(gradients, kept.x)
+
+
+@torch.library.register_fake("scalelong::add_layer_norm_backward")
+def _(dstream, dy, stream, branch, weight, bias, gain, shift, gate, mean, rstd, branch_dtype, eps, wanted):
+    kept = Inputs(stream, branch, weight, bias, gain, shift, gate)
+    return none_as_empty(_empty_gradients(kept, branch_dtype, wanted, None), stream)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, ctx.eps, _ = inputs
+    tensors = Inputs(*tensors)
+    stream, _, mean, rstd = output
+    stream = None if tensors.branch is None else stream
+    ctx.save_for_backward(*_kept(tensors, stream, ctx.needs_input_grad[6]), mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.branch_dtype = None if tensors.branch is None else tensors.branch.dtype
+
+
+def _backward_of_operator(ctx: Any, dstream: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    *kept, mean, rstd = ctx.saved_tensors
+    dstream = None if ctx.branch_dtype is None else dstream
+    wanted = ctx.needs_input_grad[:7]
+    if not any(wanted) or (dstream is None and dy is None):
+        return (None,) * 9
+    found = torch.ops.scalelong.add_layer_norm_backward(
+        dstream, dy, *kept, mean, rstd, ctx.branch_dtype, ctx.eps, list(wanted)
+    )
+    gradients = [grad if is_wanted else None for grad, is_wanted in zip(found, wanted, strict=True)]
+    if wanted[1] and _shares_gradient(Inputs(*kept), ctx.branch_dtype):
+        gradients[1] = found[0]
+    return *gradients, None, None
+
+
+def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *tensors, _, _, ctx.branch_dtype, ctx.eps, ctx.wanted = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_backward(ctx: Any, *outer: Tensor | None) -> tuple[Any, ...]:
+    """By the reference, whose gradients are differentiable; mean and rstd are functions of the stream there."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [None if p is None else p.view_as(p) if p.requires_grad else p for p in ctx.saved_tensors]
+        dstream, dy, *tensors = leaves
+        kept = Inputs(*tensors)  # type: ignore[arg-type]
+        gradients = _gradients_of_reference(dstream, dy, kept, ctx.branch_dtype, ctx.eps, tuple(ctx.wanted))
+        if ctx.wanted[1] and _shares_gradient(kept, ctx.branch_dtype):
+            gradients = gradients._replace(dx=gradients.dbranch, dbranch=None)
+        pairs = [(g, o) for g, o in zip(gradients, outer, strict=True) if g is not None and o is not None]
+        sought = [p for p in leaves if p is not None and p.requires_grad]
+        found = iter(
+            torch.autograd.grad(
+                [g for g, _ in pairs], sought, [o for _, o in pairs], create_graph=create_graph, allow_unused=True
+            )
+        )
+    return *(next(found) if p is not None and p.requires_grad else None for p in leaves), None, None, None, None, None
+
+
+torch.library.register_autograd("scalelong::add_layer_norm", _backward_of_operator, setup_context=_setup_context)
+torch.library.register_autograd(
+    "scalelong::add_layer_norm_backward", _backward_of_backward, setup_context=_setup_backward_context
+)
+
+
+def _check(inputs: Inputs, eps: float) -> None:
+    x, branch, *_, gate = inputs
+    if x.dim() < 1 or not x.is_floating_point():
+        raise ValueError(f"add_layer_norm: needs a floating x of (..., D), got {described(x)}")
+    if branch is None and gate is not None:
+        raise ValueError(f"add_layer_norm: gate {tuple(gate.shape)} without a branch")
+    D, leading = x.shape[-1], x.shape[:-1]
+    of_sample = (leading[0] if leading else None, D)
+    shapes = (x.shape, (D,), (D,), of_sample, of_sample, of_sample)
+    for name, p, shape in zip(Inputs._fields[1:], inputs[1:], shapes, strict=True):
+        if p is None:
+            continue
+        if tuple(p.shape) != tuple(shape):
+            raise ValueError(
+                f"add_layer_norm: {name} has shape {tuple(p.shape)}, but x {tuple(x.shape)} needs {tuple(shape)}"
+            )
+        if p.device != x.device or not p.is_floating_point():
+            raise ValueError(f"add_layer_norm: {name} is {described(p)}, but x is {described(x)}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"add_layer_norm: eps must be a finite number from 0 up, got {eps}")

@@ -1,0 +1,31 @@
+"""Calls the native CPU kernels of the fused residual sum and LayerNorm (kernels/native/layer_norm.cpp)."""
+
+import torch
+from torch import Tensor
+
+from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
+
+
+def forward(inputs: Inputs, eps: float, outputs: Outputs) -> None:
+    """Fills the outputs."""
+    x, branch, *parameters = inputs
+    torch.ops.scalelong_native.add_layer_norm_forward.default(
+        *outputs, x, branch, *map(_floats, parameters), inputs.num_samples, eps
+    )
+
+
+def backward(
+    dstream: Tensor | None, dy: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, gradients: Gradients
+) -> None:
+    """Fills the gradients; those of the parameters are in fp32."""
+    stream, branch, *parameters = inputs
+    weight, bias, gain, _, gate = map(_floats, parameters)
+    torch.ops.scalelong_native.add_layer_norm_backward.default(
+        *(*gradients, dstream, dy, stream, mean, rstd, branch, weight, bias, gain, gate, inputs.num_samples)
+    )
+
+
+def _floats(parameter: Tensor | None) -> Tensor | None:
+    if parameter is None or (parameter.dtype == torch.float32 and parameter.is_contiguous()):
+        return parameter
+    return parameter.to(torch.float32).contiguous()

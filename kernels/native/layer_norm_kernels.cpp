@@ -1,0 +1,335 @@
+// Compiled once for each instruction set.
+
+#include "layer_norm.h"
+#include "vector.h"
+
+namespace scalelong::SCALELONG_ISA {
+
+namespace {
+
+constexpr int TOGETHER = 4;        // vectors of a row in forward
+constexpr int ROWS_TOGETHER = 4;   // rows in backward, for which the sums are loaded and stored once
+constexpr int64_t COLUMNS = 64;    // of the sums that are put together at a time
+
+// --- memory ----------------------------------------------------------------------------------------------------------
+
+// A sum of two 16-bit numbers often lies halfway between two others: rounding it away from zero would make the stream
+// grow from block to block. A NaN stays one.
+inline Words nearest_bfloat16(Floats x) {
+  const Words bits = (Words)x, nan = Words{} + 0x7fc00000;
+  return x == x ? bits + 0x7fff + ((bits >> 16) & 1) : nan;
+}
+
+// What is stored as a T, read again.
+inline Floats rounded(Floats x, float) { return x; }
+inline Floats rounded(Floats x, BFloat16) { return (Floats)(nearest_bfloat16(x) & 0xffff0000u); }
+inline Floats rounded(Floats x, Float16) { return from_float16(to_float16(x)); }
+
+inline Floats exact_encoded(Floats x, float) { return x; }
+inline Halves exact_encoded(Floats x, BFloat16) { return narrowed(nearest_bfloat16(x) >> 16); }
+inline Halves exact_encoded(Floats x, Float16) { return to_float16(x); }
+
+// Elements [d, d + size) of a row, size at most WIDTH.
+template <class T>
+INLINED inline Floats get(const T* row, int64_t d, int64_t size) {
+  return size == WIDTH ? load(row + d) : load_first(row + d, size);
+}
+template <bool STREAM = false, class T>
+INLINED inline void put(T* row, int64_t d, int64_t size, Floats x) {
+  const auto v = exact_encoded(x, T{});
+  if (size == WIDTH) {
+    if constexpr (STREAM) {
+      stream_bytes(row + d, v);
+    } else {
+      memcpy(row + d, &v, sizeof v);
+    }
+  } else {
+    memcpy(row + d, &v, size * sizeof(T));
+  }
+}
+
+// Calls f(d, size) for the vectors of a row; size is a constant but for the last.
+template <class F>
+INLINED inline void each_vector(int64_t D, const F& f) {
+  int64_t d = 0;
+  for (; d + WIDTH <= D; d += WIDTH) f(d, int64_t(WIDTH));
+  if (d < D) f(d, D - d);
+}
+
+// The same for f(k, d, size), with k counting the vectors around: chains of additions side by side.
+template <class F>
+INLINED inline void each_vector_in_turn(int64_t D, const F& f) {
+  int64_t d = 0;
+  for (; d + TOGETHER * WIDTH <= D; d += TOGETHER * WIDTH) {
+    for (int k = 0; k < TOGETHER; ++k) f(k, d + k * WIDTH, int64_t(WIDTH));
+  }
+  for (int k = 0; d < D; d += WIDTH, ++k) f(k, d, D - d < WIDTH ? D - d : int64_t(WIDTH));
+}
+
+// Whether all rows of a tensor may be written past the caches: whole vectors, each aligned.
+template <class T>
+inline bool can_stream(const T* rows, int64_t D) {
+  return D % WIDTH == 0 && is_aligned(rows, WIDTH * sizeof(T));
+}
+
+// So that other threads see what was written past the caches.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+inline double sum_of_all(const Floats (&sums)[TOGETHER]) {
+  return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+}
+
+// --- coefficients ----------------------------------------------------------------------------------------------------
+
+struct Rows {
+  int64_t b, first, last;
+};
+
+inline Rows rows_of(const AddLayerNorm& norm, int64_t unit) {
+  const int64_t b = unit / norm.num_blocks, t = unit % norm.num_blocks * norm.rows_per_block;
+  const int64_t end = t + norm.rows_per_block < norm.T ? t + norm.rows_per_block : norm.T;
+  return {b, b * norm.T + t, b * norm.T + end};
+}
+
+inline void fill_coefficients(const AddLayerNorm& norm, int64_t b, float* a, float* c) {
+  const float *gain = norm.gain ? norm.gain + b * norm.D : nullptr, *shift = norm.shift ? norm.shift + b * norm.D : nullptr;
+  for (int64_t d = 0; d < norm.D; ++d) {
+    const float factor = gain ? 1.0f + gain[d] : 1.0f;
+    a[d] = norm.weight ? norm.weight[d] * factor : factor;
+    c[d] = (norm.bias ? norm.bias[d] * factor : 0.0f) + (shift ? shift[d] : 0.0f);
+  }
+}
+
+// --- forward ---------------------------------------------------------------------------------------------------------
+
+// Fills ``kept`` with the stream in fp32, and the stream itself if there is a branch. Returns the sum over the row.
+template <bool STREAM, class X, class Branch>
+INLINED inline double add(const X* x, const Branch* branch, const float* gate, X* stream, float* kept, int64_t D) {
+  Floats sums[TOGETHER] = {};
+  each_vector_in_turn(D, [&](int k, int64_t d, int64_t size) INLINED {
+    Floats s = get(x, d, size);
+    if (branch) {
+      const Floats added = get(branch, d, size);
+      s = rounded(gate ? s + get(gate, d, size) * added : s + added, X{});
+      put<STREAM>(stream, d, size, s);
+    }
+    put(kept, d, size, s);
+    sums[k] += s;
+  });
+  return sum_of_all(sums);
+}
+
+struct Moments {
+  double mean, variance;
+};
+
+// In two sweeps, the second around the mean that the first one found.
+INLINED inline Moments moments_of(const float* row, double sum, int64_t D) {
+  const float near = float(sum / double(D));
+  Floats distances[TOGETHER] = {}, squares[TOGETHER] = {};
+  each_vector_in_turn(D, [&](int k, int64_t d, int64_t size) INLINED {
+    Floats distance = get(row, d, size) - near;
+    if (size < WIDTH) distance *= first_lanes(size);
+    distances[k] += distance;
+    squares[k] += distance * distance;
+  });
+  const double left = sum_of_all(distances) / double(D);
+  return {near + left, sum_of_all(squares) / double(D) - left * left};
+}
+
+template <class X, class Branch, class Y, bool STREAM>
+void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
+  const int64_t D = norm.D;
+  float *a = scratch, *c = scratch + D, *kept = scratch + 2 * D;
+  for (int64_t unit = begin, b = -1; unit < end; ++unit) {
+    const Rows rows = rows_of(norm, unit);
+    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
+    const float* gate = norm.gate ? norm.gate + b * D : nullptr;
+    for (int64_t row = rows.first; row < rows.last; ++row) {
+      const X* x = (const X*)norm.x + row * D;
+      const Branch* branch = norm.branch ? (const Branch*)norm.branch + row * D : nullptr;
+      const double sum = add<STREAM>(x, branch, gate, branch ? (X*)norm.stream + row * D : nullptr, kept, D);
+      const Moments moments = moments_of(kept, sum, D);
+      const double rstd = 1.0 / __builtin_sqrt(moments.variance + norm.eps);
+      const float mean = float(moments.mean), factor = float(rstd);
+      norm.mean[row] = mean;
+      norm.rstd[row] = factor;
+      // What the mean loses by rounding goes into a constant, where it costs nothing.
+      const float constant = float((mean - moments.mean) * rstd);
+      Y* y = (Y*)norm.y + row * D;
+      each_vector(D, [&](int64_t d, int64_t size) INLINED {
+        prefetch<1>(x + D + d);  // the next row, while this one is in the first cache
+        if (branch) prefetch<1>(branch + D + d);
+        const Floats xhat = (get(kept, d, size) - mean) * factor + constant;
+        put<STREAM>(y, d, size, xhat * get(a, d, size) + get(c, d, size));
+      });
+    }
+  }
+  if constexpr (STREAM) finish_streams();
+}
+
+template <class X, class Branch, class Y>
+void forward(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
+  const bool streams = norm.streams && can_stream((const X*)norm.stream, norm.D) && can_stream((const Y*)norm.y, norm.D);
+  (streams ? forward_rows<X, Branch, Y, true> : forward_rows<X, Branch, Y, false>)(norm, begin, end, scratch);
+}
+
+// --- backward --------------------------------------------------------------------------------------------------------
+
+// Means over a row of dz and dz * xhat, where dz = dy * a.
+struct Means {
+  float dz, dz_xhat;
+};
+
+template <int NUM, class X, class Y>
+INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float* a, float* sums, Means* means) {
+  const int64_t D = norm.D;
+  const X* stream = (const X*)norm.x + row * D;
+  const X* dstream = norm.dstream ? (const X*)norm.dstream + row * D : nullptr;
+  const Y* dy = (const Y*)norm.dy + row * D;
+  const float *mean = norm.mean + row, *rstd = norm.rstd + row;
+  Floats dz_sums[NUM] = {}, dz_xhat_sums[NUM] = {};
+  each_vector(D, [&](int64_t d, int64_t size) INLINED {
+    const Floats factor = get(a, d, size);
+    Floats dy_sum = sums ? get(sums, d, size) : Floats{}, dy_xhat_sum = sums ? get(sums + D, d, size) : Floats{};
+    for (int r = 0; r < NUM; ++r) {
+      if (dstream) prefetch<1>(dstream + r * D + d);
+      const Floats g = get(dy + r * D, d, size), xhat = (get(stream + r * D, d, size) - mean[r]) * rstd[r];
+      const Floats g_xhat = g * xhat;
+      dz_sums[r] += g * factor;
+      dz_xhat_sums[r] += g_xhat * factor;
+      dy_sum += g;
+      dy_xhat_sum += g_xhat;
+    }
+    if (sums) {
+      put(sums, d, size, dy_sum);
+      put(sums + D, d, size, dy_xhat_sum);
+    }
+  });
+  for (int r = 0; r < NUM; ++r) {
+    means[r] = {float(sum_of_lanes(dz_sums[r]) / double(D)), float(sum_of_lanes(dz_xhat_sums[r]) / double(D))};
+  }
+}
+
+template <bool STREAM, int AHEAD, class X, class Branch, class Y>
+INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float* a, const float* gate, float* dgate_sums,
+                      Means means) {
+  const int64_t D = norm.D, at = row * D;
+  const X *stream = (const X*)norm.x + at, *dstream = norm.dstream ? (const X*)norm.dstream + at : nullptr;
+  const Y* dy = (const Y*)norm.dy + at;
+  const Branch* branch = dgate_sums ? (const Branch*)norm.branch + at : nullptr;
+  X* dx = norm.dx ? (X*)norm.dx + at : nullptr;
+  Branch* dbranch = norm.dbranch ? (Branch*)norm.dbranch + at : nullptr;
+  const float mean = norm.mean[row], rstd = norm.rstd[row];
+  each_vector(D, [&](int64_t d, int64_t size) INLINED {
+    prefetch<1>(stream + AHEAD * D + d);
+    prefetch<1>(dy + AHEAD * D + d);
+    const Floats xhat = (get(stream, d, size) - mean) * rstd;
+    Floats gradient = (get(dy, d, size) * get(a, d, size) - means.dz - xhat * means.dz_xhat) * rstd;
+    if (dstream) gradient += get(dstream, d, size);
+    if (dx) put<STREAM>(dx, d, size, gradient);
+    if (dbranch) put<STREAM>(dbranch, d, size, gate ? gradient * get(gate, d, size) : gradient);
+    if (dgate_sums) put(dgate_sums, d, size, get(dgate_sums, d, size) + gradient * get(branch, d, size));
+  });
+}
+
+template <class X, class Branch, class Y, bool STREAM>
+void backward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
+  const int64_t D = norm.D;
+  float *a = scratch, *unused = scratch + D;
+  const bool sums_parameters = norm.dweight || norm.dbias || norm.dgain || norm.dshift;
+  const bool writes = norm.dx || norm.dbranch || norm.dgate;
+  for (int64_t unit = begin, b = -1; unit < end; ++unit) {
+    const Rows rows = rows_of(norm, unit);
+    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, unused);
+    const float* gate = norm.gate ? norm.gate + b * D : nullptr;
+    float* sums = norm.sums ? norm.sums + unit * NUM_SUMS * D : nullptr;
+    if (sums) memset(sums, 0, NUM_SUMS * D * sizeof(float));
+    float *dy_sums = sums_parameters ? sums : nullptr, *dgate_sums = norm.dgate ? sums + 2 * D : nullptr;
+    int64_t row = rows.first;
+    const auto run = [&]<int NUM>() INLINED {
+      Means means[NUM];
+      sum_rows<NUM, X, Y>(norm, row, a, dy_sums, means);
+      for (int r = 0; writes && r < NUM; ++r) {
+        write_row<STREAM, NUM, X, Branch, Y>(norm, row + r, a, gate, dgate_sums, means[r]);
+      }
+      row += NUM;
+    };
+    while (row + ROWS_TOGETHER <= rows.last) run.template operator()<ROWS_TOGETHER>();
+    while (row < rows.last) run.template operator()<1>();
+  }
+  if constexpr (STREAM) finish_streams();
+}
+
+template <class X, class Branch, class Y>
+void backward(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
+  const bool streams =
+      norm.streams && can_stream((const X*)norm.dx, norm.D) && can_stream((const Branch*)norm.dbranch, norm.D);
+  (streams ? backward_rows<X, Branch, Y, true> : backward_rows<X, Branch, Y, false>)(norm, begin, end, scratch);
+}
+
+void parameters(const AddLayerNorm& norm, int64_t begin, int64_t end) {
+  const int64_t D = norm.D;
+  for (int64_t first = begin; first < end; first += COLUMNS) {
+    const int64_t size = end - first < COLUMNS ? end - first : COLUMNS;
+    double dweight[COLUMNS] = {}, dbias[COLUMNS] = {};
+    for (int64_t b = 0; b < norm.B; ++b) {
+      double sums[NUM_SUMS][COLUMNS] = {};
+      for (int64_t block = 0; block < norm.num_blocks; ++block) {
+        const float* of_block = norm.sums + (b * norm.num_blocks + block) * NUM_SUMS * D + first;
+        for (int64_t k = 0; k < NUM_SUMS; ++k) {
+          for (int64_t i = 0; i < size; ++i) sums[k][i] += of_block[k * D + i];
+        }
+      }
+      const auto &dy = sums[0], &dy_xhat = sums[1];
+      for (int64_t i = 0; i < size; ++i) {
+        const int64_t d = first + i, at = b * D + d;
+        const double factor = norm.gain ? 1.0 + norm.gain[at] : 1.0;
+        dweight[i] += factor * dy_xhat[i];
+        dbias[i] += factor * dy[i];
+        if (norm.dgain) {
+          norm.dgain[at] = float((norm.weight ? norm.weight[d] : 1.0) * dy_xhat[i] + (norm.bias ? norm.bias[d] : 0.0) * dy[i]);
+        }
+        if (norm.dshift) norm.dshift[at] = float(dy[i]);
+        if (norm.dgate) norm.dgate[at] = float(sums[2][i]);
+      }
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      if (norm.dweight) norm.dweight[first + i] = float(dweight[i]);
+      if (norm.dbias) norm.dbias[first + i] = float(dbias[i]);
+    }
+  }
+}
+
+template <class X, class Branch, class Y>
+AddLayerNormKernels kernels() {
+  return {forward<X, Branch, Y>, backward<X, Branch, Y>, parameters};
+}
+
+// An fp32 stream, with 16-bit branches and outputs as under autocast.
+template <class Half>
+AddLayerNormKernels find_beside(Type half, Type branch, Type y) {
+  if (branch == half) return y == half ? kernels<float, Half, Half>() : kernels<float, Half, float>();
+  return kernels<float, float, Half>();
+}
+
+}  // namespace
+
+// Null where there is none: 16-bit streams come with branches and outputs of their own type, and of two 16-bit types
+// there is one.
+AddLayerNormKernels find_add_layer_norm(Type stream, Type branch, Type y) {
+  if (stream == branch && stream == y) {
+    if (stream == Type::bfloat16) return kernels<BFloat16, BFloat16, BFloat16>();
+    return stream == Type::float16 ? kernels<Float16, Float16, Float16>() : kernels<float, float, float>();
+  }
+  const Type half = branch == Type::float32 ? y : branch;
+  const bool fits = stream == Type::float32 && (branch == half || branch == stream) && (y == half || y == stream);
+  if (!fits) return {};
+  return half == Type::bfloat16 ? find_beside<BFloat16>(half, branch, y) : find_beside<Float16>(half, branch, y);
+}
+
+}  // namespace scalelong::SCALELONG_ISA

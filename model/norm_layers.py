@@ -1,0 +1,70 @@
+"""nn.LayerNorm with the residual sum before it and the adaptive form after it, over our operator.
+
+Shapes: B samples, T tokens, D width.
+"""
+
+from typing import Literal, overload
+
+from torch import Tensor, nn
+
+from scalelong.kernels.add_layer_norm import add_layer_norm
+
+
+class AddLayerNorm(nn.LayerNorm):
+    """nn.LayerNorm over the last dimension, with the same parameters and names; given a branch, the sum before it too.
+
+    Called with one tensor it is nn.LayerNorm, but for the dtype of its output: under autocast that of the product which
+    follows it.
+    """
+
+    def __init__(self, width: int, eps: float = 1e-5, elementwise_affine: bool = True, bias: bool = True):
+        super().__init__(width, eps, elementwise_affine, bias)
+
+    @overload
+    def forward(self, x_BTD: Tensor, *, gain: Tensor | None = ..., shift: Tensor | None = ...) -> Tensor: ...
+    @overload
+    def forward(
+        self,
+        x_BTD: Tensor,
+        branch_BTD: Tensor | None = ...,
+        *,
+        with_stream: Literal[True],
+        gain: Tensor | None = ...,
+        shift: Tensor | None = ...,
+        gate: Tensor | None = ...,
+    ) -> tuple[Tensor, Tensor]: ...
+    def forward(
+        self,
+        x_BTD: Tensor,
+        branch_BTD: Tensor | None = None,
+        *,
+        with_stream: bool = False,
+        gain: Tensor | None = None,
+        shift: Tensor | None = None,
+        gate: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """``norm(x + gate * branch) * (1 + gain) + shift``; with ``with_stream`` the sum before it.
+
+        Args:
+            gain, shift, gate: (B, D) each, or None.
+
+        Raises:
+            ValueError: shapes that do not fit, naming them.
+        """
+        stream, y = add_layer_norm(
+            x_BTD, branch_BTD, self.weight, self.bias, gain=gain, shift=shift, gate=gate, eps=self.eps
+        )
+        return (stream, y) if with_stream else y
+
+
+def add_norm(norm: nn.Module, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The stream ``x + branch``, or x, and ``norm`` of it.
+
+    In one operator where ``norm`` is an AddLayerNorm: backward then adds the residual's gradient to the norm's in the
+    same pass, which is why x itself is to be taken from here too. Anything else in its place, and a layer whose forward
+    was replaced, is called as it is, after a plain sum.
+    """
+    if type(norm).forward is AddLayerNorm.forward and "forward" not in norm.__dict__:
+        return norm(x_BTD, branch_BTD, with_stream=True)
+    stream_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
+    return stream_BTD, norm(stream_BTD)
