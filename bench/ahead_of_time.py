@@ -1,12 +1,9 @@
 """Compiles Triton kernels for a GPU that need not be there, as their launchers would."""
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,17 +13,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from scalelong.bench.machine_code import resource_usage
 from scalelong.kernels import group_norm_triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 STAGES = ("resident", "looped", "sums", "apply")
 
 
 @dataclass(frozen=True)
 class Launch:
     kernel: Any
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # constants too, in the order of the kernel's parameters
     options: dict[str, int]
+    num_programs: int = 1
 
     @property
     def stage(self) -> str | None:
@@ -40,6 +38,20 @@ class Launch:
     def compile(self, arch: int) -> Any:
         """Triton itself decides what to specialise on, as in a launch."""
         target = GPUTarget("cuda", arch, 32)
+        source, options, _ = self._source(target)
+        return triton.compile(source, target=target, options=options.__dict__)
+
+    def parameters(self, arch: int) -> list[Any]:
+        """What a launch hands over: the arguments that are not compiled in."""
+        source, _, bound = self._source(GPUTarget("cuda", arch, 32))
+        return [
+            value
+            for name, kind in source.signature.items()
+            for value, of_kind in zip(_flat(bound[name]), _flat(kind), strict=True)
+            if of_kind != "constexpr"
+        ]
+
+    def _source(self, target: GPUTarget) -> tuple[ASTSource, Any, dict[str, Any]]:
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         keywords = {**self.options, "debug": False, "instrumentation_mode": ""}
@@ -47,17 +59,16 @@ class Launch:
         options, signature, constants, attributes = self.kernel._pack_args(
             backend, keywords, bound, specialization, options
         )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options.__dict__)
+        return ASTSource(self.kernel, signature, constants, attributes), options, bound
+
+
+def _flat(x: Any) -> list[Any]:
+    return [part for item in x for part in _flat(item)] if isinstance(x, tuple | list) else [x]
 
 
 def spill_bytes(compiled: Any) -> int:
     """Of the stack, per thread: the kernels put nothing else there."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return int(re.findall(r"STACK:(\d+)", usage)[0])
+    return resource_usage(compiled)["STACK"]
 
 
 @contextmanager
@@ -66,7 +77,7 @@ def recorded_launches() -> Iterator[list[Launch]]:
     found: list[Launch] = []
 
     def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: int) -> None:
-        found.append(Launch(kernel, arguments, options))
+        found.append(Launch(kernel, arguments, options, math.prod(grid)))
 
     with patch.object(JITFunction, "run", record):
         yield found
@@ -81,13 +92,12 @@ def launches_of(
     is_adaptive: bool = False,
     act: str | None = "silu",
 ) -> list[Launch]:
-    """Of skip_group_norm, one of each kernel and stage that (N, Ch, Cs, G, height, width) takes."""
-    found: dict[str, Launch] = {}
+    """Of skip_group_norm at (N, Ch, Cs, G, height, width), in their order."""
+    found: list[Launch] = []
 
     def record(kernel: Any, *arguments: Any, **options: int) -> Any:
         def launch(num_programs: int, first_image: int = 0) -> None:
-            recorded = Launch(kernel, (first_image, *arguments), options)
-            found.setdefault(recorded.name, recorded)
+            found.append(Launch(kernel, (first_image, *arguments), options, num_programs))
 
         return launch
 
@@ -109,4 +119,9 @@ def launches_of(
             group_norm_triton.forward(*inputs, G, 1e-5, act, channels_last, image(C), *statistics)
         else:
             group_norm_triton.backward(image(C), *inputs, *statistics, G, act, channels_last, image(Ch), image(Cs))
-    return list(found.values())
+    return found
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """The first of each kernel and stage."""
+    return list({launch.name: launch for launch in reversed(list(launches))}.values())[::-1]
