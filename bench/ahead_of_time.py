@@ -51,6 +51,11 @@ class Launch:
             if of_kind != "constexpr"
         ]
 
+    def key(self, arch: int) -> str:
+        """The same for launches of one compiled kernel."""
+        source, options, _ = self._source(GPUTarget("cuda", arch, 32))
+        return f"{source.hash()} {options.hash()}"
+
     def _source(self, target: GPUTarget) -> tuple[ASTSource, Any, dict[str, Any]]:
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
@@ -76,8 +81,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """Launches inside run nothing and are listed instead."""
     found: list[Launch] = []
 
-    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: int) -> None:
-        found.append(Launch(kernel, arguments, options, math.prod(grid)))
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
+        constants = [keywords.pop(name) for name in kernel.arg_names[len(arguments) :] if name in keywords]
+        found.append(Launch(kernel, (*arguments, *constants), keywords, math.prod(grid)))
 
     with patch.object(JITFunction, "run", record):
         yield found
@@ -93,14 +99,6 @@ def launches_of(
     act: str | None = "silu",
 ) -> list[Launch]:
     """Of skip_group_norm at (N, Ch, Cs, G, height, width), in their order."""
-    found: list[Launch] = []
-
-    def record(kernel: Any, *arguments: Any, **options: int) -> Any:
-        def launch(num_programs: int, first_image: int = 0) -> None:
-            found.append(Launch(kernel, (first_image, *arguments), options, num_programs))
-
-        return launch
-
     N, Ch, Cs, G, *spatial = shape
     C = Ch + Cs
 
@@ -114,12 +112,12 @@ def launches_of(
     gain, shift = empty(N, 2 * C).chunk(2, dim=1) if is_adaptive else (None, None)
     inputs = (image(Ch), image(Cs), empty(), 1.0, empty(C), empty(C), gain, shift)
     statistics = (empty(N, G), empty(N, G))
-    with patch.object(group_norm_triton, "_launcher", record):
+    with recorded_launches() as launches:
         if direction == "forward":
             group_norm_triton.forward(*inputs, G, 1e-5, act, channels_last, image(C), *statistics)
         else:
             group_norm_triton.backward(image(C), *inputs, *statistics, G, act, channels_last, image(Ch), image(Cs))
-    return found
+    return launches
 
 
 def distinct(launches: Iterable[Launch]) -> list[Launch]:

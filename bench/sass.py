@@ -10,12 +10,22 @@ import re
 import struct
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
+from typing import NamedTuple
 
 import numpy as np
 
 from scalelong.bench.machine_code import Instruction
 
-Value = int | None
+
+class Partial(NamedTuple):
+    """A register of which some bits are known: predicates of loops and of data are kept side by side."""
+
+    value: int
+    unknown: int  # the bits that are not
+
+
+Value = int | Partial | None
 Values = Sequence[Value]
 State = dict[str, Value]  # registers, predicates as 0 or 1, "c0x210" of constant bank 0, a stack slot as "[R1+0x8]"
 Modifiers = frozenset[str]
@@ -53,10 +63,11 @@ class Step:
         if guard == 0:
             return
         values: Values = ()
-        if guard and self._compute:
+        if self._compute:
             values = self._compute(self.modifiers, *(read(state) for read in self._sources))
         for i, name in enumerate(self.results):
-            state[name] = values[i] if i < len(values) else None
+            value = values[i] if i < len(values) else None
+            state[name] = value if guard else _either(value, state.get(name, 0))
 
     def conditions(self, state: State) -> Values:
         """Of a branch: those that must all hold."""
@@ -130,18 +141,38 @@ def _reader(operand: str) -> Callable[[State], Value]:
         return lambda state: number
     if operand[0] in "-~":
         inner, one = _reader(operand[1:]), operand[0] == "-"
-        return lambda state: None if (x := inner(state)) is None else (x ^ WORD) + one
+        return lambda state: (x ^ WORD) + one if isinstance(x := inner(state), int) else None
     if operand[0] == "!":
         inner = _reader(operand[1:])
-        return lambda state: None if (x := inner(state)) is None else 1 - x
+        return lambda state: 1 - x if isinstance(x := inner(state), int) else None
     name = f"c{match[1]}" if (match := _CONSTANT.fullmatch(operand)) else operand
-    return lambda state: state.get(name)
+    # What was never written is undefined: bits of it are kept beside those of predicates, and masked away.
+    default = 0 if re.fullmatch(r"U?[RP]\d+", operand) else None
+    return lambda state: state.get(name, default)
 
 
 @cache
 def _pair_reader(operand: str) -> Callable[[State], Value]:
     low, high = _reader(operand), _reader(_next(operand))
-    return lambda state: None if (x := low(state)) is None or (y := high(state)) is None else y << 32 | x
+
+    def read(state: State) -> Value:
+        x, y = low(state), high(state)
+        return y << 32 | x if isinstance(x, int) and isinstance(y, int) else None
+
+    return read
+
+
+def _bits(x: Value) -> Partial:
+    return Partial(0, WORD) if x is None else Partial(x, 0) if isinstance(x, int) else x
+
+
+def _value(x: Partial) -> Value:
+    return x.value if x.unknown == 0 else None if x.unknown == WORD else x
+
+
+def _either(x: Value, y: Value) -> Value:
+    a, b = _bits(x), _bits(y)
+    return _value(Partial(a.value, a.unknown | b.unknown | a.value ^ b.value))
 
 
 def _signed(x: int, bits: int = 32) -> int:
@@ -154,7 +185,7 @@ def _computes(*names: str, even_from_unknown: bool = False) -> Callable[[Callabl
 
     def register(function: Callable[..., Values]) -> Callable[..., Values]:
         def strict(modifiers: Modifiers, *values: Value) -> Values:
-            return () if None in values else function(modifiers, *values)
+            return function(modifiers, *values) if all(isinstance(x, int) for x in values) else ()
 
         _COMPUTE.update(dict.fromkeys(names, function if even_from_unknown else strict))
         return function
@@ -213,16 +244,31 @@ def _scaled_add(modifiers: Modifiers, a: int, b: int, *rest: int) -> Values:
     return total & WORD, int(total > WORD)
 
 
-@_computes("LOP3")
-def _logic(modifiers: Modifiers, a: int, b: int, c: int, table: int, *_: int) -> Values:
+@_computes("LOP3", even_from_unknown=True)
+def _logic(modifiers: Modifiers, a: Value, b: Value, c: Value, table: int, *_: Value) -> Values:
+    sources = [_bits(x) for x in (a, b, c)]
+    # A bit of the result is known where it is the same whatever the unknown bits are.
+    results = [
+        _lookup(table, *(x.value ^ x.unknown * flipped for x, flipped in zip(sources, flips, strict=True)))
+        for flips in product((0, 1), repeat=3)
+    ]
+    unknown = results[0] & 0
+    for x in results:
+        unknown |= x ^ results[0]
+    is_set = int(results[0] != 0) if not unknown else 1 if results[0] & ~unknown else None
+    return _value(Partial(results[0], unknown)), is_set
+
+
+def _lookup(table: int, a: int, b: int, c: int) -> int:
     minterms = ((a if i & 4 else ~a) & (b if i & 2 else ~b) & (c if i & 1 else ~c) for i in range(8))
-    result = sum(x & WORD for i, x in enumerate(minterms) if table >> i & 1)
-    return result, int(result != 0)
+    return sum(x & WORD for i, x in enumerate(minterms) if table >> i & 1)
 
 
-@_computes("PLOP3")
-def _predicate_logic(modifiers: Modifiers, a: int, b: int, c: int, *tables: int) -> Values:
-    return [table >> (4 * a + 2 * b + c) & 1 for table in tables]
+@_computes("PLOP3", even_from_unknown=True)
+def _predicate_logic(modifiers: Modifiers, a: Value, b: Value, c: Value, *tables: int) -> Values:
+    known = [(x,) if isinstance(x, int) else (0, 1) for x in (a, b, c)]
+    results = [[table >> (4 * x + 2 * y + z) & 1 for table in tables] for x, y, z in product(*known)]
+    return [column[0] if len(set(column)) == 1 else None for column in zip(*results, strict=True)]
 
 
 @_computes("ISETP")
@@ -271,15 +317,19 @@ def _byte(modifiers: Modifiers) -> int:
 @_computes("P2R", even_from_unknown=True)
 def _pack(modifiers: Modifiers, *values: Value) -> Values:
     *predicates, x, mask = values
-    if mask is None or x is None or any(p is None for i, p in enumerate(predicates) if mask >> i & 1):
-        return (None,)
-    at = _byte(modifiers)
-    return (x & ~(mask << at) & WORD | sum(p << at + i for i, p in enumerate(predicates) if p and mask >> i & 1),)
+    at, register = _byte(modifiers), _bits(x)
+    assert isinstance(mask, int)
+    chosen = [(at + i, p) for i, p in enumerate(predicates) if mask >> i & 1]
+    value = register.value & ~(mask << at) & WORD | sum(p << i for i, p in chosen if isinstance(p, int))
+    unknown = register.unknown & ~(mask << at) & WORD | sum(1 << i for i, p in chosen if p is None)
+    return (_value(Partial(value, unknown)),)
 
 
-@_computes("R2P")
-def _unpack(modifiers: Modifiers, x: int, mask: int) -> Values:
-    return [x >> _byte(modifiers) + i & 1 for i in range(7) if mask >> i & 1]
+@_computes("R2P", even_from_unknown=True)
+def _unpack(modifiers: Modifiers, x: Value, mask: int) -> Values:
+    value, unknown = _bits(x)
+    bits = [_byte(modifiers) + i for i in range(7) if mask >> i & 1]
+    return [None if unknown >> i & 1 else value >> i & 1 for i in bits]
 
 
 @_computes("SHFL")

@@ -8,7 +8,7 @@ whose own guard is false takes its issue slot all the same, and counts.
 
 import struct
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import zip_longest
 from statistics import fmean
 from typing import Any
@@ -19,49 +19,56 @@ from scalelong.bench.sass import WORD, State, Step, Values
 PARAMETERS_AT = {80: 0x160, 90: 0x210}  # in constant bank 0
 NUM_PROGRAMS_AT = 0xC
 MAX_STEPS = 10_000_000
+NUM_SAMPLES = 4
 _LEAPS = ("BRA", "EXIT", "CALL", "RET")
 
 
-def executions(
-    instructions: Sequence[Instruction], parameters: Mapping[int, int], program: int, num_programs: int
-) -> Counter[int]:
-    """How often the first warp of a program executes each instruction, by its index.
+class WarpPath:
+    """Of one kernel, for any of its launches."""
 
-    ``parameters`` are words of constant bank 0 by their addresses (``parameter_words``).
-    """
-    state: State = {f"c{at:#x}": word for at, word in {NUM_PROGRAMS_AT: num_programs, **parameters}.items()}
-    state |= dict.fromkeys(("SR_TID.X", "SR_LANEID", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId"), 0)
-    state["SR_CTAID.X"] = program
-    steps = _steps_of_control(instructions)
-    counts: Counter[int] = Counter()
-    returns: list[int] = []
-    index = 0
-    for _ in range(MAX_STEPS):
-        instruction, step = instructions[index], steps.get(index)
-        counts[index] += 1
-        following = index + 1
-        if step and step.name in _LEAPS:
-            if _is_taken(instructions, index, step.conditions(state)):
-                if step.name == "EXIT":
-                    return counts
-                if step.name == "CALL":
-                    returns.append(following)
-                following = returns.pop() if step.name == "RET" else instruction.target
-                assert following is not None
-        elif step:
-            step(state)
-        index = following
-    raise ValueError(f"a warp executes more than {MAX_STEPS} instructions")
+    def __init__(self, code: MachineCode):
+        self.code = code
+        self._steps = _steps_of_control(code.instructions)
+
+    def executions(self, parameters: Sequence[Any], program: int, num_programs: int) -> Counter[int]:
+        """How often the first warp of a program executes each instruction, by its index.
+
+        ``parameters`` are those of the launch: ``ahead_of_time.Launch.parameters``.
+        """
+        state = _state_at_start(self.code, parameters, program, num_programs)
+        instructions, steps = self.code.instructions, self._steps
+        counts: Counter[int] = Counter()
+        returns: list[int] = []
+        index = 0
+        for _ in range(MAX_STEPS):
+            step = steps.get(index)
+            counts[index] += 1
+            following = index + 1
+            if step and step.name in _LEAPS:
+                if _is_taken(instructions, index, step.conditions(state)):
+                    if step.name == "EXIT":
+                        return counts
+                    if step.name == "CALL":
+                        returns.append(following)
+                    target = returns.pop() if step.name == "RET" else instructions[index].target
+                    assert target is not None
+                    following = target
+            elif step:
+                step(state)
+            index = following
+        raise ValueError(f"a warp executes more than {MAX_STEPS} instructions")
+
+    def instructions_of_a_launch(self, parameters: Sequence[Any], num_programs: int) -> float:
+        """That all its warps issue, from a few programs spread over the grid."""
+        programs = {(2 * i + 1) * num_programs // (2 * NUM_SAMPLES) for i in range(NUM_SAMPLES)}
+        totals = [self.executions(parameters, program, num_programs).total() for program in programs]
+        return num_programs * self.code.num_warps * fmean(totals)
 
 
-def instructions_of_a_launch(
-    code: MachineCode, parameters: Sequence[Any], num_programs: int, num_samples: int = 4
-) -> float:
-    """That all its warps issue, from programs spread over the grid; ``parameters``: ``Launch.parameters()``."""
-    words = parameter_words(code.parameter_types, parameters, code.arch)
-    programs = {(2 * i + 1) * num_programs // (2 * num_samples) for i in range(num_samples)}
-    totals = [executions(code.instructions, words, program, num_programs).total() for program in programs]
-    return num_programs * code.num_warps * fmean(totals)
+def _state_at_start(code: MachineCode, parameters: Sequence[Any], program: int, num_programs: int) -> State:
+    words = {NUM_PROGRAMS_AT: num_programs, **parameter_words(code.parameter_types, parameters, code.arch)}
+    zeros = ("SR_TID.X", "SR_LANEID", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId")
+    return {**{f"c{at:#x}": word for at, word in words.items()}, **dict.fromkeys(zeros, 0), "SR_CTAID.X": program}
 
 
 def parameter_words(types: Sequence[str], values: Sequence[Any], arch: int) -> dict[int, int]:

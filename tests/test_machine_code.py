@@ -12,7 +12,7 @@ import triton.language as tl
 
 from scalelong.bench.ahead_of_time import Launch
 from scalelong.bench.machine_code import MachineCode, machine_code
-from scalelong.bench.warp_path import executions, instructions_of_a_launch, parameter_words
+from scalelong.bench.warp_path import WarpPath
 
 pytestmark = [
     pytest.mark.slow,
@@ -88,8 +88,7 @@ def compiled(kernel: Any, *numbers: Any, arch: int) -> tuple[MachineCode, list[A
 def executed(kernel: Any, *numbers: Any, arch: int, program: int = 0, num_programs: int = 1) -> tuple[int, int]:
     """By a warp: instructions in all, and bytes loaded by a thread."""
     code, parameters = compiled(kernel, *numbers, arch=arch)
-    words = parameter_words(code.parameter_types, parameters, arch)
-    counts = executions(code.instructions, words, program, num_programs)
+    counts = WarpPath(code).executions(parameters, program, num_programs)
     loads = sum(times * code.instructions[i].bytes_moved for i, times in counts.items() if is_load(code, i))
     return counts.total(), loads
 
@@ -158,8 +157,7 @@ def test_a_loop_may_start_at_the_program_and_stride_over_the_grid(program, arch)
 def test_the_slow_paths_of_division_and_root_do_not_count(arch):
     code, parameters = compiled(_divided_kernel, 5, True, arch=arch)
     assert any(x.opcode.startswith("CALL") for x in code.instructions)
-    words = parameter_words(code.parameter_types, parameters, arch)
-    counts = executions(code.instructions, words, 0, 1)
+    counts = WarpPath(code).executions(parameters, 0, 1)
     assert not any(code.instructions[i].opcode.startswith(("CALL", "RET")) for i in counts)
     fast, _ = executed(_divided_kernel, 5, False, arch=arch)
     assert fast < counts.total() < len(code.instructions)
@@ -168,5 +166,5 @@ def test_the_slow_paths_of_division_and_root_do_not_count(arch):
 @each_arch
 def test_a_launch_issues_the_instructions_of_all_its_warps(arch):
     code, parameters = compiled(_sum_kernel, 3 * BLOCK, 3, True, arch=arch)
-    total = instructions_of_a_launch(code, parameters, 10)
+    total = WarpPath(code).instructions_of_a_launch(parameters, 10)
     assert total == 10 * 4 * executed(_sum_kernel, 3 * BLOCK, 3, True, arch=arch)[0]
