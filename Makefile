@@ -8,7 +8,7 @@ ARGS ?=
 # Of make gpu: tests, group-norm, uvit, unet, tune, data, rest or all.
 PART ?= all
 
-.PHONY: help install train test test-fast test-all soak lint format bench gpu clean
+.PHONY: help install train test test-fast test-all soak lint format bench kernel-report gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
@@ -19,6 +19,7 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
+	@echo "make kernel-report  what the GroupNorm kernels cost an H100, read from their machine code; writes docs/kernel-report.md"
 	@echo "make gpu        tests and benchmarks on a machine with a GPU, with its own Python, without network;"
 	@echo "                PART=tests, group-norm, uvit, unet, tune, data or rest runs one part, each shorter than ten minutes"
 	@echo "make install    only set up $(VENV)"
@@ -80,6 +81,9 @@ BENCH := -m pytest bench -o python_files='bench_*.py' --benchmark-only -q --stop
 
 bench: install
 	$(BIN)/python $(BENCH) $(ARGS)
+
+kernel-report: install
+	$(BIN)/python -m scalelong.bench.kernel_report --write
 
 gpu:
 	PYTHON=$(PYTHON) bash bench/gpu.sh $(PART)

@@ -1,8 +1,8 @@
 """Which bytes the launches of a kernel move to and from DRAM, from its Triton IR and the sizes of its tensors.
 
 A launch reads a tensor from DRAM once, unless the launches just before it left it in L2. Where it reads it a second
-time, in another loop, that comes from L2 as long as the programs that run at once have less than L2 in use. Tensors below
-a megabyte do not count.
+time, in another loop, that comes from L2 as long as the programs that run at once have less than L2 in use. Tensors
+below a megabyte do not count.
 """
 
 import re

@@ -6,6 +6,7 @@ subroutine, the slow path of a division or a root, is not taken; where that does
 whose own guard is false takes its issue slot all the same, and counts.
 """
 
+import math
 import struct
 from collections import Counter
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from scalelong.bench.machine_code import Instruction, MachineCode
 from scalelong.bench.sass import WORD, State, Step, Values
 
 PARAMETERS_AT = {80: 0x160, 90: 0x210}  # in constant bank 0
-NUM_PROGRAMS_AT = 0xC
+GRID_AT = 0xC
 MAX_STEPS = 10_000_000
 NUM_SAMPLES = 4
 _LEAPS = ("BRA", "EXIT", "CALL", "RET")
@@ -30,12 +31,12 @@ class WarpPath:
         self.code = code
         self._steps = _steps_of_control(code.instructions)
 
-    def executions(self, parameters: Sequence[Any], program: int, num_programs: int) -> Counter[int]:
+    def executions(self, parameters: Sequence[Any], program: int, grid: int | tuple[int, ...]) -> Counter[int]:
         """How often the first warp of a program executes each instruction, by its index.
 
         ``parameters`` are those of the launch: ``ahead_of_time.Launch.parameters``.
         """
-        state = _state_at_start(self.code, parameters, program, num_programs)
+        state = _state_at_start(self.code, parameters, program, grid)
         instructions, steps = self.code.instructions, self._steps
         counts: Counter[int] = Counter()
         returns: list[int] = []
@@ -58,17 +59,21 @@ class WarpPath:
             index = following
         raise ValueError(f"a warp executes more than {MAX_STEPS} instructions")
 
-    def instructions_of_a_launch(self, parameters: Sequence[Any], num_programs: int) -> float:
+    def instructions_of_a_launch(self, parameters: Sequence[Any], grid: int | tuple[int, ...]) -> float:
         """That all its warps issue, from a few programs spread over the grid."""
+        num_programs = grid if isinstance(grid, int) else math.prod(grid)
         programs = {(2 * i + 1) * num_programs // (2 * NUM_SAMPLES) for i in range(NUM_SAMPLES)}
-        totals = [self.executions(parameters, program, num_programs).total() for program in programs]
+        totals = [self.executions(parameters, program, grid).total() for program in programs]
         return num_programs * self.code.num_warps * fmean(totals)
 
 
-def _state_at_start(code: MachineCode, parameters: Sequence[Any], program: int, num_programs: int) -> State:
-    words = {NUM_PROGRAMS_AT: num_programs, **parameter_words(code.parameter_types, parameters, code.arch)}
-    zeros = ("SR_TID.X", "SR_LANEID", "SR_CTAID.Y", "SR_CTAID.Z", "SR_CgaCtaId")
-    return {**{f"c{at:#x}": word for at, word in words.items()}, **dict.fromkeys(zeros, 0), "SR_CTAID.X": program}
+def _state_at_start(code: MachineCode, parameters: Sequence[Any], program: int, grid: int | tuple[int, ...]) -> State:
+    x, y, z = (*((grid,) if isinstance(grid, int) else grid), 1, 1)[:3]
+    words = {GRID_AT: x, GRID_AT + 4: y, GRID_AT + 8: z}
+    words |= parameter_words(code.parameter_types, parameters, code.arch)
+    place = {"SR_CTAID.X": program % x, "SR_CTAID.Y": program // x % y, "SR_CTAID.Z": program // (x * y)}
+    zeros = dict.fromkeys(("SR_TID.X", "SR_LANEID", "SR_CgaCtaId"), 0)
+    return {**{f"c{at:#x}": word for at, word in words.items()}, **place, **zeros}
 
 
 def parameter_words(types: Sequence[str], values: Sequence[Any], arch: int) -> dict[int, int]:
