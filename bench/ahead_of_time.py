@@ -24,7 +24,7 @@ class Launch:
     kernel: Any
     arguments: tuple[Any, ...]  # constants too, in the order of the kernel's parameters
     options: dict[str, int]
-    num_programs: int = 1
+    num_programs: int = 1  # of the whole grid
 
     @property
     def stage(self) -> str | None:
@@ -44,12 +44,7 @@ class Launch:
     def parameters(self, arch: int) -> list[Any]:
         """What a launch hands over: the arguments that are not compiled in."""
         source, _, bound = self._source(GPUTarget("cuda", arch, 32))
-        return [
-            value
-            for name, kind in source.signature.items()
-            for value, of_kind in zip(_flat(bound[name]), _flat(kind), strict=True)
-            if of_kind != "constexpr"
-        ]
+        return [x for name, kind in source.signature.items() for x in _handed_over(bound[name], kind)]
 
     def key(self, arch: int) -> str:
         """The same for launches of one compiled kernel."""
@@ -67,8 +62,13 @@ class Launch:
         return ASTSource(self.kernel, signature, constants, attributes), options, bound
 
 
-def _flat(x: Any) -> list[Any]:
-    return [part for item in x for part in _flat(item)] if isinstance(x, tuple | list) else [x]
+def _handed_over(value: Any, kind: Any) -> Iterator[Any]:
+    """Of a tuple, each part by itself."""
+    if isinstance(kind, tuple | list):
+        for part, of_part in zip(value, kind, strict=True):
+            yield from _handed_over(part, of_part)
+    elif kind != "constexpr":
+        yield value
 
 
 def spill_bytes(compiled: Any) -> int:

@@ -6,7 +6,7 @@ sector that is read in vain: what is modelled is a floor under what will be meas
 """
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
@@ -148,68 +148,61 @@ class ModelledCase:
 
 
 def modelled(cases: Sequence[Case], num_workers: int = 1) -> list[ModelledCase]:
-    """Compiles each distinct kernel once."""
+    """Compiles each distinct kernel once, in so many processes."""
     launches = [case.launches() for case in cases]
-    uses: dict[str, list[tuple[int, int]]] = {}  # by kernel: which launch of which case is one of its
-    for i, of_case in enumerate(launches):
-        for j in _first_of_each(of_case).values():
-            uses.setdefault(of_case[j].key(cases[i].arch), []).append((i, j))
-    tasks = [[(cases[i], j) for i, j in places] for places in uses.values()]
+    keys = [[x.key(case.arch) for x in of_case] for case, of_case in zip(cases, launches, strict=True)]
+    uses: dict[str, dict[tuple[int, int], int]] = {}  # by kernel: in which case, of how many programs, which launch
+    for i, (of_case, of_keys) in enumerate(zip(launches, keys, strict=True)):
+        for j, (launch, key) in enumerate(zip(of_case, of_keys, strict=True)):
+            uses.setdefault(key, {}).setdefault((i, launch.num_programs), j)
+    tasks = [[(cases[i], j) for (i, _), j in places.items()] for places in uses.values()]
     if num_workers == 1:
         results = map(_figures, tasks)
     else:
         with get_context("spawn").Pool(num_workers) as pool:
             results = pool.map(_figures, tasks, chunksize=1)
     found = {
-        place: (kernel, count)
-        for places, (kernel, counts) in zip(uses.values(), results, strict=True)
+        (key, *place): (kernel, count)
+        for (key, places), (kernel, counts) in zip(uses.items(), results, strict=True)
         for place, count in zip(places, counts, strict=True)
     }
     return [
-        _modelled_case(case, of_case, i, found) for i, (case, of_case) in enumerate(zip(cases, launches, strict=True))
+        _modelled_case(
+            case, of_case, of_keys, [found[key, i, x.num_programs] for key, x in zip(of_keys, of_case, strict=True)]
+        )
+        for i, (case, of_case, of_keys) in enumerate(zip(cases, launches, keys, strict=True))
     ]
-
-
-def _first_of_each(launches: Sequence[Launch]) -> dict[tuple[str, int], int]:
-    first: dict[tuple[str, int], int] = {}
-    for i, launch in enumerate(launches):
-        first.setdefault((launch.name, launch.num_programs), i)
-    return first
 
 
 def _figures(task: Sequence[tuple[Case, int]]) -> tuple[KernelFigures, list[float]]:
     """Of a kernel, and how many instructions each of its launches issues."""
-    case, index = task[0]
-    launch = case.launches()[index]
-    compiled = launch.compile(case.arch)
-    code = machine_code(compiled, case.arch)
+    launches = [(case.launches()[index], case.arch) for case, index in task]
+    launch, arch = launches[0]
+    compiled = launch.compile(arch)
+    code = machine_code(compiled, arch)
     path = WarpPath(code)
-    counts = []
-    for case, index in task:
-        launch = case.launches()[index]
-        counts.append(path.instructions_of_a_launch(launch.parameters(case.arch), launch.num_programs))
+    counts = [path.instructions_of_a_launch(x.parameters(arch), x.num_programs) for x, arch in launches]
     return KernelFigures.of(launch.name, code, compiled.asm["ttir"]), counts
 
 
 def _modelled_case(
-    case: Case, launches: Sequence[Launch], index: int, found: Mapping[tuple[int, int], tuple[KernelFigures, float]]
+    case: Case, launches: Sequence[Launch], keys: Sequence[str], figures: Sequence[tuple[KernelFigures, float]]
 ) -> ModelledCase:
-    first, l2 = _first_of_each(launches), L2()
+    """Launches of one kernel are steps through the batch, each of a part of it."""
+    l2, modelled = L2(), []
     num_programs, steps = Counter[str](), Counter[str]()
-    for launch in launches:
-        num_programs[launch.name] += launch.num_programs
-    modelled = []
-    for launch in launches:
-        kernel, count = found[index, first[launch.name, launch.num_programs]]
-        part = launch.num_programs / num_programs[launch.name]
-        traffic = l2.launch(kernel.accesses, _tensors(launch, case, steps[launch.name], part))
-        steps[launch.name] += 1
+    for launch, key in zip(launches, keys, strict=True):
+        num_programs[key] += launch.num_programs
+    for launch, key, (kernel, count) in zip(launches, keys, figures, strict=True):
+        part = launch.num_programs / num_programs[key]
+        traffic = l2.launch(kernel.accesses, _tensors(launch, case, steps[key], part))
+        steps[key] += 1
         modelled.append(ModelledLaunch(kernel, launch.num_programs, count, traffic))
     return ModelledCase(case, tuple(modelled))
 
 
 def _tensors(launch: Launch, case: Case, step: int, part: float) -> dict[int, tuple[Hashable, float]]:
-    """By parameter: the memory, and how many bytes of it the launch touches, one of the steps through a batch."""
+    """By parameter: the memory, and how many bytes of it the launch touches."""
     tensors = {}
     for i, x in enumerate(launch.parameters(case.arch)):
         if isinstance(x, torch.Tensor):

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 
 from scalelong.bench.ahead_of_time import Launch
-from scalelong.bench.machine_code import MachineCode, machine_code
+from scalelong.bench.machine_code import Instruction, MachineCode, machine_code
+from scalelong.bench.sass import WORD, Step
 from scalelong.bench.warp_path import WarpPath
 
 pytestmark = [
@@ -161,6 +162,65 @@ def test_the_slow_paths_of_division_and_root_do_not_count(arch):
     assert not any(code.instructions[i].opcode.startswith(("CALL", "RET")) for i in counts)
     fast, _ = executed(_divided_kernel, 5, False, arch=arch)
     assert fast < counts.total() < len(code.instructions)
+
+
+def after(state: dict[str, Any], *lines: tuple[str | None, str, str]) -> dict[str, Any]:
+    """Of guards, opcodes and operands."""
+    for guard, opcode, operands in lines:
+        Step(Instruction(guard, False, opcode, tuple(operands.split(", ")), None))(state)
+    return state
+
+
+def test_a_register_may_be_known_in_part():
+    state = after(
+        {"R1": 0b0001, "P0": None},
+        ("P0", "LOP3.LUT", "R1, R1, 0x4, RZ, 0xfc, !PT"),
+        (None, "LOP3.LUT", "P1, RZ, R1, 0x1, RZ, 0xc0, !PT"),
+        (None, "LOP3.LUT", "P2, RZ, R1, 0x2, RZ, 0xc0, !PT"),
+        (None, "LOP3.LUT", "P3, RZ, R1, 0x4, RZ, 0xc0, !PT"),
+        (None, "LOP3.LUT", "R1, R1, 0x3, RZ, 0xc0, !PT"),
+    )
+    assert [state[f"P{i}"] for i in (1, 2, 3)] == [1, 0, None]
+    assert state["R1"] == 0b0001
+
+
+@pytest.mark.parametrize("divisor", [1, 3, 7, 576, 65535, 2**31 - 1])
+@pytest.mark.parametrize("number", [0, 1, 575, 576, 10**9 + 7, 2**31 - 1])
+def test_the_steps_of_a_division_give_the_quotient(number, divisor):
+    state = after(
+        {"R0": number, "R1": divisor},
+        (None, "I2F.U32.RP", "R2, R1"),
+        (None, "MUFU.RCP", "R2, R2"),
+        (None, "VIADD", "R2, R2, 0xffffffe"),
+        (None, "F2I.FTZ.U32.TRUNC.NTZ", "R3, R2"),
+        (None, "IADD3", "R4, RZ, -R3, RZ"),
+        (None, "IMAD", "R5, R4, R1, RZ"),
+        (None, "MOV", "R2, RZ"),
+        (None, "IMAD.HI.U32", "R3, R3, R5, R2"),
+        (None, "IMAD.HI.U32", "R6, R3, R0, RZ"),
+        (None, "IADD3", "R4, -R6, RZ, RZ"),
+        (None, "IMAD", "R5, R1, R4, R0"),
+        (None, "ISETP.GE.U32.AND", "P0, PT, R5, R1, PT"),
+        ("P0", "IADD3", "R5, -R1, R5, RZ"),
+        ("P0", "VIADD", "R6, R6, 0x1"),
+        (None, "ISETP.GE.U32.AND", "P0, PT, R5, R1, PT"),
+        ("P0", "VIADD", "R6, R6, 0x1"),
+    )
+    assert state["R6"] == number // divisor
+
+
+@pytest.mark.parametrize(("x", "y"), [(0, 0), (5, 3), (3, 5), (2**32, 1), (1, 2**32), (2**63, 2**31), (2**40 + 7, 7)])
+def test_differences_and_comparisons_of_64_bits(x, y):
+    low, high = (lambda number: number & WORD), (lambda number: number >> 32)
+    state = after(
+        {"R0": low(x), "R1": high(x), "R2": low(y), "R3": high(y)},
+        (None, "IADD3", "R4, P0, R0, -R2, RZ"),
+        (None, "IADD3.X", "R5, R1, ~R3, RZ, P0, !PT"),
+        (None, "ISETP.LT.U32.AND", "P1, PT, R0, R2, PT"),
+        (None, "ISETP.LT.U32.AND.EX", "P1, P2, R1, R3, PT, P1"),
+    )
+    assert state["R5"] << 32 | state["R4"] == (x - y) % 2**64
+    assert (state["P1"], state["P2"]) == (x < y, x >= y)
 
 
 @each_arch
