@@ -8,7 +8,7 @@ ARGS ?=
 # Of make gpu: first, second, or one of their parts.
 PART ?= first
 
-.PHONY: help install train test test-fast test-all test-oldest soak lint format bench gpu clean
+.PHONY: help install train test test-fast test-all test-oldest soak lint format bench kernel-report gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
@@ -20,6 +20,7 @@ help:
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
 	@echo "make bench      benchmarks on this machine; SCALELONG_RECORD=1 appends their rows to bench/results"
+	@echo "make kernel-report  what the GroupNorm kernels cost an H100, read from their machine code; writes docs/kernel-report.md"
 	@echo "make gpu        on a machine with a GPU, with its own Python, without network: PART=first (380 s) parity, ceilings,"
 	@echo "                norms, steps; PART=second (300 s) tilings, attention, products; SCALELONG_DRY_RUN=1 tries it on a CPU"
 	@echo "make install    only set up $(VENV)"
@@ -95,6 +96,9 @@ BENCH := -m pytest bench -o python_files='bench_*.py' --benchmark-only -q --stop
 
 bench: install
 	$(BIN)/python $(BENCH) $(ARGS)
+
+kernel-report: install
+	$(BIN)/python -m scalelong.bench.kernel_report --write
 
 gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m scalelong.bench.gpu $(PART) $(ARGS)

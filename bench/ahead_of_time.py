@@ -1,12 +1,9 @@
 """Compiles Triton kernels for a GPU that need not be there, as their launchers would."""
 
-import re
-import subprocess
-import tempfile
-from collections.abc import Iterator
+import math
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -16,17 +13,18 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+from scalelong.bench.machine_code import resource_usage
 from scalelong.kernels import group_norm_triton
 
-CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 STAGES = ("resident", "looped", "sums", "apply")
 
 
 @dataclass(frozen=True)
 class Launch:
     kernel: Any
-    arguments: tuple[Any, ...]
+    arguments: tuple[Any, ...]  # constants too, in the order of the kernel's parameters
     options: dict[str, int]
+    num_programs: int = 1  # of the whole grid
 
     @property
     def stage(self) -> str | None:
@@ -40,6 +38,20 @@ class Launch:
     def compile(self, arch: int) -> Any:
         """Triton itself decides what to specialise on, as in a launch."""
         target = GPUTarget("cuda", arch, 32)
+        source, options, _ = self._source(target)
+        return triton.compile(source, target=target, options=options.__dict__)
+
+    def parameters(self, arch: int) -> list[Any]:
+        """What a launch hands over: the arguments that are not compiled in."""
+        source, _, bound = self._source(GPUTarget("cuda", arch, 32))
+        return [x for name, kind in source.signature.items() for x in _handed_over(bound[name], kind)]
+
+    def key(self, arch: int) -> str:
+        """The same for launches of one compiled kernel."""
+        source, options, _ = self._source(GPUTarget("cuda", arch, 32))
+        return f"{source.hash()} {options.hash()}"
+
+    def _source(self, target: GPUTarget) -> tuple[ASTSource, Any, dict[str, Any]]:
         backend = make_backend(target)
         bind = create_function_from_signature(self.kernel.signature, self.kernel.params, backend)
         keywords = {**self.options, "debug": False, "instrumentation_mode": ""}
@@ -47,17 +59,21 @@ class Launch:
         options, signature, constants, attributes = self.kernel._pack_args(
             backend, keywords, bound, specialization, options
         )
-        source = ASTSource(self.kernel, signature, constants, attributes)
-        return triton.compile(source, target=target, options=options.__dict__)
+        return ASTSource(self.kernel, signature, constants, attributes), options, bound
+
+
+def _handed_over(value: Any, kind: Any) -> Iterator[Any]:
+    """Of a tuple, each part by itself."""
+    if isinstance(kind, tuple | list):
+        for part, of_part in zip(value, kind, strict=True):
+            yield from _handed_over(part, of_part)
+    elif kind != "constexpr":
+        yield value
 
 
 def spill_bytes(compiled: Any) -> int:
     """Of the stack, per thread: the kernels put nothing else there."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return int(re.findall(r"STACK:(\d+)", usage)[0])
+    return resource_usage(compiled)["STACK"]
 
 
 @contextmanager
@@ -65,8 +81,9 @@ def recorded_launches() -> Iterator[list[Launch]]:
     """Launches inside run nothing and are listed instead."""
     found: list[Launch] = []
 
-    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **options: int) -> None:
-        found.append(Launch(kernel, arguments, options))
+    def record(kernel: Any, *arguments: Any, grid: tuple[int, ...], warmup: bool, **keywords: Any) -> None:
+        constants = [keywords.pop(name) for name in kernel.arg_names[len(arguments) :] if name in keywords]
+        found.append(Launch(kernel, (*arguments, *constants), keywords, math.prod(grid)))
 
     with patch.object(JITFunction, "run", record):
         yield found
@@ -82,16 +99,7 @@ def launches_of(
     act: str | None = "silu",
     parameter_dtype: torch.dtype = torch.float32,
 ) -> list[Launch]:
-    """Of skip_group_norm, one of each kernel and stage that (N, Ch, Cs, G, height, width) takes."""
-    found: dict[str, Launch] = {}
-
-    def record(kernel: Any, *arguments: Any, **options: int) -> Any:
-        def launch(num_programs: int, first_image: int = 0) -> None:
-            recorded = Launch(kernel, (first_image, *arguments), options)
-            found.setdefault(recorded.name, recorded)
-
-        return launch
-
+    """Of skip_group_norm at (N, Ch, Cs, G, height, width), in their order."""
     N, Ch, Cs, G, *spatial = shape
     C = Ch + Cs
 
@@ -106,9 +114,14 @@ def launches_of(
     scale, weight, bias = (empty(*size).to(parameter_dtype) for size in ((), (C,), (C,)))
     inputs = (image(Ch), image(Cs), scale, 1.0, weight, bias, gain, shift)
     statistics = (empty(N, G), empty(N, G))
-    with patch.object(group_norm_triton, "_launcher", record):
+    with recorded_launches() as launches:
         if direction == "forward":
             group_norm_triton.forward(*inputs, G, 1e-5, act, channels_last, image(C), *statistics)
         else:
             group_norm_triton.backward(image(C), *inputs, *statistics, G, act, channels_last, image(Ch), image(Cs))
-    return list(found.values())
+    return launches
+
+
+def distinct(launches: Iterable[Launch]) -> list[Launch]:
+    """The first of each kernel and stage."""
+    return list({launch.name: launch for launch in reversed(list(launches))}.values())[::-1]

@@ -21,7 +21,7 @@ from statistics import fmean
 import torch
 from triton.testing import do_bench
 
-from scalelong.bench.ahead_of_time import launches_of, spill_bytes
+from scalelong.bench.ahead_of_time import distinct, launches_of, spill_bytes
 from scalelong.bench.shapes import GROUPS, SKIP_CONCATS, SkipConcat
 from scalelong.kernels import group_norm_tilings as tilings
 from scalelong.kernels import group_norm_triton
@@ -182,7 +182,7 @@ def dry_run() -> None:
             with forced(key, candidate):
                 dtype = torch.bfloat16 if itemsize == 2 else torch.float32
                 launches = launches_of(direction, shape, channels_last=channels_last, dtype=dtype)
-            spills = max(spill_bytes(launch.compile(90)) for launch in launches if launch.stage)
+            spills = max(spill_bytes(launch.compile(90)) for launch in distinct(launches) if launch.stage)
             print(f"{direction} {'channels_last' if channels_last else 'contiguous'} {concat}: {candidate}, {spills} B")
 
 

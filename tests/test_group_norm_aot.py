@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from scalelong.bench.ahead_of_time import Launch, launches_of, spill_bytes
+from scalelong.bench.ahead_of_time import Launch, distinct, launches_of, spill_bytes
 from scalelong.bench.shapes import GROUPS, SKIP_CONCATS
 from scalelong.kernels import group_norm_triton
 from scalelong.kernels.group_norm_tilings import TABLES, Tile, Tiling, choose_tiling, next_power_of_two
@@ -81,7 +81,7 @@ def test_an_entry_spills_no_more_than_it_states_and_moves_vectors(
     tiling = force(monkeypatch, form, tile, channels_last, itemsize, D=16)
     spatial = (tiling.block_p // 2, 2) if form == "resident" else (64, 64)
     shape = (8, 256, 256, 32, *spatial)
-    for launch in launches_of(direction, shape, channels_last=channels_last, dtype=dtype, is_adaptive=True):
+    for launch in distinct(launches_of(direction, shape, channels_last=channels_last, dtype=dtype, is_adaptive=True)):
         compiled = launch.compile(90)
         assert spill_bytes(compiled) <= (tile.spill_bytes if launch.stage else 0), launch.name
         assert launch.stage is None or has_vectors(launch, compiled.asm["ptx"]), launch.name
@@ -92,7 +92,9 @@ def test_an_entry_spills_no_more_than_it_states_and_moves_vectors(
 @pytest.mark.parametrize(("arch", "act"), [(80, None), (90, "gelu")])
 def test_odd_shapes_compile(arch, act, channels_last, direction):
     for shape in ODD_SHAPES:
-        for launch in launches_of(direction, shape, channels_last=channels_last, dtype=torch.float32, act=act):
+        for launch in distinct(
+            launches_of(direction, shape, channels_last=channels_last, dtype=torch.float32, act=act)
+        ):
             launch.compile(arch)
 
 
@@ -104,7 +106,7 @@ def test_odd_shapes_compile(arch, act, channels_last, direction):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_the_shapes_of_public_networks_compile(shape, arch, dtype, channels_last, direction):
     worst = max(tile.spill_bytes for _, tile in tiles_of((direction, channels_last, dtype.itemsize)))
-    for launch in launches_of(direction, shape, channels_last=channels_last, dtype=dtype):
+    for launch in distinct(launches_of(direction, shape, channels_last=channels_last, dtype=dtype)):
         compiled = launch.compile(arch)
         assert arch != 90 or spill_bytes(compiled) <= worst, launch.name
 
