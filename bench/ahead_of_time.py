@@ -15,8 +15,7 @@ from triton.runtime.jit import JITFunction, create_function_from_signature
 
 from scalelong.bench.machine_code import resource_usage
 from scalelong.kernels import group_norm_triton
-
-STAGES = ("resident", "looped", "sums", "apply")
+from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,8 @@ class Launch:
     num_programs: int = 1  # of the whole grid
 
     @property
-    def stage(self) -> str | None:
-        """None for the small kernels, which hold no tile of an image."""
-        return next((x for x in self.arguments if x in STAGES), None)
-
-    @property
     def name(self) -> str:
-        return f"{self.kernel.__name__} {self.stage or ''}".rstrip()
+        return self.kernel.__name__
 
     def compile(self, arch: int) -> Any:
         """Triton itself decides what to specialise on, as in a launch."""
@@ -112,13 +106,14 @@ def launches_of(
 
     gain, shift = empty(N, 2 * C).chunk(2, dim=1) if is_adaptive else (None, None)
     scale, weight, bias = (empty(*size).to(parameter_dtype) for size in ((), (C,), (C,)))
-    inputs = (image(Ch), image(Cs), scale, 1.0, weight, bias, gain, shift)
+    tensors = Tensors(image(Ch), image(Cs), scale, weight, bias, gain, shift)
+    options, wanted = Options(1.0, G, 1e-5, act), Wanted(gain=is_adaptive, shift=is_adaptive)
     statistics = (empty(N, G), empty(N, G))
     with recorded_launches() as launches:
         if direction == "forward":
-            group_norm_triton.forward(*inputs, G, 1e-5, act, channels_last, image(C), *statistics)
+            group_norm_triton.forward(tensors, options, channels_last, image(C), *statistics)
         else:
-            group_norm_triton.backward(image(C), *inputs, *statistics, G, act, channels_last, image(Ch), image(Cs))
+            group_norm_triton.backward(image(C), tensors, *statistics, options, channels_last, wanted)
     return launches
 
 

@@ -41,6 +41,7 @@ class KernelFigures:
     load_widths: Counter[int]  # bytes a thread, and how many instructions move so many
     store_widths: Counter[int]
     accesses: tuple[Access, ...]
+    goes_backwards: bool  # its programs, from the end of the tensors to their start
 
     @staticmethod
     def of(name: str, code: MachineCode, ttir: str) -> "KernelFigures":
@@ -53,6 +54,7 @@ class KernelFigures:
             load_widths=code.widths("load"),
             store_widths=code.widths("store"),
             accesses=tuple(accesses(ttir)),
+            goes_backwards="tt.get_num_programs" in ttir,
         )
 
     @property
@@ -174,28 +176,32 @@ def modelled(cases: Sequence[Case], num_workers: int = 1) -> list[ModelledCase]:
     ]
 
 
-def _figures(task: Sequence[tuple[Case, int]]) -> tuple[KernelFigures, list[float]]:
-    """Of a kernel, and how many instructions each of its launches issues."""
+def _figures(task: Sequence[tuple[Case, int]]) -> tuple[KernelFigures, list[tuple[float, float]]]:
+    """Of a kernel, and how many instructions each of its launches issues and how many bytes it loads."""
     launches = [(case.launches()[index], case.arch) for case, index in task]
     launch, arch = launches[0]
     compiled = launch.compile(arch)
     code = machine_code(compiled, arch)
     path = WarpPath(code)
-    counts = [path.instructions_of_a_launch(x.parameters(arch), x.num_programs) for x, arch in launches]
+    counts = [path.totals_of_a_launch(x.parameters(arch), x.num_programs) for x, arch in launches]
     return KernelFigures.of(launch.name, code, compiled.asm["ttir"]), counts
 
 
 def _modelled_case(
-    case: Case, launches: Sequence[Launch], keys: Sequence[str], figures: Sequence[tuple[KernelFigures, float]]
+    case: Case,
+    launches: Sequence[Launch],
+    keys: Sequence[str],
+    figures: Sequence[tuple[KernelFigures, tuple[float, float]]],
 ) -> ModelledCase:
     """Launches of one kernel are steps through the batch, each of a part of it."""
     l2, modelled = L2(), []
     num_programs, steps = Counter[str](), Counter[str]()
     for launch, key in zip(launches, keys, strict=True):
         num_programs[key] += launch.num_programs
-    for launch, key, (kernel, count) in zip(launches, keys, figures, strict=True):
+    for launch, key, (kernel, (count, loaded)) in zip(launches, keys, figures, strict=True):
         part = launch.num_programs / num_programs[key]
-        traffic = l2.launch(kernel.accesses, _tensors(launch, case, steps[key], part))
+        tensors = _tensors(launch, case, steps[key], part)
+        traffic = l2.launch(kernel.accesses, tensors, loaded=loaded, backwards=kernel.goes_backwards)
         steps[key] += 1
         modelled.append(ModelledLaunch(kernel, launch.num_programs, count, traffic))
     return ModelledCase(case, tuple(modelled))

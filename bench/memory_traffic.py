@@ -2,13 +2,14 @@
 
 A launch reads a tensor from DRAM once, unless the launches just before it left it in L2. Where it reads it a second
 time, in another loop, that comes from L2 as long as the programs that run at once have less than L2 in use. Tensors
-below a megabyte do not count.
+below a megabyte do not count. A launch whose programs go backwards finds in L2 what the one before it read last.
 """
 
 import re
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import dataclass, field
+from math import inf
 from typing import NamedTuple
 
 L2_BYTES = 30e6  # in use at once, of the 50 MB of an H100, whose halves keep copies
@@ -50,9 +51,20 @@ class L2:
 
     clock: float = 0  # bytes moved so far
     last_use: dict[Hashable, float] = field(default_factory=dict)
+    last_in_use: float = 0  # by the last launch
 
-    def launch(self, accesses: Iterable[Access], tensors: Mapping[int, tuple[Hashable, float]]) -> Traffic:
-        """``tensors``: by parameter, which memory it is and how many bytes of it the launch touches."""
+    def launch(
+        self,
+        accesses: Iterable[Access],
+        tensors: Mapping[int, tuple[Hashable, float]],
+        *,
+        loaded: float = inf,
+        backwards: bool = False,
+    ) -> Traffic:
+        """``tensors``: by parameter, which memory it is and how many bytes of it the launch touches.
+
+        ``loaded``: bytes of all its loads, where they are known: a second read may be of the first tiles alone.
+        """
         traffic, segments = Traffic(), defaultdict[Hashable, set[int]](set)
         written: set[int] = set()
         used = {}
@@ -69,17 +81,28 @@ class L2:
             elif access.segment not in seen:
                 if seen:
                     traffic.second_reads += num_bytes
-                elif self._holds(tensor, num_bytes):
-                    traffic.reads_from_l2 += num_bytes
                 else:
-                    traffic.reads += num_bytes
+                    held = self._held(tensor, num_bytes, backwards)
+                    traffic.reads_from_l2 += held
+                    traffic.reads += num_bytes - held
             seen.add(access.segment)
+        again = max(0.0, loaded - traffic.reads - traffic.reads_from_l2)
+        traffic.second_reads = min(traffic.second_reads, again)
+        self.last_in_use = traffic.in_use
         self.clock += traffic.in_use
         self.last_use.update(dict.fromkeys(used, self.clock))
         return traffic
 
-    def _holds(self, tensor: Hashable, num_bytes: float) -> bool:
-        return tensor in self.last_use and self.clock - self.last_use[tensor] + num_bytes <= L2_BYTES
+    def _held(self, tensor: Hashable, num_bytes: float, backwards: bool) -> float:
+        """How many of its bytes are in L2."""
+        if tensor not in self.last_use:
+            return 0.0
+        since = self.clock - self.last_use[tensor]
+        if since + num_bytes <= L2_BYTES:
+            return num_bytes
+        if not backwards or not self.last_in_use:
+            return 0.0
+        return num_bytes * min(1.0, max(0.0, L2_BYTES - since) / self.last_in_use)
 
 
 def accesses(ttir: str) -> list[Access]:

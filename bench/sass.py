@@ -291,6 +291,11 @@ def _extreme(modifiers: Modifiers, a: int, b: int, is_minimum: int, *_: int) -> 
     return (min(a, b) & WORD if is_minimum else max(a, b) & WORD,)
 
 
+@_computes("VIADDMNMX")
+def _extreme_of_sum(modifiers: Modifiers, a: int, b: int, c: int, is_minimum: int, *_: int) -> Values:
+    return _extreme(modifiers, a + b & WORD, c, is_minimum)
+
+
 @_computes("IABS")
 def _absolute(modifiers: Modifiers, x: int) -> Values:
     return (abs(_signed(x)) & WORD,)

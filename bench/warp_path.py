@@ -61,10 +61,19 @@ class WarpPath:
 
     def instructions_of_a_launch(self, parameters: Sequence[Any], grid: int | tuple[int, ...]) -> float:
         """That all its warps issue, from a few programs spread over the grid."""
+        return self.totals_of_a_launch(parameters, grid)[0]
+
+    def totals_of_a_launch(self, parameters: Sequence[Any], grid: int | tuple[int, ...]) -> tuple[float, float]:
+        """The instructions that all its warps issue, and the bytes that its vector loads ask for."""
         num_programs = grid if isinstance(grid, int) else math.prod(grid)
         programs = {(2 * i + 1) * num_programs // (2 * NUM_SAMPLES) for i in range(NUM_SAMPLES)}
-        totals = [self.executions(parameters, program, grid).total() for program in programs]
-        return num_programs * self.code.num_warps * fmean(totals)
+        counts = [self.executions(parameters, program, grid) for program in programs]
+        num_warps = num_programs * self.code.num_warps
+        bytes_of_a_thread = {
+            i: x.bytes_moved for i, x in enumerate(self.code.instructions) if x.kind == "load" and x.bytes_moved >= 8
+        }
+        loaded = fmean(sum(size * count[i] for i, size in bytes_of_a_thread.items()) for count in counts)
+        return num_warps * fmean(count.total() for count in counts), 32 * num_warps * loaded
 
 
 def _state_at_start(code: MachineCode, parameters: Sequence[Any], program: int, grid: int | tuple[int, ...]) -> State:

@@ -9,7 +9,7 @@ Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensi
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from scalelong.kernels import group_norm_native, group_norm_triton
 from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
 from scalelong.kernels.backend import get_backend
+from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 
 Scale = Tensor | float | None
 
@@ -96,7 +97,7 @@ def group_norm(
         ValueError: arguments that do not fit, naming their shapes.
     """
     _check_norm("group_norm", x, None, groups, weight, bias, shift, gain, eps, act)
-    return _run(_Tensors(x, None, None, weight, bias, gain, shift), _Options(1.0, groups, eps, act))
+    return _run(Tensors(x, None, None, weight, bias, gain, shift), Options(1.0, groups, eps, act))
 
 
 def skip_group_norm(
@@ -138,27 +139,10 @@ def skip_group_norm(
         scale = check_scale("skip_group_norm", scale, h, s)
     elif scale is not None:
         scale, float_scale = None, float(scale)
-    return _run(_Tensors(h, s, scale, weight, bias, gain, shift), _Options(float_scale, groups, eps, act))
+    return _run(Tensors(h, s, scale, weight, bias, gain, shift), Options(float_scale, groups, eps, act))
 
 
-class _Tensors(NamedTuple):
-    h: Tensor
-    s: Tensor | None
-    scale: Tensor | None
-    weight: Tensor | None
-    bias: Tensor | None
-    gain: Tensor | None
-    shift: Tensor | None
-
-
-class _Options(NamedTuple):
-    float_scale: float  # where scale is no tensor
-    groups: int
-    eps: float
-    act: str | None
-
-
-def _run(tensors: _Tensors, options: _Options) -> Tensor:
+def _run(tensors: Tensors, options: Options) -> Tensor:
     backend = get_backend(tensors.h)
     if backend == "reference":
         return _reference(tensors, options)
@@ -168,7 +152,7 @@ def _run(tensors: _Tensors, options: _Options) -> Tensor:
     return _SkipGroupNorm.apply(*tensors, options, backend)
 
 
-def _reference(tensors: _Tensors, options: _Options) -> Tensor:
+def _reference(tensors: Tensors, options: Options) -> Tensor:
     h, s, scale, weight, bias, gain, shift = tensors
     x = concatenated(h, s, options.float_scale if scale is None else scale)
     return group_norm_ref(x, options.groups, weight, bias, shift=shift, gain=gain, eps=options.eps, act=options.act)
@@ -178,7 +162,7 @@ class _SkipGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
         *tensors, options, backend = arguments
-        y, mean, rstd = _forward(_Tensors(*tensors), options, backend)
+        y, mean, rstd = _forward(Tensors(*tensors), options, backend)
         ctx.save_for_backward(*tensors, mean, rstd)
         ctx.options, ctx.backend = options, backend
         return y
@@ -188,57 +172,68 @@ class _SkipGroupNorm(torch.autograd.Function):
         *tensors, mean, rstd = ctx.saved_tensors
         # With create_graph=True the reference, which is differentiable again.
         backend = "reference" if torch.is_grad_enabled() else ctx.backend
-        return *_backward(dy, _Tensors(*tensors), mean, rstd, ctx.options, backend), None, None
+        wanted = Wanted(*ctx.needs_input_grad[:7])
+        return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.options, backend, wanted), None, None
 
 
-def _forward(tensors: _Tensors, options: _Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(tensors: Tensors, options: Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and rstd of each group, (N, G), in fp32 (fp64 for fp64)."""
-    h, s, scale, weight, bias, gain, shift = tensors
-    float_scale, groups, eps, act = options
-    y, mean, rstd = _empty_outputs(h, s, groups)
+    h, s = tensors.h, tensors.s
+    y, mean, rstd = _empty_outputs(h, s, options.groups)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     if backend == "reference":
-        x = concatenated(h, s, float_scale if scale is None else scale)
-        var, mean = torch.var_mean(x.to(mean.dtype).unflatten(1, (groups, -1)).flatten(2), dim=2, correction=0)
-        return y.copy_(_reference(tensors, options)), mean, (var + eps).rsqrt()
+        x = concatenated(h, s, options.float_scale if tensors.scale is None else tensors.scale)
+        x = x.to(mean.dtype).unflatten(1, (options.groups, -1)).flatten(2)
+        var, mean = torch.var_mean(x, dim=2, correction=0)
+        return y.copy_(_reference(tensors, options)), mean, (var + options.eps).rsqrt()
     channels_last = is_channels_last(h)
-    h, s = as_layout(h, channels_last), None if s is None else as_layout(s, channels_last)
-    _LAUNCHERS[backend].forward(
-        h, s, scale, float_scale, weight, bias, gain, shift, groups, eps, act, channels_last, y, mean, rstd
-    )
+    tensors = _in_layout(tensors, channels_last)
+    _LAUNCHERS[backend].forward(tensors, options, channels_last, y, mean, rstd)
     return y, mean, rstd
 
 
+def _in_layout(tensors: Tensors, channels_last: bool) -> Tensors:
+    h, s = as_layout(tensors.h, channels_last), tensors.s
+    s = None if s is None else as_layout(s, channels_last)
+    return tensors if h is tensors.h and s is tensors.s else tensors._replace(h=h, s=s)
+
+
 def _backward(
-    dy: Tensor, tensors: _Tensors, mean: Tensor, rstd: Tensor, options: _Options, backend: str
+    dy: Tensor,
+    tensors: Tensors,
+    mean: Tensor,
+    rstd: Tensor,
+    options: Options,
+    backend: str,
+    wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the tensors; None for what is None."""
+    """The gradients of the tensors; None for what is None or not wanted."""
     if dy.numel() == 0:
         return tuple(None if x is None else torch.zeros_like(x) for x in tensors)
     if backend == "reference":
-        return _backward_of_reference(dy, tensors, options)
-    h, s, *parameters = tensors
-    channels_last = is_channels_last(h)
-    dy, h = as_layout(dy, channels_last), as_layout(h, channels_last)
-    s = None if s is None else as_layout(s, channels_last)
-    dh, ds = torch.empty_like(h), None if s is None else torch.empty_like(s)
-    scale, weight, bias, gain, shift = parameters
-    float_scale, groups, _, act = options
-    grads = _LAUNCHERS[backend].backward(
-        dy, h, s, scale, float_scale, weight, bias, gain, shift, mean, rstd, groups, act, channels_last, dh, ds
-    )
-    return dh, ds, *(_as_gradient(grad, x) for grad, x in zip(grads, parameters, strict=True))
+        return _backward_of_reference(dy, tensors, options, wanted)
+    channels_last = is_channels_last(tensors.h)
+    dy, tensors = as_layout(dy, channels_last), _in_layout(tensors, channels_last)
+    dh, ds, *grads = _LAUNCHERS[backend].backward(dy, tensors, mean, rstd, options, channels_last, wanted)
+    return dh, ds, *map(_as_gradient, grads, tensors[2:])
 
 
-def _backward_of_reference(dy: Tensor, tensors: _Tensors, options: _Options) -> tuple[Tensor | None, ...]:
+def _backward_of_reference(dy: Tensor, tensors: Tensors, options: Options, wanted: Wanted) -> tuple[Tensor | None, ...]:
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        if not create_graph:
-            tensors = _Tensors(*(None if x is None else x.detach().requires_grad_() for x in tensors))  # type: ignore[arg-type]
-        wanted = [x for x in tensors if x is not None and x.requires_grad]
-        grads = iter(torch.autograd.grad(_reference(tensors, options), wanted, dy, create_graph=create_graph))
-    return tuple(None if x is None or not x.requires_grad else next(grads) for x in tensors)
+        # Aliases, so that what joins the inputs outside the operator is not differentiated here as well.
+        leaves = Tensors(
+            *(
+                None if x is None else x.view_as(x) if create_graph else x.detach().requires_grad_(is_wanted)
+                for x, is_wanted in zip(tensors, wanted, strict=True)
+            )  # type: ignore[arg-type]
+        )
+        inputs = [x for x, is_wanted in zip(leaves, wanted, strict=True) if x is not None and is_wanted]
+        grads = iter(torch.autograd.grad(_reference(leaves, options), inputs, dy, create_graph=create_graph))
+    return tuple(
+        None if x is None or not is_wanted else next(grads) for x, is_wanted in zip(leaves, wanted, strict=True)
+    )
 
 
 def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -297,14 +292,15 @@ torch.library.define(
 
 @torch.library.impl("scalelong::skip_group_norm", "default")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    tensors, options = _Tensors(*arguments[:7]), _Options(*arguments[7:])
+    tensors, options = Tensors(*arguments[:7]), Options(*arguments[7:])
     return _forward(tensors, options, get_backend(tensors.h))
 
 
 @torch.library.impl("scalelong::skip_group_norm_backward", "default")
 def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (mean, rstd), options = _Tensors(*arguments[:7]), arguments[7:9], _Options(*arguments[9:])
-    grads = _backward(dy, tensors, mean, rstd, options, get_backend(tensors.h))
+    tensors, (mean, rstd), options = Tensors(*arguments[:7]), arguments[7:9], Options(*arguments[9:])
+    wanted = Wanted(*(x is not None for x in tensors))
+    grads = _backward(dy, tensors, mean, rstd, options, get_backend(tensors.h), wanted)
     return none_as_empty(grads, dy)
 
 

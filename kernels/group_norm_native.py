@@ -3,60 +3,34 @@
 import torch
 from torch import Tensor
 
+from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
+
 _ACTS = {None: 0, "silu": 1, "gelu": 2}  # enum class Act in kernels/native/group_norm.h
 
 
-def forward(
-    h: Tensor,
-    s: Tensor | None,
-    scale: Tensor | None,
-    float_scale: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    groups: int,
-    eps: float,
-    act: str | None,
-    channels_last: bool,
-    y: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-) -> None:
+def forward(tensors: Tensors, options: Options, channels_last: bool, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
     """Fills y, and mean and rstd of (N, G)."""
-    parameters = (_floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain), _floats(shift))
+    h, s, *parameters = tensors
+    scale, weight, bias, gain, shift = map(_floats, parameters)
     torch.ops.scalelong_native.group_norm_forward.default(
-        y, mean, rstd, h, s, *parameters, groups, eps, _ACTS[act], channels_last
+        *(y, mean, rstd, h, s, scale, options.float_scale, weight, bias, gain, shift),
+        *(options.groups, options.eps, _ACTS[options.act], channels_last),
     )
 
 
 def backward(
-    dy: Tensor,
-    h: Tensor,
-    s: Tensor | None,
-    scale: Tensor | None,
-    float_scale: float,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    gain: Tensor | None,
-    shift: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    groups: int,
-    act: str | None,
-    channels_last: bool,
-    dh: Tensor,
-    ds: Tensor | None,
+    dy: Tensor, tensors: Tensors, mean: Tensor, rstd: Tensor, options: Options, channels_last: bool, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
-    """Fills dh and ds; returns the gradients of scale, weight, bias, gain and shift, in fp32."""
-    grads = tuple(
-        None if x is None else torch.empty(x.shape, dtype=torch.float32) for x in (scale, weight, bias, gain, shift)
-    )
+    """The gradients of h and s, and of scale, weight, bias, gain and shift in fp32."""
+    h, s, *parameters = tensors
+    dh, ds = torch.empty_like(h), None if s is None else torch.empty_like(s)
+    grads = tuple(None if x is None else torch.empty(x.shape, dtype=torch.float32) for x in parameters)
+    scale, weight, bias, gain, shift = map(_floats, parameters)
     torch.ops.scalelong_native.group_norm_backward.default(
-        *(dh, ds, *grads, dy, h, s, _floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain)),
-        *(_floats(shift), mean, rstd, groups, _ACTS[act], channels_last),
+        *(dh, ds, *grads, dy, h, s, scale, options.float_scale, weight, bias, gain, shift),
+        *(mean, rstd, options.groups, _ACTS[options.act], channels_last),
     )
-    return grads
+    return dh, ds, *grads
 
 
 def _floats(parameter: Tensor | None) -> Tensor | None:

@@ -1,179 +1,207 @@
 """Which form and tile the Triton kernels of ``skip_group_norm`` take, by shape: plain numbers, no tuning at run time.
 
-- resident: a program holds whole groups in registers and reads each input once;
-- looped: a program walks twice through whole groups, and the second read finds them in L1 or L2;
-- split: a group is cut into tiles for several programs, which takes three launches for each few images.
+- flat: a program holds a whole group of contiguous tensors in registers and reads each input once;
+- whole: so it holds a few groups of channels_last tensors with few positions;
+- split: a group is cut into tiles for several programs, which takes three launches and a second read.
 
-Clusters would let more groups be resident, but a sum over the blocks of a cluster compiles from Triton 3.8 on only.
+Clusters would let more groups be held on the chip, but a sum over the blocks of a cluster compiles from Triton 3.8 on.
 bench/tune_group_norm.py measures the tables on a GPU and prints them anew.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 
+from scalelong.kernels.group_norm_flat import Pieces
+from scalelong.kernels.group_norm_walks import Tile
+
 
 @dataclass(frozen=True)
-class Tile:
-    num_elements: int  # a power of two
+class Flat:
+    """Each thread takes a row of every piece."""
+
     num_warps: int
-    spill_bytes: int = 0  # of registers, per thread, at most
+    max_pieces: int
+    max_registers: int | None = None  # of a thread, so that an SM holds 16 warps
+    spill_bytes: int = 0  # of a thread, at most
+
+
+@dataclass(frozen=True)
+class Tiles:
+    num_warps: int
+    max_tiles: int  # of a program
+    bytes_of_row: int = 128  # of a tile: of its channels where channels_last, else of its positions
+    rows_of_thread: int = 2  # of 16 bytes, in a tile
+    max_registers: int | None = None
+    spill_bytes: int = 0
 
 
 @dataclass(frozen=True)
 class Table:
     source: str
-    resident: tuple[Tile, ...]  # the smallest that holds whole groups is taken
-    looped: Tile
-    split: Tile
+    flat: tuple[Flat, ...]  # the first that holds a group is taken
+    whole: Tiles | None
+    split: Tiles
 
 
-_COMPILED = "spills of Triton 3.6.0 and 3.7.1 compiling for sm_90; not yet timed"
-_SMALL_FORWARD = (Tile(1024, 2), Tile(4096, 4, spill_bytes=16), Tile(16384, 8))
-_SMALL_BACKWARD = (Tile(1024, 4), Tile(2048, 4), Tile(8192, 8))
+_COMPILED = "machine code of Triton 3.7.1 for sm_90, make kernel-report, 2026-11-26; not yet timed"
+_FORWARD = (Flat(1, 6), Flat(2, 6), Flat(4, 6), Flat(8, 6), Flat(16, 12, spill_bytes=64))
+_BACKWARD = tuple(Flat(warps, 6, max_registers=128, spill_bytes=64) for warps in (1, 2, 4, 8, 16))
 
-# By direction, channels_last and bytes of an element.
-TABLES: Mapping[tuple[str, bool, int], Table] = {
-    ("forward", False, 2): Table(
-        _COMPILED,
-        resident=(*_SMALL_FORWARD, Tile(32768, 16, spill_bytes=200)),
-        looped=Tile(8192, 8),
-        split=Tile(8192, 8),
+# By direction and channels_last.
+TABLES: Mapping[tuple[str, bool], Table] = {
+    ("forward", False): Table(_COMPILED, flat=_FORWARD, whole=None, split=Tiles(num_warps=4, max_tiles=16)),
+    ("forward", True): Table(
+        _COMPILED, flat=(), whole=Tiles(num_warps=2, max_tiles=4), split=Tiles(num_warps=2, max_tiles=16)
     ),
-    ("forward", False, 4): Table(_COMPILED, resident=_SMALL_FORWARD, looped=Tile(8192, 8), split=Tile(8192, 8)),
-    ("forward", True, 2): Table(
+    ("backward", False): Table(_COMPILED, flat=_BACKWARD, whole=None, split=Tiles(num_warps=4, max_tiles=16)),
+    ("backward", True): Table(
         _COMPILED,
-        resident=(*_SMALL_FORWARD, Tile(32768, 16, spill_bytes=264)),
-        looped=Tile(8192, 8),
-        split=Tile(8192, 8),
-    ),
-    ("forward", True, 4): Table(_COMPILED, resident=_SMALL_FORWARD, looped=Tile(8192, 8), split=Tile(8192, 8)),
-    ("backward", False, 2): Table(
-        _COMPILED,
-        resident=(*_SMALL_BACKWARD, Tile(16384, 16, spill_bytes=136)),
-        looped=Tile(8192, 8),
-        split=Tile(4096, 8),
-    ),
-    ("backward", False, 4): Table(_COMPILED, resident=_SMALL_BACKWARD, looped=Tile(8192, 8), split=Tile(4096, 8)),
-    ("backward", True, 2): Table(
-        _COMPILED,
-        resident=(*_SMALL_BACKWARD, Tile(16384, 8, spill_bytes=272)),
-        looped=Tile(8192, 8),
-        split=Tile(4096, 8),
-    ),
-    ("backward", True, 4): Table(
-        _COMPILED, resident=_SMALL_BACKWARD, looped=Tile(8192, 8, spill_bytes=32), split=Tile(4096, 8)
+        flat=(),
+        whole=Tiles(num_warps=2, max_tiles=4, max_registers=128, spill_bytes=200),
+        split=Tiles(num_warps=2, max_tiles=16),
     ),
 }
 
-# What the looped form may keep in use at once, and what a step of the split form may read, so that the second read
-# hits L2: that of an H100 or H200 has 50 MB in two halves.
-LOOP_BYTES = 40 * 2**20
-WALK_BYTES = 24 * 2**20
-# Of a looped tile, so that groups of thousands of channels do not become a walk in small steps.
-MIN_LOOPED_POSITIONS = 16
-# Of a contiguous split tile, so that the partial sums of a channel stay few.
-MAX_SPLIT_POSITIONS = 2048
+VECTOR_BYTES = 16
 # Where whole groups would leave more of the GPU idle than this, inputs from this size on are split.
 MIN_FILL = 0.25
 MIN_SPLIT_BYTES = 4 * 2**20
-# A tile of channels_last reads pieces of rows, and memory moves bursts. The best choice of whole groups may waste some
-# of them, because neighbouring programs soon use the rest; below this part of useful bytes, the split form is taken.
-BURST_BYTES = 64
-MIN_BURST_EFFICIENCY = 0.6
-GOOD_BURST_EFFICIENCY = 0.75
-LINE_BYTES = 128  # of L2, and of a row of a split tile
+# Split programs walk over fewer tiles where they would be too few to hide the latency of memory.
+MIN_WARPS_OF_MULTIPROCESSOR = 7
+MAX_SEGMENT = 8  # rows whose sums the flat backward stores as one: three steps of shuffling
 
 
-@dataclass(frozen=True, kw_only=True)
-class Tiling:
-    form: str  # "resident", "looped" or "split"
-    block_channels: int  # of a tile; whole groups unless split
-    block_c: int  # the next power of two
-    block_p: int  # positions of a tile; all of them where resident
-    num_groups: int  # of a tile, up to a power of two
+@dataclass(frozen=True)
+class FlatTiling:
+    pieces: Pieces
     num_warps: int
-    num_programs: int  # per image
-    num_chunks: int  # tiles along the positions, where split
-    images: int  # per step, where split
+    max_registers: int | None
+
+
+@dataclass(frozen=True)
+class WholeTiling:
+    tile: Tile
+    num_tiles: int
+    num_warps: int
+    max_registers: int | None
+    block: int  # channels of a program: whole groups, of h or of s
+    groups: int  # of a block, up to a power of two
+    num_programs: int
+
+
+@dataclass(frozen=True)
+class SplitTiling:
+    tile: Tile
+    num_warps: int
+    walk: int  # positions of a chunk
+    num_chunks: int
+    num_programs: int
 
 
 @cache
 def choose_tiling(
-    direction: str, channels_last: bool, itemsize: int, N: int, C: int, G: int, P: int, num_multiprocessors: int
-) -> Tiling:
-    """For N images of C channels in G groups and P positions; ``direction`` is "forward" or "backward"."""
-    table = TABLES[direction, channels_last, itemsize]
-    reads = 1 if direction == "forward" else 2
-    candidates = []
-    for groups in _divisors(G) if channels_last else (1,):
-        channels = groups * (C // G)
-        num_programs = N * (G // groups)
-        fill = min(1.0, num_programs / num_multiprocessors)
-        efficiency = 1.0
-        if channels_last and channels < C:
-            efficiency = _burst_efficiency(channels * itemsize)
-        if fill < MIN_FILL and N * C * P * itemsize >= MIN_SPLIT_BYTES:
-            continue
-        if efficiency < MIN_BURST_EFFICIENCY:
-            continue
-        num_elements = next_power_of_two(channels) * next_power_of_two(P)
-        tile = next((tile for tile in table.resident if tile.num_elements >= num_elements), None)
-        bytes_in_use = min(num_programs, num_multiprocessors) * reads * channels * P * itemsize
-        looped_positions = table.looped.num_elements // next_power_of_two(channels)
-        if tile is None and (bytes_in_use > LOOP_BYTES or looped_positions < MIN_LOOPED_POSITIONS):
-            continue
-        preference = (tile is not None, fill, min(efficiency, GOOD_BURST_EFFICIENCY), -channels)
-        candidates.append((preference, channels, groups, tile))
-    if not candidates:
-        return _split_tiling(table.split, channels_last, itemsize, reads, N, C, P)
-    _, channels, groups, tile = max(candidates, key=lambda candidate: candidate[0])
-    block_c = next_power_of_two(channels)
-    return Tiling(
-        form="resident" if tile else "looped",
-        block_channels=channels,
-        block_c=block_c,
-        block_p=next_power_of_two(P) if tile else table.looped.num_elements // block_c,
-        num_groups=next_power_of_two(groups),
-        num_warps=(tile or table.looped).num_warps,
-        num_programs=G // groups,
-        num_chunks=1,
-        images=N,
+    direction: str,
+    channels_last: bool,
+    itemsize: int,
+    vec: int,
+    N: int,
+    Ch: int,
+    Cs: int,
+    G: int,
+    P: int,
+    num_multiprocessors: int,
+) -> FlatTiling | WholeTiling | SplitTiling:
+    """For N images of Ch + Cs channels in G groups and P positions, whose rows of ``vec`` elements are aligned."""
+    table = TABLES[direction, channels_last]
+    fill = N * G / num_multiprocessors
+    if fill >= MIN_FILL or N * (Ch + Cs) * P * itemsize < MIN_SPLIT_BYTES:
+        rows = (Ch + Cs) // G * P // vec
+        for flat in table.flat:
+            if flat.max_pieces * flat.num_warps * 32 >= rows:
+                return _flat_tiling(flat, rows, P // vec, vec)
+        tiling = None if table.whole is None else _whole_tiling(table.whole, itemsize, vec, N, Ch, Cs, G, P)
+        if tiling is not None:
+            return tiling
+    return _split_tiling(table.split, channels_last, itemsize, vec, N, Ch, Cs, P, num_multiprocessors)
+
+
+def _flat_tiling(flat: Flat, rows: int, rows_of_channel: int, vec: int) -> FlatTiling:
+    rows_of_piece = min(32 * flat.num_warps, next_power_of_two(rows))
+    segment = math.gcd(rows_of_channel, MAX_SEGMENT, rows_of_piece)
+    masked = rows % rows_of_piece != 0
+    pieces = Pieces(math.ceil(rows / rows_of_piece), rows_of_piece, vec, masked, segment)
+    return FlatTiling(pieces, flat.num_warps, flat.max_registers)
+
+
+def _whole_tiling(
+    whole: Tiles, itemsize: int, vec: int, N: int, Ch: int, Cs: int, G: int, P: int
+) -> WholeTiling | None:
+    """None where no block of whole groups is made of vectors, divides h and s, and fits."""
+    D, common = (Ch + Cs) // G, math.gcd(Ch, Cs)
+    blocks = [x for x in range(D, whole.bytes_of_row // itemsize + 1, D) if common % x == 0 and x % vec == 0]
+    if not blocks:
+        return None
+    tile = _tile(whole, True, itemsize, vec, blocks[-1], P, masked=False)
+    num_tiles = math.ceil(P / tile.positions)
+    if num_tiles > whole.max_tiles:
+        return None
+    return WholeTiling(
+        tile=tile._replace(masked=tile.channels != blocks[-1] or P % tile.positions != 0),
+        num_tiles=num_tiles,
+        num_warps=whole.num_warps,
+        max_registers=whole.max_registers,
+        block=blocks[-1],
+        groups=next_power_of_two(blocks[-1] // D),
+        num_programs=N * (Ch + Cs) // blocks[-1],
     )
 
 
-def _split_tiling(tile: Tile, channels_last: bool, itemsize: int, reads: int, N: int, C: int, P: int) -> Tiling:
+def _tile(tiles: Tiles, channels_last: bool, itemsize: int, vec: int, channels: int, P: int, masked: bool) -> Tile:
+    """At most ``channels`` wide, up to a power of two."""
+    size = tiles.rows_of_thread * 32 * tiles.num_warps * VECTOR_BYTES // itemsize
+    row = tiles.bytes_of_row // itemsize
     if channels_last:
-        block_c = min(LINE_BYTES // itemsize, next_power_of_two(C))
-        block_p = min(tile.num_elements // block_c, next_power_of_two(P))
+        channels = max(vec, min(row, next_power_of_two(channels)))
+        positions = min(size // channels, next_power_of_two(P))
     else:
-        block_p = min(MAX_SPLIT_POSITIONS, next_power_of_two(P))
-        block_c = min(tile.num_elements // block_p, next_power_of_two(C))
-    images = min(N, max(1, WALK_BYTES // (reads * C * P * itemsize)))
-    num_chunks = math.ceil(P / block_p)
-    return Tiling(
-        form="split",
-        block_channels=block_c,
-        block_c=block_c,
-        block_p=block_p,
-        num_groups=1,
-        num_warps=tile.num_warps,
-        num_programs=num_chunks * math.ceil(C / block_c),
+        positions = max(vec, min(row, next_power_of_two(P)))
+        channels = min(size // positions, next_power_of_two(channels))
+    return Tile(channels, positions, channels_last, vec, masked)
+
+
+def _split_tiling(
+    split: Tiles,
+    channels_last: bool,
+    itemsize: int,
+    vec: int,
+    N: int,
+    Ch: int,
+    Cs: int,
+    P: int,
+    num_multiprocessors: int,
+) -> SplitTiling:
+    tile = _tile(split, channels_last, itemsize, vec, max(Ch, Cs), P, masked=False)
+    channels, positions = tile.channels, tile.positions
+    blocks = math.ceil(Ch / channels) + math.ceil(Cs / channels)
+    tiles = math.ceil(P / positions)
+    walk = min(split.max_tiles, tiles)
+    while walk > 1 and N * blocks * math.ceil(tiles / walk) * split.num_warps < (
+        MIN_WARPS_OF_MULTIPROCESSOR * num_multiprocessors
+    ):
+        walk = math.ceil(walk / 2)
+    num_chunks = math.ceil(tiles / walk)
+    walk = math.ceil(tiles / num_chunks)
+    masked = any(x % channels for x in (Ch, Cs)) or P % positions != 0
+    return SplitTiling(
+        tile=tile._replace(masked=masked),
+        num_warps=split.num_warps,
+        walk=walk * positions,
         num_chunks=num_chunks,
-        images=math.ceil(N / math.ceil(N / images)),  # steps of one size
+        num_programs=N * blocks * num_chunks,
     )
 
 
 def next_power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
-
-
-def _divisors(n: int) -> Iterator[int]:
-    return (k for k in range(1, n + 1) if n % k == 0)
-
-
-def _burst_efficiency(piece_bytes: int) -> float:
-    """The bytes of a piece of a row over those of the bursts that it touches, on average over its places in the row."""
-    overhang = 0 if piece_bytes % BURST_BYTES == 0 else BURST_BYTES - math.gcd(piece_bytes, BURST_BYTES)
-    return piece_bytes / (piece_bytes + overhang)

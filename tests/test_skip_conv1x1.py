@@ -184,7 +184,8 @@ def test_shapes_that_do_not_fit_are_named(h, s, weight, message):
 
 def test_a_scale_or_a_bias_that_does_not_fit_is_named():
     h, s, weight, bias = make_inputs(None, torch.float32).values()
-    with pytest.raises(ValueError, match=re.escape("scale has shape (12,), but s (3, 20, 5, 7) takes a scalar, (1,), (20,)")):
+    message = "scale has shape (12,), but s (3, 20, 5, 7) takes a scalar, (1,), (20,)"
+    with pytest.raises(ValueError, match=re.escape(message)):
         skip_conv1x1(h, s, torch.rand(CH), weight, bias)
     with pytest.raises(ValueError, match=re.escape("bias (15,) does not fit weight (16, 32, 1, 1)")):
         skip_conv1x1(h, s, None, weight, bias[1:])
