@@ -299,7 +299,7 @@ def _rounded(size: int) -> int:
     return -(-size // 4) * 4
 
 
-def _flat_launch(kernel: Any, call: _Call, tiling: FlatTiling, arguments: tuple[Any, ...], **constants: bool) -> Launch:
+def _flat_launch(kernel: Any, call: _Call, tiling: FlatTiling, arguments: tuple[Any, ...], **constants: Any) -> Launch:
     options = {} if tiling.max_registers is None else {"maxnreg": tiling.max_registers}
     constants = {"PIECES": tiling.pieces, "ACT": call.act, **constants}
     return Launch(kernel, call.N * call.G, arguments, constants, tiling.num_warps, options)
@@ -311,7 +311,7 @@ def _whole_launch(kernel: Any, call: _Call, tiling: WholeTiling, arguments: tupl
     return Launch(kernel, tiling.num_programs, arguments, constants, tiling.num_warps, options)
 
 
-def _tile_launch(kernel: Any, tiling: SplitTiling, arguments: tuple[Any, ...], **constants: str | None) -> Launch:
+def _tile_launch(kernel: Any, tiling: SplitTiling, arguments: tuple[Any, ...], **constants: Any) -> Launch:
     return Launch(kernel, tiling.num_programs, arguments, {"TILE": tiling.tile, **constants}, tiling.num_warps)
 
 
