@@ -9,6 +9,7 @@ Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensi
 """
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 from scalelong.kernels import group_norm_native, group_norm_triton
 from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
 from scalelong.kernels.backend import get_backend
+from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 
 Scale = Tensor | float | None
@@ -145,15 +147,16 @@ def skip_group_norm(
 def _run(tensors: Tensors, options: Options) -> Tensor:
     backend = get_backend(tensors.h)
     if backend == "reference":
-        return _reference(tensors, options)
+        return _reference(options, *tensors)
     if torch.compiler.is_compiling():
         return torch.ops.scalelong.skip_group_norm(*tensors, *options)[0]
     # An eager call costs half as much without the Python that torch.library wraps around the operator.
     return _SkipGroupNorm.apply(*tensors, options, backend)
 
 
-def _reference(tensors: Tensors, options: Options) -> Tensor:
+def _reference(options: Options, *tensors: Tensor | None) -> Tensor:
     h, s, scale, weight, bias, gain, shift = tensors
+    assert h is not None
     x = concatenated(h, s, options.float_scale if scale is None else scale)
     return group_norm_ref(x, options.groups, weight, bias, shift=shift, gain=gain, eps=options.eps, act=options.act)
 
@@ -170,10 +173,10 @@ class _SkipGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         *tensors, mean, rstd = ctx.saved_tensors
-        # With create_graph=True the reference, which is differentiable again.
-        backend = "reference" if torch.is_grad_enabled() else ctx.backend
         wanted = Wanted(*ctx.needs_input_grad[:7])
-        return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.options, backend, wanted), None, None
+        if torch.is_grad_enabled():  # with create_graph=True
+            return *differentiable_gradients(partial(_reference, ctx.options), tensors, wanted, dy), None, None
+        return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.options, ctx.backend, wanted), None, None
 
 
 def _forward(tensors: Tensors, options: Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,7 +189,7 @@ def _forward(tensors: Tensors, options: Options, backend: str) -> tuple[Tensor, 
         x = concatenated(h, s, options.float_scale if tensors.scale is None else tensors.scale)
         x = x.to(mean.dtype).unflatten(1, (options.groups, -1)).flatten(2)
         var, mean = torch.var_mean(x, dim=2, correction=0)
-        return y.copy_(_reference(tensors, options)), mean, (var + options.eps).rsqrt()
+        return y.copy_(_reference(options, *tensors)), mean, (var + options.eps).rsqrt()
     channels_last = is_channels_last(h)
     tensors = _in_layout(tensors, channels_last)
     _LAUNCHERS[backend].forward(tensors, options, channels_last, y, mean, rstd)
@@ -210,7 +213,9 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors; None for what is None or not wanted."""
     if dy.numel() == 0:
-        return tuple(None if x is None else torch.zeros_like(x) for x in tensors)
+        return tuple(
+            torch.zeros_like(x) if x is not None and want else None for x, want in zip(tensors, wanted, strict=True)
+        )
     if backend == "reference":
         return _backward_of_reference(dy, tensors, options, wanted)
     channels_last = is_channels_last(tensors.h)
@@ -220,20 +225,15 @@ def _backward(
 
 
 def _backward_of_reference(dy: Tensor, tensors: Tensors, options: Options, wanted: Wanted) -> tuple[Tensor | None, ...]:
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases, so that what joins the inputs outside the operator is not differentiated here as well.
-        leaves = Tensors(
-            *(
-                None if x is None else x.view_as(x) if create_graph else x.detach().requires_grad_(is_wanted)
-                for x, is_wanted in zip(tensors, wanted, strict=True)
-            )  # type: ignore[arg-type]
-        )
-        inputs = [x for x, is_wanted in zip(leaves, wanted, strict=True) if x is not None and is_wanted]
-        grads = iter(torch.autograd.grad(_reference(leaves, options), inputs, dy, create_graph=create_graph))
-    return tuple(
-        None if x is None or not is_wanted else next(grads) for x, is_wanted in zip(leaves, wanted, strict=True)
-    )
+    """By torch.func, which works below autograd too, where operators run."""
+    names = [name for name, x, want in zip(Tensors._fields, tensors, wanted, strict=True) if x is not None and want]
+
+    def f(*values: Tensor) -> Tensor:
+        return _reference(options, *tensors._replace(**dict(zip(names, values, strict=True))))
+
+    gradients_for = torch.func.vjp(f, *(getattr(tensors, name) for name in names))[1]
+    grads = dict(zip(names, gradients_for(dy), strict=True))
+    return tuple(grads.get(name) for name in Tensors._fields)
 
 
 def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
@@ -257,10 +257,9 @@ def concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
 def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     N, C, *spatial = h.shape
     C += 0 if s is None else s.shape[1]
-    if is_channels_last(h):
-        y = h.new_empty((N, *spatial, C)).movedim(-1, 1)
-    else:
-        y = h.new_empty((N, C, *spatial))
+    order = (0, *range(2, h.dim()), 1) if is_channels_last(h) else tuple(range(h.dim()))
+    # No view of something else: who gets it may change it in place.
+    y = torch.empty_permuted((N, C, *spatial), order, dtype=h.dtype, device=h.device)
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     mean = h.new_empty((N, groups), dtype=dtype)
     return y, mean, torch.empty_like(mean)
@@ -278,13 +277,15 @@ def as_layout(x: Tensor, channels_last: bool) -> Tensor:
 
 _ARGUMENTS = (
     "Tensor h, Tensor? s, Tensor? scale, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, "
-    "{}float float_scale, int groups, float eps, str? act"
+    "{}float float_scale, int groups, float eps, str? act{}"
 )
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
-torch.library.define("scalelong::skip_group_norm", f"({_ARGUMENTS.format('')}) -> (Tensor, Tensor, Tensor)", tags=_TAGS)
+torch.library.define(
+    "scalelong::skip_group_norm", f"({_ARGUMENTS.format('', '')}) -> (Tensor, Tensor, Tensor)", tags=_TAGS
+)
 torch.library.define(
     "scalelong::skip_group_norm_backward",
-    f"(Tensor dy, {_ARGUMENTS.format('Tensor mean, Tensor rstd, ')}) "
+    f"(Tensor dy, {_ARGUMENTS.format('Tensor mean, Tensor rstd, ', ', bool[] wanted')}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
@@ -298,10 +299,15 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 @torch.library.impl("scalelong::skip_group_norm_backward", "default")
 def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    tensors, (mean, rstd), options = Tensors(*arguments[:7]), arguments[7:9], Options(*arguments[9:])
-    wanted = Wanted(*(x is not None for x in tensors))
+    tensors, (mean, rstd), options, wanted = _of_backward(*arguments)
     grads = _backward(dy, tensors, mean, rstd, options, get_backend(tensors.h), wanted)
     return none_as_empty(grads, dy)
+
+
+def _of_backward(*arguments: Any) -> tuple[Tensors, tuple[Tensor, Tensor], Options, Wanted]:
+    tensors, options, wanted = Tensors(*arguments[:7]), Options(*arguments[9:13]), arguments[13]
+    exists = (x is not None and want for x, want in zip(tensors, wanted, strict=True))
+    return tensors, arguments[7:9], options, Wanted(*exists)
 
 
 @torch.library.register_fake("scalelong::skip_group_norm")
@@ -310,16 +316,19 @@ def _(h, s, scale, weight, bias, gain, shift, float_scale, groups, eps, act):
 
 
 @torch.library.register_fake("scalelong::skip_group_norm_backward")
-def _(dy, h, s, scale, weight, bias, gain, shift, mean, rstd, float_scale, groups, eps, act):
-    channels_last = is_channels_last(h)
-    large = (None if x is None else torch.empty_like(as_layout(x, channels_last)) for x in (h, s))
-    small = (None if x is None else x.new_empty(x.shape) for x in (scale, weight, bias, gain, shift))
-    return none_as_empty((*large, *small), dy)
+def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    tensors, _, _, wanted = _of_backward(*arguments)
+    channels_last = is_channels_last(tensors.h)
+    large = (None if x is None else torch.empty_like(as_layout(x, channels_last)) for x in tensors[:2])
+    small = (None if x is None else x.new_empty(x.shape) for x in tensors[2:])
+    grads = (grad if want else None for grad, want in zip((*large, *small), wanted, strict=True))
+    return none_as_empty(grads, dy)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, mean, rstd = output
     ctx.save_for_backward(*inputs[:7], mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
     ctx.options = inputs[7:]
     ctx.set_materialize_grads(False)
 
@@ -327,12 +336,28 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of_operator(ctx: Any, dy: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 11
-    grads = torch.ops.scalelong.skip_group_norm_backward(dy, *ctx.saved_tensors, *ctx.options)
-    grads = (None if x is None else grad for x, grad in zip(ctx.saved_tensors, grads, strict=False))
-    return *grads, None, None, None, None
+    wanted = ctx.needs_input_grad[:7]
+    grads = torch.ops.scalelong.skip_group_norm_backward(dy, *ctx.saved_tensors, *ctx.options, wanted)
+    return *(grad if want else None for grad, want in zip(grads, wanted, strict=True)), None, None, None, None
+
+
+def _setup_second_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    dy, *arguments = inputs
+    tensors, _, ctx.options, ctx.wanted = _of_backward(*arguments)
+    ctx.save_for_backward(dy, *tensors)
+    ctx.set_materialize_grads(False)
+
+
+def _backward_of_backward(ctx: Any, *ddgrads: Tensor | None) -> tuple[Tensor | None, ...]:
+    dy, *tensors = ctx.saved_tensors
+    reference, wanted = partial(_reference, ctx.options), ctx.needs_input_grad[:8]
+    return *second_derivatives(reference, tensors, ctx.wanted, dy, ddgrads, wanted), *(None,) * 7
 
 
 torch.library.register_autograd("scalelong::skip_group_norm", _backward_of_operator, setup_context=_setup_context)
+torch.library.register_autograd(
+    "scalelong::skip_group_norm_backward", _backward_of_backward, setup_context=_setup_second_context
+)
 
 
 def _check_norm(
@@ -374,5 +399,5 @@ def _check_norm(
             raise ValueError(f"{op}: {name} is {described(x)}, but the input is {described(h)}")
     if act not in ACTIVATIONS:
         raise ValueError(f"{op}: act {act!r} is none of {', '.join(map(repr, ACTIVATIONS))}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be a finite number from 0 up, got {eps}")

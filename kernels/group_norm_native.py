@@ -21,7 +21,7 @@ def forward(tensors: Tensors, options: Options, channels_last: bool, y: Tensor, 
 def backward(
     dy: Tensor, tensors: Tensors, mean: Tensor, rstd: Tensor, options: Options, channels_last: bool, wanted: Wanted
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of h and s, and of scale, weight, bias, gain and shift in fp32."""
+    """The gradients that are wanted: of h and s, and of scale, weight, bias, gain and shift in fp32."""
     h, s, *parameters = tensors
     dh, ds = torch.empty_like(h), None if s is None else torch.empty_like(s)
     grads = tuple(None if x is None else torch.empty(x.shape, dtype=torch.float32) for x in parameters)
@@ -30,7 +30,7 @@ def backward(
         *(dh, ds, *grads, dy, h, s, scale, options.float_scale, weight, bias, gain, shift),
         *(mean, rstd, options.groups, _ACTS[options.act], channels_last),
     )
-    return dh, ds, *grads
+    return tuple(grad if want else None for grad, want in zip((dh, ds, *grads), wanted, strict=True))
 
 
 def _floats(parameter: Tensor | None) -> Tensor | None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from group_norm_cases import SCALES, Case, in_channels_last
+from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
@@ -137,6 +138,104 @@ def test_gradients_of_gradients_come_from_the_reference():
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
+def dependent_inputs(h, kernel, projection, weight, bias):
+    """The skip is computed from h, the scale from the skip, gain and shift from both."""
+    s = F.conv2d(h, kernel, padding=1)
+    pooled = torch.cat([h.mean((2, 3)), s.mean((2, 3))], 1) @ projection
+    gain, shift = pooled.chunk(2, dim=1)
+    return h, s, s.mean((2, 3)).sigmoid(), weight, bias, gain, shift
+
+
+def of_dependent(op):
+    def call(h, s, scale, weight, bias, gain, shift):
+        return op(h, s, scale, 3, weight, bias, gain=gain, shift=shift)
+
+    return call
+
+
+def leaves_of_dependent(dtype=torch.float32):
+    shapes = ((2, 8, 5, 4), (4, 8, 3, 3), (12, 24), (12,), (12,))
+    return [0.5 * torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+@both_layouts
+def test_create_graph_counts_each_path_between_the_inputs_once(channels_last):
+    h, *others = leaves_of_dependent()
+    h = in_channels_last(h) if channels_last else h
+    assert_twice_differentiable(
+        of_dependent(skip_group_norm), of_dependent(skip_group_norm_ref), dependent_inputs, [h, *others]
+    )
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_registered_operator_differentiates_twice(channels_last, dtype):
+    h, *others = leaves_of_dependent(dtype)
+    h = in_channels_last(h) if channels_last else h
+
+    def operator(h, s, scale, weight, bias, gain, shift):
+        tensors = (h, s, scale, weight, bias, gain, shift)
+        return torch.ops.scalelong.skip_group_norm(*tensors, 1.0, 3, 1e-5, "silu")[0]
+
+    assert_twice_differentiable(operator, of_dependent(skip_group_norm_ref), dependent_inputs, [h, *others])
+    compiled = torch.compile(of_dependent(skip_group_norm), backend="eager", fullgraph=True)
+    assert_twice_differentiable(compiled, of_dependent(skip_group_norm_ref), dependent_inputs, [h, *others])
+
+
+def test_the_registered_operator_computes_what_is_wanted():
+    inputs = dependent_inputs(*leaves_of_dependent())
+    leaves = [x.detach().requires_grad_(i in (1, 3)) for i, x in enumerate(inputs)]
+    y, mean, rstd = torch.ops.scalelong.skip_group_norm(*leaves, 1.0, 3, 1e-5, "silu")
+    assert not mean.requires_grad
+    assert not rstd.requires_grad
+    wanted = [False, True, False, True, False, False, False]
+    grads = torch.ops.scalelong.skip_group_norm_backward(
+        torch.ones_like(y), *leaves, mean, rstd, 1.0, 3, 1e-5, "silu", wanted
+    )
+    assert [grad.numel() > 0 for grad in grads] == wanted
+    for ours, expected in zip((grads[1], grads[3]), torch.autograd.grad(y.sum(), (leaves[1], leaves[3])), strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_transforms_of_torch_func_see_through_it():
+    inputs = [x.detach() for x in dependent_inputs(*leaves_of_dependent())]
+    assert_transforms(of_dependent(skip_group_norm), of_dependent(skip_group_norm_ref), inputs)
+    h, weight, bias = torch.randn(2, 6, 5), torch.randn(6), torch.randn(6)
+    assert_transforms(
+        lambda *x: group_norm(x[0], 3, x[1], x[2], act="gelu"),
+        lambda *x: group_norm_ref(x[0], 3, x[1], x[2], act="gelu"),
+        [h, weight, bias],
+    )
+    y, gradients_for = torch.func.vjp(lambda h: group_norm(h, 3, weight, bias), h)
+    leaf = h.clone().requires_grad_()
+    expected = torch.autograd.grad(group_norm_ref(leaf, 3, weight, bias), leaf, torch.ones_like(y))
+    torch.testing.assert_close(gradients_for(torch.ones_like(y)), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("spatial", [(), (5,), (5, 4), (2, 3, 4)])
+@both_layouts
+def test_the_output_is_no_view_and_may_be_changed_in_place(channels_last, spatial):
+    case = Case(spatial=spatial, channels_last=channels_last and bool(spatial), scale="(Cs,)")
+    inputs = case.inputs()
+    y = case.call(inputs)
+    assert (y.movedim(1, -1) if case.channels_last else y).is_contiguous()
+    assert_ordinary(lambda *values: case.call(dict(zip(inputs, values, strict=True))), list(inputs.values()))
+
+
+@both_layouts
+@pytest.mark.parametrize("scale", ["none", "(N,Cs)"])
+def test_streams_and_skips_without_channels(channels_last, scale):
+    inputs = Case(num_hidden=12, num_skip=12, spatial=(5, 7), channels_last=channels_last, scale=scale).inputs()
+    case = Case(num_hidden=12, num_skip=12, scale=scale)
+    for empty in ("h", "s"):
+        kept = {**inputs, "weight": inputs["weight"][:12], "bias": inputs["bias"][:12], empty: inputs[empty][:, :0]}
+        if empty == "s" and scale != "none":
+            kept["scale"] = inputs["scale"][:, :0]
+        case.assert_parity(kept)
+    y = group_norm(torch.zeros(2, 0, 5, 7), 4, torch.zeros(0), torch.zeros(0))
+    assert y.shape == (2, 0, 5, 7)
+
+
 def test_the_reference_is_what_the_formula_says():
     h, s, scale = torch.randn(2, 4, 3, 3), torch.randn(2, 2, 3, 3), torch.rand(2)
     weight, bias, gain, shift = torch.randn(6), torch.randn(6), torch.randn(2, 6), torch.randn(2, 6)
@@ -258,7 +357,11 @@ def test_opcheck(channels_last, scale):
     torch.library.opcheck(torch.ops.scalelong.skip_group_norm.default, (*tensors, *options))
     y, mean, rstd = torch.ops.scalelong.skip_group_norm(*tensors, *options)
     tensors = [None if x is None else x.detach() for x in (torch.randn_like(y), *tensors, mean, rstd)]
-    torch.library.opcheck(torch.ops.scalelong.skip_group_norm_backward.default, (*tensors, *options))
+    backward = torch.ops.scalelong.skip_group_norm_backward.default
+    torch.library.opcheck(backward, (*tensors, *options, [True] * 7))
+    torch.library.opcheck(backward, (*tensors, *options, [False, *[True] * 6]))
+    differentiable = [None if x is None else x.requires_grad_() for x in tensors[:8]]
+    torch.library.opcheck(backward, (*differentiable, *tensors[8:], *options, [True] * 7))
 
 
 @pytest.mark.slow
@@ -290,6 +393,27 @@ def test_compiled_with_a_float_scale_and_changing_batches():
     for batch, scale in ((2, 0.5), (3, 0.5), (5, 0.7)):
         h, s = torch.randn(batch, 8, 4, 4), torch.randn(batch, 4, 4, 4)
         torch.testing.assert_close(compiled(h, s, scale), skip_group_norm(h, s, scale, 4, None, None))
+
+
+@both_layouts
+def test_compiled_with_dynamic_shapes_and_floats(channels_last):
+    def f(h, s, scale, eps):
+        return skip_group_norm(h, s, scale, 4, None, None, eps=eps)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch, channels, size, scale, eps in ((2, 8, 4, 0.5, 1e-5), (3, 12, 5, 0.25, 1e-3), (1, 4, 7, 2.0, 1e-2)):
+        inputs = [torch.randn(batch, channels, size, size + 1) for _ in range(2)]
+        inputs = [in_channels_last(x) if channels_last else x for x in inputs]
+        leaves = [x.requires_grad_() for x in inputs]
+        ours, expected = compiled(*leaves, scale, eps), f(*leaves, scale, eps)
+        torch.testing.assert_close(ours, expected)
+        assert ours.stride() == expected.stride()
+        for grad, of_eager in zip(
+            torch.autograd.grad(ours.sin().sum(), leaves),
+            torch.autograd.grad(expected.sin().sum(), leaves),
+            strict=True,
+        ):
+            torch.testing.assert_close(grad, of_eager)
 
 
 def test_autocast_promotes_as_a_concatenation_does():
@@ -391,6 +515,8 @@ W = torch.ones(12)
         ((X, S, None, 4, W, W), {"shift": torch.ones(12)}, r"shift has shape \(12,\)"),
         ((X, S, None, 4, W, W), {"act": "relu"}, "act 'relu' is none of 'silu', 'gelu', None"),
         ((X, S, None, 4, W, W), {"eps": -1.0}, "eps must be"),
+        ((X, S, None, 4, W, W), {"eps": float("nan")}, "eps must be"),
+        ((X, S, None, 4, W, W), {"eps": float("inf")}, "eps must be"),
         ((X.long(), S.long(), None, 4, W, W), {}, "needs a floating"),
         ((X[0, 0, 0], S[0, 0, 0], None, 4, W, W), {}, r"got \(4,\) float32"),
     ],

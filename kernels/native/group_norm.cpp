@@ -41,7 +41,8 @@ GroupNorm describe(const Tensor& h, const Parameters& parameters, double float_s
   norm.N = h.size(0);
   norm.Ch = h.size(1);
   norm.Cs = parameters.s.has_value() ? parameters.s->size(1) : 0;
-  norm.P = h.numel() / std::max<int64_t>(1, norm.N * norm.Ch);
+  norm.P = 1;  // not from the number of elements, which is 0 where h has no channels
+  for (int64_t dim = 2; dim < h.dim(); ++dim) norm.P *= h.size(dim);
   norm.G = groups;
   norm.type = type_of(h);
   norm.act = static_cast<Act>(act);
