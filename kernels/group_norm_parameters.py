@@ -24,13 +24,13 @@ class ParameterGradients(NamedTuple):
 def _sum_parts(parts_ptr, n, c, mask, C, num_parts, BLOCK_PARTS: tl.constexpr, VEC: tl.constexpr):
     """Of (N, C, parts) the sums of all parts, at images and channels (BLOCK_N, BLOCK_C)."""
     pointers = parts_ptr + (n.to(tl.int64) * C + c) * num_parts
-    total = tl.zeros(mask.shape, tl.float32)
+    total = tl.zeros((mask.shape[0], mask.shape[1], BLOCK_PARTS), tl.float32)
     for first in range(0, num_parts, BLOCK_PARTS):
         part = first + tl.arange(0, BLOCK_PARTS)[None, None, :]
         inside = tl.max_constancy(mask[:, :, None] & (part < num_parts), [1, 1, VEC])
         of_parts = tl.max_contiguous(tl.multiple_of(pointers[:, :, None] + part, [1, 1, 4 * VEC]), [1, 1, VEC])
-        total += tl.sum(tl.load(of_parts, mask=inside, other=0.0), 2)
-    return total
+        total += tl.load(of_parts, mask=inside, other=0.0)
+    return tl.sum(total, 2)
 
 
 @triton.jit(do_not_specialize=("N", "Ch", "Cs", "num_parts", "num_scale_parts"))

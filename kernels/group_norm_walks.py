@@ -70,11 +70,12 @@ def widened(x):
     Of a pair of bf16 the compiler takes out the upper one by two instructions, where a mask does. Not pure, so that it
     does it again where x is read again, instead of keeping it twice as wide.
     """
-    if _INTERPRETED or x.dtype != tl.bfloat16:
+    if _INTERPRETED or x.dtype != tl.bfloat16 or x.numel == 1:
         return x.to(tl.float32)
-    return tl.inline_asm_elementwise(
-        "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=False, pack=2
-    )
+    else:
+        return tl.inline_asm_elementwise(
+            "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=f,=f,r", [x], tl.float32, is_pure=False, pack=2
+        )
 
 
 @triton.jit
@@ -84,6 +85,8 @@ def narrowed(x, dtype: tl.constexpr):
         return x
     elif _INTERPRETED:
         return _rounded_to_bf16(x).to(dtype) if dtype == tl.bfloat16 else x.to(dtype)
+    elif x.numel == 1:
+        return x.to(dtype)
     elif dtype == tl.bfloat16:
         return tl.inline_asm_elementwise(
             "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,f,f", [x], tl.bfloat16, is_pure=True, pack=2
