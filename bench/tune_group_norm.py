@@ -1,189 +1,307 @@
 """Times the candidates for the tables of kernels/group_norm_tilings.py on a GPU and prints the best, to be pasted.
 
     python -m scalelong.bench.tune_group_norm --max-seconds 1500
-    python -m scalelong.bench.tune_group_norm --dry-run      only compiles every candidate for sm_90; needs no GPU
+    python -m scalelong.bench.tune_group_norm --dry-run      only compiles the candidates for sm_90; needs no GPU
 
-Each candidate of a form runs at the shapes of shapes.py that it can take. Of those for one entry of a table, that with
-the smallest mean of its times over the best of the shape is printed; then the best form and step for each shape.
+Candidates run at the shapes of shapes.py that they can take, the largest first, without those that the machine code
+rules out: with large spills, or with so many registers that few warps fit on an SM. A table gets the candidates with
+the smallest mean of their times over the best of the shape; small groups are held whole as long as that is the fastest.
 """
 
 import argparse
-import sys
+import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
 from statistics import fmean
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from triton.testing import do_bench
 
-from scalelong.bench.ahead_of_time import distinct, launches_of, spill_bytes
+from scalelong.bench.ahead_of_time import launches_of
+from scalelong.bench.machine_code import machine_code
 from scalelong.bench.shapes import GROUPS, SKIP_CONCATS, SkipConcat
 from scalelong.kernels import group_norm_tilings as tilings
 from scalelong.kernels import group_norm_triton
-from scalelong.kernels.group_norm_tilings import Tile, Tiling, next_power_of_two
+from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
+from scalelong.kernels.group_norm_tilings import Flat, FlatTiling, SplitTiling, Table, Tiles, WholeTiling
+from scalelong.kernels.plans import Plans
 
 # Compilation takes most of the time: about a second for each kernel of a candidate.
-RESIDENT_WARPS = (2, 4, 8, 16)
-LARGEST_RESIDENT = 65536
-LOOPED = (Tile(4096, 4), Tile(4096, 8), Tile(8192, 8), Tile(8192, 16), Tile(16384, 16))
-SPLIT = (Tile(4096, 4), Tile(4096, 8), Tile(8192, 8), Tile(16384, 8))
-WALK_MIB = (24, 10_000)  # the second is more than any input here: one step
+FLAT = tuple(Flat(warps, 12, registers) for warps, registers in product((1, 2, 4, 8, 16), (None, 128)))
+WHOLE = tuple(
+    Tiles(warps, 12, rows_of_thread=rows, max_registers=registers)
+    for warps, rows, registers in product((1, 2, 4), (1, 2, 4), (None, 128))
+)
+SPLIT = tuple(
+    Tiles(warps, tiles, rows_of_thread=rows) for warps, rows, tiles in product((2, 4, 8), (1, 2, 4), (8, 16, 32))
+)
+MAX_SPILL_BYTES = 256  # of a thread
+MIN_WARPS = 16  # on an SM, to hide the latency of memory
+TOLERANCE = 1.03  # of the best time: as good
 REPEATS_MS = 20
-DIRECTIONS = ("forward", "backward")
-Key = tuple[str, bool, int]
+TILINGS = {"flat": FlatTiling, "whole": WholeTiling, "split": SplitTiling}
+Key = tuple[str, bool]
+
+
+class Candidate(NamedTuple):
+    form: str
+    entry: Flat | Tiles
+
+    def __str__(self) -> str:
+        entry = self.entry
+        registers = "" if entry.max_registers is None else f", {entry.max_registers} registers"
+        if isinstance(entry, Flat):
+            return f"flat {entry.num_warps} warps{registers}"
+        tiles = f", {entry.max_tiles} tiles" if self.form == "split" else ""
+        return f"{self.form} {entry.num_warps} warps, {entry.rows_of_thread} rows{tiles}{registers}"
 
 
 @dataclass(frozen=True)
-class Candidate:
-    form: str
-    tile: Tile
-    walk_mib: int = 24
+class Case:
+    itemsize: int
+    concat: SkipConcat
+    key: Key  # direction and channels_last
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.itemsize == 2 else torch.float32
+
+    @property
+    def rows_of_group(self) -> int:
+        return self.concat.num_channels // GROUPS * self.concat.size**2 * self.itemsize // tilings.VECTOR_BYTES
 
     def __str__(self) -> str:
-        step = f", {self.walk_mib} MiB" if self.form == "split" else ""
-        return f"{self.form} {self.tile.num_elements}/{self.tile.num_warps}{step}"
+        return (
+            f"{self.key[0]} {'channels_last' if self.key[1] else 'contiguous'} {8 * self.itemsize} bits {self.concat}"
+        )
+
+
+class Timed(NamedTuple):
+    """A candidate at a shape."""
+
+    ms: float
+    size: int  # rows of a group if flat, tiles if whole
+    spill_bytes: int
+
+
+Times = dict[Case, dict[Candidate, Timed]]
+
+
+def cases() -> list[Case]:
+    """Those of 2 bytes first: that is what networks train in."""
+    concats = sorted(SKIP_CONCATS, key=lambda x: x.num_elements(x.gpu_batch), reverse=True)
+    keys = product(("forward", "backward"), (False, True))
+    return [Case(*x) for x in product((2, 4), concats, list(keys))]
 
 
 @contextmanager
 def forced(key: Key, candidate: Candidate) -> Iterator[None]:
-    """The launchers take this form and tile wherever they can."""
-    table = tilings.TABLES[key]
-    before = (tilings.TABLES, tilings.LOOP_BYTES, tilings.WALK_BYTES, tilings.MIN_FILL)
-    resident = (candidate.tile,) if candidate.form == "resident" else ()
-    chosen = replace(table, resident=resident, **({} if resident else {candidate.form: candidate.tile}))
-    tilings.TABLES = {**tilings.TABLES, key: chosen}
-    tilings.LOOP_BYTES = sys.maxsize if candidate.form == "looped" else -1
-    tilings.WALK_BYTES = candidate.walk_mib * 2**20
-    tilings.MIN_FILL = 0.0
+    """The launchers take this candidate wherever they can."""
+    form, entry = candidate
+    table = Table(
+        source="",
+        flat=(entry,) if isinstance(entry, Flat) else (),
+        whole=entry if form == "whole" and isinstance(entry, Tiles) else None,
+        split=entry if form == "split" and isinstance(entry, Tiles) else tilings.TABLES[key].split,
+    )
+    before = (tilings.TABLES, tilings.MIN_FILL, group_norm_triton._PLANS)
+    tilings.TABLES, tilings.MIN_FILL = {**tilings.TABLES, key: table}, 0.0
+    group_norm_triton._PLANS = Plans()
     tilings.choose_tiling.cache_clear()
     try:
         yield
     finally:
-        tilings.TABLES, tilings.LOOP_BYTES, tilings.WALK_BYTES, tilings.MIN_FILL = before
+        tilings.TABLES, tilings.MIN_FILL, group_norm_triton._PLANS = before
         tilings.choose_tiling.cache_clear()
 
 
-def candidates_for(key: Key, concat: SkipConcat, num_multiprocessors: int) -> Iterator[Candidate]:
-    direction, channels_last, itemsize = key
-    shape = (concat.gpu_batch, concat.num_channels, GROUPS, concat.size**2)
-
-    def tiling_of(candidate: Candidate) -> Tiling:
-        with forced(key, candidate):
-            return tilings.choose_tiling(direction, channels_last, itemsize, *shape, num_multiprocessors)
-
-    for candidate in (
-        *(Candidate("resident", Tile(LARGEST_RESIDENT, warps)) for warps in RESIDENT_WARPS),
-        *(Candidate("looped", tile) for tile in LOOPED),
-        *(Candidate("split", tile, walk_mib) for tile, walk_mib in product(SPLIT, WALK_MIB)),
-    ):
-        tiling = tiling_of(candidate)
-        if tiling.form != candidate.form:
-            continue
-        size = tiling.block_c * tiling.block_p
-        if candidate.form == "resident":
-            if not 4 <= size // (32 * tiling.num_warps) <= 128:
-                continue
-            candidate = replace(candidate, tile=Tile(max(1024, next_power_of_two(size)), tiling.num_warps))
-        yield candidate
+def candidates_for(case: Case, num_multiprocessors: int) -> Iterator[tuple[Candidate, int]]:
+    """And their size at the shape of the case."""
+    c, (direction, channels_last) = case.concat, case.key
+    vec = tilings.VECTOR_BYTES // case.itemsize
+    sizes = (c.gpu_batch, c.num_hidden, c.num_skip, GROUPS, c.size**2, num_multiprocessors)
+    seen = set()
+    forms = {"flat": () if channels_last else FLAT, "whole": WHOLE if channels_last else (), "split": SPLIT}
+    for candidate in (Candidate(form, entry) for form, entries in forms.items() for entry in entries):
+        with forced(case.key, candidate):
+            tiling = tilings.choose_tiling(direction, channels_last, case.itemsize, vec, *sizes)
+        # A few candidates may come to the same: a walk over fewer tiles than are allowed, for one.
+        if isinstance(tiling, TILINGS[candidate.form]) and tiling not in seen:
+            seen.add(tiling)
+            size = tiling.num_tiles if isinstance(tiling, WholeTiling) else case.rows_of_group
+            yield candidate, size
 
 
-def call(key: Key, concat: SkipConcat) -> Callable[[], tuple[torch.Tensor, ...]]:
+def compiled(case: Case, candidate: Candidate, arch: int) -> tuple[int, int]:
+    """Of the kernels that hold activations: the most spilled bytes of a thread, the fewest warps on an SM."""
+    c, (direction, channels_last) = case.concat, case.key
+    shape = (c.gpu_batch, c.num_hidden, c.num_skip, GROUPS, c.size, c.size)
+    with forced(case.key, candidate):
+        launches = launches_of(direction, shape, channels_last=channels_last, dtype=case.dtype)
+    codes = [
+        machine_code(launch.compile(arch), arch)
+        for launch in launches
+        if not any(word in launch.name for word in ("combine", "parameters"))
+    ]
+    return max(code.stack_bytes for code in codes), min(code.num_warps_on_an_sm for code in codes)
+
+
+def is_ruled_out(spill_bytes: int, num_warps: int) -> bool:
+    return spill_bytes > MAX_SPILL_BYTES or num_warps < MIN_WARPS
+
+
+def call(case: Case) -> Callable[[], tuple[Tensor, ...]]:
     """A launch on fixed tensors; returns what it fills."""
-    direction, channels_last, itemsize = key
-    N, Ch, Cs, size = concat.gpu_batch, concat.num_hidden, concat.num_skip, concat.size
-    C = Ch + Cs
+    c, (direction, channels_last) = case.concat, case.key
     generator = torch.Generator("cuda").manual_seed(0)
 
-    def image(channels: int) -> torch.Tensor:
-        x = torch.randn(N, channels, size, size, device="cuda", generator=generator)
-        x = x.to(torch.bfloat16 if itemsize == 2 else torch.float32)
-        return x.to(memory_format=torch.channels_last) if channels_last else x
+    def image(channels: int) -> Tensor:
+        x = torch.randn(c.gpu_batch, channels, c.size, c.size, device="cuda", generator=generator)
+        return x.to(case.dtype, memory_format=torch.channels_last if channels_last else torch.contiguous_format)
 
-    h, s, y, dy = image(Ch), image(Cs), image(C), image(C)
-    dh, ds = torch.empty_like(h), torch.empty_like(s)
-    weight, bias = torch.randn(2, C, device="cuda", generator=generator).unbind()
-    mean, rstd = torch.empty(2, N, GROUPS, device="cuda").unbind()
-    inputs = (h, s, torch.full((), 0.7, device="cuda"), 1.0, weight, bias, None, None)
+    h, s, y, dy = (image(channels) for channels in (c.num_hidden, c.num_skip, c.num_channels, c.num_channels))
+    weight, bias = torch.randn(2, c.num_channels, device="cuda", generator=generator).unbind()
+    mean, rstd = torch.empty(2, c.gpu_batch, GROUPS, device="cuda").unbind()
+    tensors = Tensors(h, s, torch.full((), 0.7, device="cuda"), weight, bias, None, None)
+    options, wanted = Options(1.0, GROUPS, 1e-5, "silu"), Wanted(gain=False, shift=False)
 
-    def forward() -> tuple[torch.Tensor, ...]:
-        group_norm_triton.forward(*inputs, GROUPS, 1e-5, "silu", channels_last, y, mean, rstd)
+    def forward() -> tuple[Tensor, ...]:
+        group_norm_triton.forward(tensors, options, channels_last, y, mean, rstd)
         return y, mean, rstd
 
-    def backward() -> tuple[torch.Tensor, ...]:
-        small = group_norm_triton.backward(dy, *inputs, mean, rstd, GROUPS, "silu", channels_last, dh, ds)
-        return dh, ds, *(x for x in small[1:] if x is not None)  # dscale cancels
+    def backward() -> tuple[Tensor, ...]:
+        dh, ds, _, *grads = group_norm_triton.backward(dy, tensors, mean, rstd, options, channels_last, wanted)
+        return tuple(x for x in (dh, ds, *grads) if x is not None)  # that of the scale cancels
 
     forward()
     return forward if direction == "forward" else backward
 
 
-def agree(found: tuple[torch.Tensor, ...], expected: list[torch.Tensor]) -> bool:
-    return all((x - y).norm() <= 1e-2 * y.norm() for x, y in zip((x.float() for x in found), expected, strict=True))
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return all((x.float() - y).norm() <= 1e-2 * y.norm() for x, y in zip(found, expected, strict=True))
 
 
 def tune(max_seconds: float) -> None:
     deadline = time.monotonic() + max_seconds
     device = torch.cuda.get_device_properties(0)
-    entries: dict[tuple[Key, str, int], dict[Candidate, list[float]]] = defaultdict(lambda: defaultdict(list))
-    # Those of 2 bytes first: that is what networks train in.
-    for itemsize, concat, direction, channels_last in product((2, 4), SKIP_CONCATS, DIRECTIONS, (False, True)):
-        key = (direction, channels_last, itemsize)
+    arch = 90 if device.major >= 9 else 80
+    times: Times = {}
+    for case in cases():
         if time.monotonic() > deadline:
-            print(f"# out of time before {key} {concat}")
+            print(f"# out of time before {case}")
             break
-        run = call(key, concat)
+        run = call(case)
         expected = [x.float().clone() for x in run()]
-        ms: dict[Candidate, float] = {}
-        for candidate in candidates_for(key, concat, device.multi_processor_count):
-            with forced(key, candidate):
+        times[case] = {}
+        for candidate, size in candidates_for(case, device.multi_processor_count):
+            spill_bytes, num_warps = compiled(case, candidate, arch)
+            if is_ruled_out(spill_bytes, num_warps):
+                continue
+            with forced(case.key, candidate):
                 if not agree(run(), expected):
-                    raise SystemExit(f"{key} {concat}: {candidate} gives other numbers")
-                ms[candidate] = float(do_bench(run, warmup=5, rep=REPEATS_MS, return_mode="median"))  # pyright: ignore
-        report(key, concat, ms)
-        for form in ("resident", "looped", "split"):
-            times = {candidate: t for candidate, t in ms.items() if candidate.form == form}
-            for candidate, t in times.items():
-                entry = candidate.tile.num_elements if form == "resident" else 0
-                entries[key, form, entry][candidate].append(t / min(times.values()))
-    print_tables(entries, f"{device.name}, {date.today()}, bench/tune_group_norm.py")
+                    raise SystemExit(f"{case}: {candidate} gives other numbers")
+                ms = float(do_bench(run, warmup=5, rep=REPEATS_MS, return_mode="median"))  # pyright: ignore
+            times[case][candidate] = Timed(ms, size, spill_bytes)
+        print(f"# {case}: {fastest_of_each_form(times[case])}", flush=True)
+    source = f"{device.name}, {date.today()}, bench/tune_group_norm.py"
+    for key, table in tables(times, source).items():
+        print(f"    {key}: {table},")
 
 
-def report(key: Key, concat: SkipConcat, ms: dict[Candidate, float]) -> None:
-    best = sorted(ms, key=ms.__getitem__)
-    by_form = {form: next((c for c in best if c.form == form), None) for form in ("resident", "looped", "split")}
-    shown = "; ".join(f"{c} {1e3 * ms[c]:.1f} us" for c in by_form.values() if c is not None)
-    layout = "channels_last" if key[1] else "contiguous"
-    print(f"# {key[0]} {layout} {8 * key[2]} bits {concat}: {shown}", flush=True)
+def fastest_of_each_form(timed: Mapping[Candidate, Timed]) -> str:
+    best = sorted(timed, key=lambda candidate: timed[candidate].ms)
+    by_form = {candidate.form: candidate for candidate in reversed(best)}
+    return "; ".join(f"{x} {1e3 * timed[x].ms:.1f} us" for x in sorted(by_form.values(), key=best.index))
 
 
-def print_tables(entries: dict[tuple[Key, str, int], dict[Candidate, list[float]]], source: str) -> None:
-    def best_tile(times: dict[Candidate, list[float]]) -> Tile:
-        most = max(map(len, times.values()))
-        return min((c for c in times if len(times[c]) == most), key=lambda c: fmean(times[c])).tile
-
+def tables(times: Times, source: str) -> dict[Key, Table]:
+    """What was not timed stays as it is."""
+    found = {}
     for key, table in tilings.TABLES.items():
-        resident = [
-            best_tile(times) for (of, form, _), times in sorted(entries.items()) if (of, form) == (key, "resident")
-        ]
-        tiles = {form: best_tile(entries[key, form, 0]) for form in ("looped", "split") if (key, form, 0) in entries}
-        print(f"    {key}: {replace(table, source=source, resident=tuple(resident) or table.resident, **tiles)},")
+        timed = {case: of_case for case, of_case in times.items() if case.key == key and of_case}
+        if not timed:
+            continue
+        changes = {form: tiles for form in ("whole", "split") if (tiles := best_tiles(timed, form)) is not None}
+        flat = () if key[1] else flat_entries(timed)
+        found[key] = replace(table, source=source, flat=flat or table.flat, **changes)  # type: ignore[arg-type]
+    return found
 
 
-def dry_run() -> None:
-    for key, concat in product(tilings.TABLES, SKIP_CONCATS):
-        direction, channels_last, itemsize = key
-        shape = (concat.gpu_batch, concat.num_hidden, concat.num_skip, GROUPS, concat.size, concat.size)
-        for candidate in candidates_for(key, concat, 132):
-            with forced(key, candidate):
-                dtype = torch.bfloat16 if itemsize == 2 else torch.float32
-                launches = launches_of(direction, shape, channels_last=channels_last, dtype=dtype)
-            spills = max(spill_bytes(launch.compile(90)) for launch in distinct(launches) if launch.stage)
-            print(f"{direction} {'channels_last' if channels_last else 'contiguous'} {concat}: {candidate}, {spills} B")
+def slowdowns(timed: Times, candidate: Candidate) -> dict[Case, float]:
+    """Over the best of all candidates, at each shape where it ran."""
+    return {
+        case: of_case[candidate].ms / min(x.ms for x in of_case.values())
+        for case, of_case in timed.items()
+        if candidate in of_case
+    }
+
+
+def best_tiles(timed: Times, form: str) -> Tiles | None:
+    """At the most shapes, and there the least slow; of whole groups as many tiles as are not slower than splitting."""
+    candidates = {x for of_case in timed.values() for x in of_case if x.form == form}
+    if not candidates:
+        return None
+    ratios = {candidate: slowdowns(timed, candidate) for candidate in candidates}
+    if form == "whole":
+        most = {x: [case for case, ratio in ratios[x].items() if ratio <= TOLERANCE] for x in candidates}
+        best = max(candidates, key=lambda x: (len(most[x]), -fmean(ratios[x].values())))
+        used = most[best]
+        if not used:
+            return None
+        max_tiles = max(timed[case][best].size for case in used)
+    else:
+        best = min(candidates, key=lambda x: (-len(ratios[x]), fmean(ratios[x].values())))
+        used, max_tiles = list(ratios[best]), best.entry.max_tiles  # type: ignore[union-attr]
+    spill_bytes = max(timed[case][best].spill_bytes for case in used)
+    return replace(best.entry, max_tiles=max_tiles, spill_bytes=spill_bytes)  # type: ignore[return-value]
+
+
+def flat_entries(timed: Times) -> tuple[Flat, ...]:
+    """From the smallest groups to the largest, the fewest warps that are as good as anything else."""
+    left = sorted(timed, key=lambda case: case.rows_of_group)
+    entries = []
+    for num_warps in sorted({flat.num_warps for flat in FLAT}):
+        found: list[tuple[int, float, Flat, list[Case]]] = []
+        for flat in (x for x in FLAT if x.num_warps == num_warps):
+            ratios = slowdowns(timed, Candidate("flat", flat))
+            taken = _while_good(left, ratios)
+            if taken:
+                found.append((len(taken), -fmean(ratios[case] for case in taken), flat, taken))
+        if not found:
+            continue
+        _, _, flat, taken = max(found, key=lambda x: x[:2])
+        left = left[len(taken) :]
+        spill_bytes = max(timed[case][Candidate("flat", flat)].spill_bytes for case in taken)
+        max_pieces = math.ceil(taken[-1].rows_of_group / (32 * num_warps))
+        entries.append(replace(flat, max_pieces=max_pieces, spill_bytes=spill_bytes))
+    return tuple(entries)
+
+
+def _while_good(cases: Sequence[Case], ratios: Mapping[Case, float]) -> list[Case]:
+    taken = []
+    for case in cases:
+        if ratios.get(case, math.inf) > TOLERANCE:
+            break
+        taken.append(case)
+    return taken
+
+
+def dry_run(max_seconds: float) -> None:
+    deadline = time.monotonic() + max_seconds
+    for case in cases():
+        for candidate, _ in candidates_for(case, 132):
+            if time.monotonic() > deadline:
+                print(f"out of time before {case}: {candidate}")
+                return
+            spill_bytes, num_warps = compiled(case, candidate, 90)
+            verdict = ", ruled out" if is_ruled_out(spill_bytes, num_warps) else ""
+            print(f"{case}: {candidate}: {spill_bytes} B spilled, {num_warps} warps on an SM{verdict}", flush=True)
 
 
 def main() -> None:
@@ -192,7 +310,7 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true")
     arguments = parser.parse_args()
     if arguments.dry_run:
-        dry_run()
+        dry_run(arguments.max_seconds)
     elif torch.cuda.is_available():
         tune(arguments.max_seconds)
     else:
