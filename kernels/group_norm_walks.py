@@ -59,7 +59,7 @@ def sigmoid(z):
         "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], tl.float32, is_pure=True, pack=1
     )
     return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], tl.float32, is_pure=True, pack=1
+        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [power + 1.0], tl.float32, is_pure=True, pack=1
     )
 
 

@@ -35,7 +35,7 @@ def die_at_file_operation(run: Path, number: int) -> None:
         if event != SAVING and dies(event, arguments):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    original = checkpoint.save_file
+    original = checkpoint.write_tensors
 
     def save_and_perhaps_die_half_way(tensors, path: Path) -> None:
         # The library writes files without telling Python, so a write that is cut short is made by hand.
@@ -44,7 +44,7 @@ def die_at_file_operation(run: Path, number: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
             os.kill(os.getpid(), signal.SIGKILL)
 
-    checkpoint.save_file = save_and_perhaps_die_half_way
+    checkpoint.write_tensors = save_and_perhaps_die_half_way
     sys.addaudithook(hook)
 
 

@@ -2,20 +2,20 @@
 compiles the kernels ahead of time: what limits them shows in their machine code, without a GPU.
 """
 
+import math
 import os
-import re
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor
 
-from scalelong.bench.ahead_of_time import CUOBJDUMP, Launch, recorded_launches, spill_bytes
+from scalelong.bench.ahead_of_time import Launch, recorded_launches, spill_bytes
+from scalelong.bench.machine_code import machine_code
+from scalelong.bench.warp_path import WarpPath
 from scalelong.kernels import add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.add_layer_norm_triton import choose_tiling
@@ -23,8 +23,6 @@ from scalelong.kernels.add_layer_norm_triton import choose_tiling
 ROOT = Path(__file__).resolve().parents[1]
 compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\S+)(.*)", re.M)
-LABEL = re.compile(r"^\s*(\.L_x_\d+):")
 # An H100 issues 29.7e12 instructions of a lane a second: at 60 % of that and 3.0 TB/s, memory leaves 12 for each
 # element in bf16 and pass.
 FORWARD_PER_PASS, BACKWARD_PER_PASS = 6, 8
@@ -82,37 +80,6 @@ def launches_of(
     return launches
 
 
-def instructions_of(compiled: Any) -> tuple[list[tuple[str, str]], int]:
-    """Opcodes with their operands, and how many of them the largest loop holds."""
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [CUOBJDUMP.with_name("nvdisasm"), "-c", cubin]
-        lines = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
-    instructions: list[tuple[str, str]] = []
-    labels, largest = {}, 0
-    for line in lines:
-        if label := LABEL.match(line):
-            labels[label[1]] = len(instructions)
-        elif instruction := INSTRUCTION.match(line):
-            instructions.append((instruction[1], instruction[2]))
-            target = re.search(r"`\((\.L_x_\d+)\)", instruction[2])
-            if instruction[1].startswith("BRA") and target and target[1] in labels:
-                largest = max(largest, len(instructions) - labels[target[1]])
-    return instructions, largest
-
-
-def per_element(launch: Launch, compiled: Any, D: int) -> float:
-    """Instructions that a program issues for each element of its rows."""
-    instructions, in_loop = instructions_of(compiled)
-    assert in_loop > 0.3 * len(instructions)
-    names = launch.kernel.arg_names
-    given = dict(zip(names, launch.arguments, strict=False)) | launch.options
-    steps = given["rows_per_program"] // given["ROWS"]
-    lanes = 32 * compiled.metadata.num_warps
-    return (len(instructions) + (steps - 1) * in_loop) * lanes / (given["rows_per_program"] * D)
-
-
 BF16, FP32 = torch.bfloat16, torch.float32
 
 
@@ -127,26 +94,16 @@ def test_memory_decides_and_not_instructions(shape, dtypes, is_adaptive):
     forward, backward, *small = launches_of(shape, dtypes, is_adaptive=is_adaptive)
     budgets = (4 * FORWARD_PER_PASS, (6 if is_adaptive else 4) * BACKWARD_PER_PASS)
     for launch, budget in zip((forward, backward), budgets, strict=True):
-        compiled = launch.compile(90)
+        code = machine_code(launch.compile(90), 90)
+        constants = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
         name = f"{launch.name} {shape}"
-        assert spill_bytes(compiled) == 0, name
-        assert per_element(launch, compiled, shape[-1]) <= budget, name
-        instructions, _ = instructions_of(compiled)
-        sizes = [int(size) for opcode, _ in instructions for size in re.findall(r"LDG\.E\.(\d+)", opcode)]
-        assert sizes.count(128) >= 2 * launch.options["NUM_PIECES"], name
-        num_warps = compiled.metadata.num_warps
-        programs = min(65536 // (num_warps * 32 * -(-registers_of(compiled) // 8) * 8), 64 // num_warps)
+        assert code.stack_bytes == 0, name
+        issued = WarpPath(code).instructions_of_a_launch(launch.parameters(90), launch.num_programs)
+        assert 32 * issued / math.prod(shape) <= budget, name
+        assert code.widths("load")[16] >= 2 * constants["NUM_PIECES"], name
         row_bytes = 2 * 2 * shape[-1]  # two inputs, two bytes
-        assert programs * launch.options["ROWS"] * row_bytes >= BYTES_UNDER_WAY, name
+        assert code.num_programs_on_an_sm * constants["ROWS"] * row_bytes >= BYTES_UNDER_WAY, name
     assert len(small) == 1
-
-
-def registers_of(compiled: Any) -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
-    return int(re.findall(r"REG:(\d+)", usage)[0])
 
 
 @pytest.mark.slow

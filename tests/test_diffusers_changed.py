@@ -440,7 +440,7 @@ def test_a_policy_whose_factor_is_a_parameter_of_one_element(position):
             return gate
 
         def scale(self, i, num_skips, skip, gates):
-            return gates.factor
+            return gates.factor  # type: ignore[union-attr]
 
     plain = make_network()
     patched = patched_copy(plain, skip_scale=Learned(position=position))

@@ -228,7 +228,7 @@ def named_like_ours() -> SkipScale:
     return type("ConstantScale", (SkipScale,), {"__module__": "elsewhere"})()
 
 
-@pytest.mark.parametrize("make", [lambda: Stateful(0.5), named_like_ours, lambda: Halving(but=[1])])
+@pytest.mark.parametrize("make", [lambda: Stateful(0.5), named_like_ours, lambda: Halving(but=[1])])  # type: ignore[arg-type]
 def test_a_policy_that_would_not_come_back_is_not_saved(tmp_path, make):
     with pytest.raises(ValueError, match="cannot be saved"):
         UViT(CONFIG, skip_scale=make()).save_pretrained(tmp_path)
