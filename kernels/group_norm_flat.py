@@ -63,14 +63,15 @@ def _pointers_of_two(h_ptr, s_ptr, n, first, Ch, Cs, R, row, rows_of_h, PIECES: 
     """Into h, and from row ``rows_of_h`` on into s; into one alone where the other is None."""
     if s_ptr is None:
         return _pointers(h_ptr, n, first, Ch, R, row, PIECES)
-    if h_ptr is None:
+    elif h_ptr is None:
         return _pointers(s_ptr, n, first - Ch, Cs, R, row, PIECES)
-    VEC: tl.constexpr = PIECES.vec
-    VEC_BYTES: tl.constexpr = VEC * h_ptr.dtype.element_ty.primitive_bitwidth // 8
-    h_ptr += (n.to(tl.int64) * Ch + first) * R * VEC
-    s_ptr += (n.to(tl.int64) * Cs + first - Ch) * R * VEC
-    pointers = tl.where(row < rows_of_h, h_ptr + row * VEC, s_ptr + row * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-    return tl.max_contiguous(tl.multiple_of(pointers, [1, VEC_BYTES]), [1, VEC])
+    else:
+        VEC: tl.constexpr = PIECES.vec
+        VEC_BYTES: tl.constexpr = VEC * h_ptr.dtype.element_ty.primitive_bitwidth // 8
+        h_ptr += (n.to(tl.int64) * Ch + first) * R * VEC
+        s_ptr += (n.to(tl.int64) * Cs + first - Ch) * R * VEC
+        pointers = tl.where(row < rows_of_h, h_ptr + row * VEC, s_ptr + row * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+        return tl.max_contiguous(tl.multiple_of(pointers, [1, VEC_BYTES]), [1, VEC])
 
 
 @triton.jit
