@@ -196,9 +196,11 @@ def _whole_bwd_kernel(
         position = k * TILE.positions
         if ds_ptr is None:
             if dh_ptr is not None:
-                store_tile(dh_ptr, dx, n, position, first, exists & (c < Ch), P, num_channels, TILE)
+                if not in_skip:  # in which there is nothing to store
+                    store_tile(dh_ptr, dx, n, position, first, exists, P, num_channels, TILE)
         elif dh_ptr is None:
-            store_tile(ds_ptr, dx, n, position, first, exists & (c >= Ch), P, num_channels, TILE)
+            if in_skip:
+                store_tile(ds_ptr, dx, n, position, first, exists, P, num_channels, TILE)
         else:
             dx_ptr = tl.where(in_skip, ds_ptr, dh_ptr)
             store_tile(dx_ptr, dx, n, position, first, exists, P, num_channels, TILE)
