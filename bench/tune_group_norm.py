@@ -86,11 +86,12 @@ class Timed(NamedTuple):
     """A candidate at a shape."""
 
     ms: float
-    size: int  # rows of a group if flat, tiles if whole
+    num_tiles: int  # of a program, where it holds whole groups
     spill_bytes: int
 
 
 Times = dict[Case, dict[Candidate, Timed]]
+Tiling = FlatTiling | WholeTiling | SplitTiling
 
 
 def cases() -> list[Case]:
@@ -121,21 +122,19 @@ def forced(key: Key, candidate: Candidate) -> Iterator[None]:
         tilings.choose_tiling.cache_clear()
 
 
-def candidates_for(case: Case, num_multiprocessors: int) -> Iterator[tuple[Candidate, int]]:
-    """And their size at the shape of the case."""
+def candidates_for(case: Case, num_multiprocessors: int) -> dict[Tiling, list[Candidate]]:
+    """By what they come to at the shape of the case: walks over fewer tiles than are allowed are the same, for one."""
     c, (direction, channels_last) = case.concat, case.key
     vec = tilings.VECTOR_BYTES // case.itemsize
     sizes = (c.gpu_batch, c.num_hidden, c.num_skip, GROUPS, c.size**2, num_multiprocessors)
-    seen = set()
     forms = {"flat": () if channels_last else FLAT, "whole": WHOLE if channels_last else (), "split": SPLIT}
+    found: dict[Tiling, list[Candidate]] = {}
     for candidate in (Candidate(form, entry) for form, entries in forms.items() for entry in entries):
         with forced(case.key, candidate):
             tiling = tilings.choose_tiling(direction, channels_last, case.itemsize, vec, *sizes)
-        # A few candidates may come to the same: a walk over fewer tiles than are allowed, for one.
-        if isinstance(tiling, TILINGS[candidate.form]) and tiling not in seen:
-            seen.add(tiling)
-            size = tiling.num_tiles if isinstance(tiling, WholeTiling) else case.rows_of_group
-            yield candidate, size
+        if isinstance(tiling, TILINGS[candidate.form]):
+            found.setdefault(tiling, []).append(candidate)
+    return found
 
 
 def compiled(case: Case, candidate: Candidate, arch: int) -> tuple[int, int]:
@@ -150,6 +149,10 @@ def compiled(case: Case, candidate: Candidate, arch: int) -> tuple[int, int]:
         if not any(word in launch.name for word in ("combine", "parameters"))
     ]
     return max(code.stack_bytes for code in codes), min(code.num_warps_on_an_sm for code in codes)
+
+
+def num_tiles(tiling: Tiling) -> int:
+    return tiling.num_tiles if isinstance(tiling, WholeTiling) else 1
 
 
 def is_ruled_out(spill_bytes: int, num_warps: int) -> bool:
@@ -199,7 +202,8 @@ def tune(max_seconds: float) -> None:
         run = call(case)
         expected = [x.float().clone() for x in run()]
         times[case] = {}
-        for candidate, size in candidates_for(case, device.multi_processor_count):
+        for tiling, candidates in candidates_for(case, device.multi_processor_count).items():
+            candidate = candidates[0]
             spill_bytes, num_warps = compiled(case, candidate, arch)
             if is_ruled_out(spill_bytes, num_warps):
                 continue
@@ -207,7 +211,7 @@ def tune(max_seconds: float) -> None:
                 if not agree(run(), expected):
                     raise SystemExit(f"{case}: {candidate} gives other numbers")
                 ms = float(do_bench(run, warmup=5, rep=REPEATS_MS, return_mode="median"))  # pyright: ignore
-            times[case][candidate] = Timed(ms, size, spill_bytes)
+            times[case] |= dict.fromkeys(candidates, Timed(ms, num_tiles(tiling), spill_bytes))
         print(f"# {case}: {fastest_of_each_form(times[case])}", flush=True)
     source = f"{device.name}, {date.today()}, bench/tune_group_norm.py"
     for key, table in tables(times, source).items():
@@ -254,7 +258,7 @@ def best_tiles(timed: Times, form: str) -> Tiles | None:
         used = most[best]
         if not used:
             return None
-        max_tiles = max(timed[case][best].size for case in used)
+        max_tiles = max(timed[case][best].num_tiles for case in used)
     else:
         best = min(candidates, key=lambda x: (-len(ratios[x]), fmean(ratios[x].values())))
         used, max_tiles = list(ratios[best]), best.entry.max_tiles  # type: ignore[union-attr]
@@ -295,7 +299,7 @@ def _while_good(cases: Sequence[Case], ratios: Mapping[Case, float]) -> list[Cas
 def dry_run(max_seconds: float) -> None:
     deadline = time.monotonic() + max_seconds
     for case in cases():
-        for candidate, _ in candidates_for(case, 132):
+        for candidate, *_ in candidates_for(case, 132).values():
             if time.monotonic() > deadline:
                 print(f"out of time before {case}: {candidate}")
                 return

@@ -10,6 +10,7 @@ from scalelong.bench.tune_group_norm import (
     cases,
     fastest_of_each_form,
     is_ruled_out,
+    num_tiles,
     tables,
 )
 from scalelong.kernels.group_norm_tilings import TABLES, VECTOR_BYTES, FlatTiling, choose_tiling
@@ -20,17 +21,18 @@ def made_up(key: tuple[str, bool]) -> Times:
     times: Times = {}
     for case in (case for case in cases() if case.key == key):
         times[case] = {}
-        for candidate, size in candidates_for(case, 132):
-            entry, rows = candidate.entry, case.rows_of_group
+        rows = case.rows_of_group
+        for tiling, candidate in ((tiling, x) for tiling, same in candidates_for(case, 132).items() for x in same):
+            entry = candidate.entry
             if candidate.form == "flat":
                 pieces = rows / (32 * entry.num_warps)
                 ms = 1.0 + 0.1 * abs(entry.num_warps - min(16, max(1, rows / 128))) + (10 if pieces > 8 else 0)
             elif candidate.form == "whole":
-                ms = 1.0 + 0.01 * entry.num_warps + (1.0 if size > 3 else 0)
+                ms = 1.0 + 0.01 * entry.num_warps + (1.0 if num_tiles(tiling) > 3 else 0)
             else:
                 ms = 1.5 + 0.01 * abs(entry.num_warps - 4) + 0.01 * abs(entry.max_tiles - 16)
             ms += 0.001 if entry.max_registers else 0
-            times[case][candidate] = Timed(ms, size, spill_bytes=8)
+            times[case][candidate] = Timed(ms, num_tiles(tiling), spill_bytes=8)
     return times
 
 
@@ -70,7 +72,7 @@ def test_candidates_are_forced_and_afterwards_the_tables_are_as_before():
     sizes = (c.gpu_batch, c.num_hidden, c.num_skip, 32, c.size**2, 132)
     arguments = ("forward", False, case.itemsize, VECTOR_BYTES // case.itemsize, *sizes)
     before = choose_tiling(*arguments)
-    found = [candidate for candidate, _ in candidates_for(case, 132)]
+    found = [candidate for same in candidates_for(case, 132).values() for candidate in same]
     assert {candidate.form for candidate in found} == {"flat", "split"}
     assert Candidate("flat", FLAT[0]) in found
     assert choose_tiling(*arguments) == before
