@@ -30,7 +30,7 @@ def made_up(key: tuple[str, bool]) -> Times:
             elif candidate.form == "whole":
                 ms = 1.0 + 0.01 * entry.num_warps + (1.0 if num_tiles(tiling) > 3 else 0)
             else:
-                ms = 1.5 + 0.01 * abs(entry.num_warps - 4) + 0.01 * abs(entry.max_tiles - 16)
+                ms = 1.5 + 0.01 * abs(entry.num_warps - 4) + 0.01 * abs(entry.max_tiles - 16)  # type: ignore[union-attr]
             ms += 0.001 if entry.max_registers else 0
             times[case][candidate] = Timed(ms, num_tiles(tiling), spill_bytes=8)
     return times
