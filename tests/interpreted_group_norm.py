@@ -216,7 +216,7 @@ def test_shapes_at_the_edge(num_hidden, num_skip, groups, spatial, channels_last
     [
         (80, 60, 2, (7, 10)),  # a combine program takes a chunk at a time
         (80, 60, 1, (9,)),  # and part of a group's channels at a time
-        (5, 3, 8, (4, 6)),  # several groups, the last block of which is not full
+        (10, 5, 5, (4, 6)),  # several groups in a block that is not full
         *(pytest.param(*x, marks=pytest.mark.exhaustive) for x in SHAPES_AT_THE_EDGE if x[3]),
     ],
     ids=str,
