@@ -24,9 +24,9 @@ def forward(
     rstd: Tensor,
 ) -> None:
     """Fills y, and mean and rstd of (N, G)."""
-    parameters = (_floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain), _floats(shift))
     torch.ops.scalelong_native.group_norm_forward.default(
-        y, mean, rstd, h, s, *parameters, groups, eps, _ACTS[act], channels_last
+        *(y, mean, rstd, h, s, _floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain)),
+        *(_floats(shift), groups, eps, _ACTS[act], channels_last),
     )
 
 
@@ -45,18 +45,37 @@ def backward(
     groups: int,
     act: str | None,
     channels_last: bool,
-    dh: Tensor,
+    dh: Tensor | None,
     ds: Tensor | None,
+    wanted: tuple[bool, ...] = (True,) * 7,
 ) -> tuple[Tensor | None, ...]:
-    """Fills dh and ds; returns the gradients of scale, weight, bias, gain and shift, in fp32."""
+    """Fills dh and ds; returns the gradients of scale, weight, bias, gain and shift, in fp32.
+
+    ``wanted`` says which gradients to compute, in the order h, s, scale, weight, bias, gain, shift. Of the others,
+    those of parameters come back as None, and dh and ds are left as they are or are None.
+    """
+    wants_h, wants_s, *_ = wanted
     grads = tuple(
-        None if x is None else torch.empty(x.shape, dtype=torch.float32) for x in (scale, weight, bias, gain, shift)
+        _empty_floats_like(x) if x is not None and is_wanted else None
+        for x, is_wanted in zip((scale, weight, bias, gain, shift), wanted[2:], strict=True)
     )
+    if grads[0] is not None and ds is None:
+        assert s is not None
+        ds = torch.empty_like(s)  # the gradient of scale is summed while that of s is made
     torch.ops.scalelong_native.group_norm_backward.default(
-        *(dh, ds, *grads, dy, h, s, _floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain)),
-        *(_floats(shift), mean, rstd, groups, _ACTS[act], channels_last),
+        dh if wants_h else None,
+        ds if wants_s or grads[0] is not None else None,
+        *(*grads, dy, h, s, _floats(scale), float_scale, _floats(weight), _floats(bias), _floats(gain), _floats(shift)),
+        *(mean, rstd, groups, _ACTS[act], channels_last),
     )
     return grads
+
+
+def _empty_floats_like(x: Tensor) -> Tensor:
+    # empty_like costs a third of empty with a shape and a dtype: parts of a call's cost that a small tensor sees.
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=torch.float32)
 
 
 def _floats(parameter: Tensor | None) -> Tensor | None:
