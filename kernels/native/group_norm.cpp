@@ -145,7 +145,7 @@ struct WalkSize {
 // Whole images, or of one that is too large whole groups, whose channels begin at a vector.
 WalkSize size_walk(const GroupNorm& norm, int64_t bytes_per_channel, int64_t bytes) {
   const int64_t C = norm.Ch + norm.Cs, D = C / norm.G, step = std::lcm(D, WIDEST_VECTOR) / D;
-  const int64_t num_parts = std::max<int64_t>(1, C * bytes_per_channel / bytes);
+  const int64_t num_parts = std::max<int64_t>(1, (C * bytes_per_channel + bytes - 1) / bytes);
   return {std::clamp<int64_t>(bytes / (C * bytes_per_channel), 1, norm.N),
           std::min(norm.G, ((norm.G + num_parts - 1) / num_parts + step - 1) / step * step)};
 }
@@ -154,10 +154,11 @@ WalkSize size_walk(const GroupNorm& norm, int64_t bytes_per_channel, int64_t byt
 template <class F>
 void each_walk(const GroupNorm& norm, int64_t bytes_per_element, bool keeps_dz, const F& f) {
   const int64_t D = (norm.Ch + norm.Cs) / norm.G, bytes_per_channel = norm.P * bytes_per_element;
-  // Walks of its own let a thread go on without waiting for the others; they must be small and many enough.
+  // Walks of its own let a thread go on without waiting for the others, which takes a scheduler's time slice at each step
+  // where other programs share the processor; they must be small and many enough.
   const WalkSize own = size_walk(norm, bytes_per_channel, OWN_WALK_BYTES);
   const bool alone = own.num_walks(norm) >= 2 * int64_t(torch::stable::get_num_threads()) &&
-                     own.images * own.groups * D * bytes_per_channel <= OWN_WALK_BYTES;
+                     own.images * own.groups * D * bytes_per_channel <= WALK_BYTES;
   const WalkSize size = alone ? own : size_walk(norm, bytes_per_channel, WALK_BYTES);
   const int64_t num_walks = size.num_walks(norm), num_groups = size.images * size.groups;
   const int64_t dz_size = num_groups * D * norm.P;
