@@ -142,6 +142,16 @@ def test_one_outlier_among_many_numbers_stays_within_budget(channels_last, seed)
 
 
 @both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("power", [11, 14, 24])
+@pytest.mark.parametrize("act", ["silu", None])
+def test_tiny_factors_stay_within_budget(channels_last, dtype, power, act):
+    case = Case(num_hidden=5, num_skip=7, groups=3, spatial=(12, 12), dtype=dtype, act=act, channels_last=channels_last)
+    inputs = case.inputs() | {"scale": torch.tensor(0.5**power, dtype=dtype)}
+    case.assert_parity({**inputs, "weight": inputs["weight"].half(), "bias": inputs["bias"].half()})
+
+
+@both_layouts
 def test_a_hidden_stream_without_channels_leaves_the_skip(channels_last):
     h, s = torch.randn(2, 0, 5, 5), torch.randn(2, 8, 5, 5)
     if channels_last:
