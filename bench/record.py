@@ -121,7 +121,9 @@ def device_name(device: torch.device | str) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     models = re.findall(r"^model name\s*: (.+)$", Path("/proc/cpuinfo").read_text(), flags=re.MULTILINE)
-    return f"{models[0] if models else 'CPU'}, {torch.get_num_threads()} threads"
+    limit = os.environ.get("SCALELONG_ISA")  # of the native library
+    threads = f"{torch.get_num_threads()} threads" + (f", {limit}" if limit else "")
+    return f"{models[0] if models else 'CPU'}, {threads}"
 
 
 def slug(name: str) -> str:

@@ -23,14 +23,26 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are wanted: of h and s, and of scale, weight, bias, gain and shift in fp32."""
     h, s, *parameters = tensors
-    dh, ds = torch.empty_like(h), None if s is None else torch.empty_like(s)
-    grads = tuple(None if x is None else torch.empty(x.shape, dtype=torch.float32) for x in parameters)
+    grads = tuple(
+        _empty_floats_like(x) if x is not None and is_wanted else None
+        for x, is_wanted in zip(parameters, wanted[2:], strict=True)
+    )
+    dh = torch.empty_like(h) if wanted.h else None
+    # The gradient of scale is summed while that of s is made.
+    ds = torch.empty_like(s) if s is not None and (wanted.s or grads[0] is not None) else None
     scale, weight, bias, gain, shift = map(_floats, parameters)
     torch.ops.scalelong_native.group_norm_backward.default(
         *(dh, ds, *grads, dy, h, s, scale, options.float_scale, weight, bias, gain, shift),
         *(mean, rstd, options.groups, _ACTS[options.act], channels_last),
     )
-    return tuple(grad if want else None for grad, want in zip((dh, ds, *grads), wanted, strict=True))
+    return dh, ds if wanted.s else None, *grads
+
+
+def _empty_floats_like(x: Tensor) -> Tensor:
+    # empty_like costs a third of empty with a shape and a dtype: parts of a call's cost that a small tensor sees.
+    if x.dtype == torch.float32 and x.is_contiguous():
+        return torch.empty_like(x)
+    return torch.empty(x.shape, dtype=torch.float32)
 
 
 def _floats(parameter: Tensor | None) -> Tensor | None:

@@ -49,10 +49,10 @@ def test_parity_at_shapes_of_networks_and_odd_ones(hidden, skip, spatial, groups
 
 
 @both_layouts
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
 def test_parity_on_each_instruction_set(isa, channels_last):
     flags = Path("/proc/cpuinfo").read_text().split()
-    if isa != "baseline" and {"avx2": "avx2", "avx512": "avx512bw"}[isa] not in flags:
+    if isa != "baseline" and {"avx2": "avx2", "avx512": "avx512bw"}.get(isa, isa) not in flags:
         pytest.skip(f"this processor has no {isa}")
     code = f"""
 import itertools, torch
@@ -94,6 +94,37 @@ def test_one_outlier_among_equals_costs_no_accuracy(channels_last):
     x = in_channels_last(x) if channels_last else x
     truth = group_norm_ref(x.double(), 2, None, None, act=None)
     assert torch.allclose(group_norm(x, 2, None, None, act=None).double(), truth, rtol=1e-5, atol=1e-7)
+
+
+@both_layouts
+@pytest.mark.parametrize("seed", range(12))
+def test_one_outlier_among_many_numbers_stays_within_budget(channels_last, seed):
+    torch.manual_seed(seed)
+    case = Case(spatial=(64, 64), channels_last=channels_last)
+    inputs = case.inputs()
+    position = 0 if seed % 2 else int(torch.randint(64 * 64, ()))  # the first, and any
+    inputs["h"][0, seed % 8, position // 64, position % 64] = 1e5
+    case.assert_parity(inputs)
+
+
+@both_layouts
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("power", [11, 14, 24])
+@pytest.mark.parametrize("act", ["silu", None])
+def test_tiny_factors_stay_within_budget(channels_last, dtype, power, act):
+    case = Case(num_hidden=5, num_skip=7, groups=3, spatial=(12, 12), dtype=dtype, act=act, channels_last=channels_last)
+    inputs = case.inputs() | {"scale": torch.tensor(0.5**power, dtype=dtype)}
+    case.assert_parity({**inputs, "weight": inputs["weight"].half(), "bias": inputs["bias"].half()})
+
+
+@both_layouts
+def test_a_hidden_stream_without_channels_leaves_the_skip(channels_last):
+    h, s = torch.randn(2, 0, 5, 5), torch.randn(2, 8, 5, 5)
+    if channels_last:
+        s = in_channels_last(s)
+        h = torch.randn(2, 5, 5, 0).movedim(-1, 1)
+    y = skip_group_norm(h, s, 0.5, 4, None, None)
+    torch.testing.assert_close(y, group_norm_ref(0.5 * s, 4, None, None))
 
 
 @both_layouts

@@ -36,16 +36,33 @@ Images images_of(const Tensor& x) {
 
 Size size_of_images(const Tensor& x) { return {x.size(0), x.size(2), x.size(3)}; }
 
+void check_images(const Tensor& dout, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 4 && dout.dim() == 4, "conv3x3: x and dout need four dimensions");
+  STD_TORCH_CHECK(x.size(2) > 0 && x.size(3) > 0, "conv3x3: x has no pixels");
+  check_tensor("conv3x3: x", x, torch::headeronly::ScalarType::Float, x.numel());
+  check_tensor("conv3x3: dout", dout, torch::headeronly::ScalarType::Float,
+               x.size(0) * dout.size(1) * x.size(2) * x.size(3));
+  STD_TORCH_CHECK(dout.size(0) == x.size(0) && dout.size(2) == x.size(2), "conv3x3: dout is of other images than x");
+}
+
 int64_t conv3x3_scratch(Tensor dout, Tensor x) {
+  check_images(dout, x);
   const Scratch scratch(size_of_images(x), x.size(1), dout.size(1));
   return scratch.inputs + scratch.outputs + scratch.tiles;
 }
 
 // dweight (O, C, 3, 3) and dbias (O) contiguous, dout (N, O, H, W) and x (N, C, H, W) in any layout, all fp32.
 void conv3x3_weight_grad(Tensor dweight, Tensor dbias, Tensor scratch, Tensor dout, Tensor x) {
+  check_images(dout, x);
   const Size size = size_of_images(x);
   const Images inputs = images_of(x), outputs = images_of(dout);
   const Scratch parts(size, inputs.num_channels, outputs.num_channels);
+  const auto check = [](const char* name, const Tensor& tensor, int64_t numel) {
+    check_contiguous(name, tensor, torch::headeronly::ScalarType::Float, numel);
+  };
+  check("conv3x3: dweight", dweight, outputs.num_channels * inputs.num_channels * 9);
+  check("conv3x3: dbias", dbias, outputs.num_channels);
+  check("conv3x3: scratch", scratch, parts.inputs + parts.outputs + parts.tiles);
   float* const input_panels = (float*)scratch.data_ptr();
   float* const output_panels = input_panels + parts.inputs;
   float* const tiles = output_panels + parts.outputs;
@@ -55,7 +72,7 @@ void conv3x3_weight_grad(Tensor dweight, Tensor dbias, Tensor scratch, Tensor do
   in_parallel(size.num_images * size.height, size.width * outputs.num_channels, [&](int64_t begin, int64_t end) {
     kernels().pack_output(outputs, size, output_panels, begin, end);
   });
-  in_parallel(parts.output_panels, GRAIN, [&](int64_t begin, int64_t end) {
+  in_parallel(parts.output_panels * parts.input_panels, GRAIN, [&](int64_t begin, int64_t end) {
     kernels().sum(input_panels, output_panels, size, inputs.num_channels, outputs.num_channels, tiles,
                   (float*)dweight.data_ptr(), (float*)dbias.data_ptr(), begin, end);
   });

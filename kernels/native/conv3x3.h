@@ -26,7 +26,8 @@ struct Conv3x3Kernels {
   // Of the input a row more above and below each image counts.
   void (*pack_input)(const Images&, const Size&, float* panels, int64_t begin, int64_t end);
   void (*pack_output)(const Images&, const Size&, float* panels, int64_t begin, int64_t end);
-  // The gradients for the output channels of the panels [begin, end): dweight (O, C, 3, 3), dbias (O).
+  // The gradients for the pairs of panels [begin, end): dweight (O, C, 3, 3), dbias (O). Pair i is the panel
+  // i / num_input_panels of the output's gradient with the panel i % num_input_panels of the input.
   void (*sum)(const float* input_panels, const float* output_panels, const Size&, int64_t num_inputs,
               int64_t num_outputs, float* tiles, float* dweight, float* dbias, int64_t begin, int64_t end);
 };
@@ -39,6 +40,9 @@ Conv3x3Kernels find_conv3x3();
 }
 namespace avx512 {
 Conv3x3Kernels find_conv3x3();
+}
+namespace avx512_bf16 {
+using avx512::find_conv3x3;  // fp32 alone
 }
 
 }  // namespace scalelong

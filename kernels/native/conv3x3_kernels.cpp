@@ -96,9 +96,11 @@ INLINED inline void add_products(const float* input, const int64_t* starts, cons
   }
 }
 
-void write_weights(const float* tiles, int64_t num_inputs, int64_t first, int64_t count, float* dweight) {
+// Of output channels [first, first + count) and input channels [begin, end).
+void write_weights(const float* tiles, int64_t num_inputs, int64_t first, int64_t count, int64_t begin, int64_t end,
+                   float* dweight) {
   for (int64_t o = 0; o < count; ++o) {
-    for (int64_t c = 0; c < num_inputs; ++c) {
+    for (int64_t c = begin; c < end; ++c) {
       for (int tap = 0; tap < TAPS; ++tap) {
         const float* tile = tiles + (c / INPUTS * TAPS + tap) * TILE;
         dweight[((first + o) * num_inputs + c) * TAPS + tap] = tile[c % INPUTS * OUTPUTS + o];
@@ -107,41 +109,64 @@ void write_weights(const float* tiles, int64_t num_inputs, int64_t first, int64_
   }
 }
 
-void sum(const float* input_panels, const float* output_panels, const Size& size, int64_t num_inputs,
-         int64_t num_outputs, float* tiles, float* dweight, float* dbias, int64_t begin, int64_t end) {
+// What all pairs of panels share.
+struct Operands {
+  const float *input_panels, *output_panels;
+  Size size;
+  int64_t num_inputs, num_outputs;
+  float *tiles, *dweight, *dbias;
+};
+
+// The pairs of one panel of the output's gradient with the panels [begin, end) of the input. The order in which a tile
+// sums its pixels does not depend on that range.
+void sum_panel(const Operands& operands, int64_t panel, int64_t begin, int64_t end) {
+  const Size& size = operands.size;
   const int64_t padded_width = size.width + 2, padded_height = size.height + 2;
-  const int64_t num_input_panels = num_panels(num_inputs, INPUTS);
   const int64_t num_rows = size.num_images * size.height;
   const int64_t rows_of_block = BLOCK / size.width > 1 ? BLOCK / size.width : 1;
+  const float* output = operands.output_panels + panel * num_rows * size.width * OUTPUTS;
+  float* own = operands.tiles + panel * num_panels(operands.num_inputs, INPUTS) * TAPS * TILE;
+  memset(own + begin * TAPS * TILE, 0, (end - begin) * TAPS * TILE * sizeof(float));
+  Floats bias[VECTORS] = {};
   int64_t starts[BLOCK];
-  for (int64_t panel = begin; panel < end; ++panel) {
-    float* own = tiles + panel * num_input_panels * TAPS * TILE;
-    memset(own, 0, num_input_panels * TAPS * TILE * sizeof(float));
-    Floats bias[VECTORS] = {};
-    const float* output = output_panels + panel * num_rows * size.width * OUTPUTS;
-    for (int64_t row = 0; row < num_rows; row += rows_of_block) {
-      const int64_t rows = num_rows - row < rows_of_block ? num_rows - row : rows_of_block;
-      for (int64_t r = 0; r < rows; ++r) {
-        const int64_t n = (row + r) / size.height, y = (row + r) % size.height;
-        starts[r] = (n * padded_height + y) * padded_width * INPUTS;
+  for (int64_t row = 0; row < num_rows; row += rows_of_block) {
+    const int64_t rows = num_rows - row < rows_of_block ? num_rows - row : rows_of_block;
+    for (int64_t r = 0; r < rows; ++r) {
+      const int64_t n = (row + r) / size.height, y = (row + r) % size.height;
+      starts[r] = (n * padded_height + y) * padded_width * INPUTS;
+    }
+    for (int64_t p = begin; p < end; ++p) {
+      const float* input = operands.input_panels + p * size.num_images * padded_height * padded_width * INPUTS;
+      for (int tap = 0; tap < TAPS; ++tap) {
+        const int64_t shift = (tap / 3 * padded_width + tap % 3) * INPUTS;
+        add_products(input + shift, starts, output, rows, size.width, own + (p * TAPS + tap) * TILE);
       }
-      for (int64_t p = 0; p < num_input_panels; ++p) {
-        const float* input = input_panels + p * size.num_images * padded_height * padded_width * INPUTS;
-        for (int tap = 0; tap < TAPS; ++tap) {
-          const int64_t shift = (tap / 3 * padded_width + tap % 3) * INPUTS;
-          add_products(input + shift, starts, output, rows, size.width, own + (p * TAPS + tap) * TILE);
-        }
-      }
+    }
+    if (begin == 0) {
       Floats sums[VECTORS] = {};
-      for (int64_t pixel = 0; pixel < rows * size.width; ++pixel, output += OUTPUTS) {
-        for (int v = 0; v < VECTORS; ++v) sums[v] += load(output + v * WIDTH);
+      for (const float* pixel = output; pixel < output + rows * size.width * OUTPUTS; pixel += OUTPUTS) {
+        for (int v = 0; v < VECTORS; ++v) sums[v] += load(pixel + v * WIDTH);
       }
       for (int v = 0; v < VECTORS; ++v) bias[v] += sums[v];
     }
-    const int64_t first = panel * OUTPUTS;
-    const int64_t count = num_outputs - first < OUTPUTS ? num_outputs - first : OUTPUTS;
-    write_weights(own, num_inputs, first, count, dweight);
-    memcpy(dbias + first, bias, count * sizeof(float));
+    output += rows * size.width * OUTPUTS;
+  }
+  const int64_t first = panel * OUTPUTS;
+  const int64_t count = operands.num_outputs - first < OUTPUTS ? operands.num_outputs - first : OUTPUTS;
+  const int64_t last_input = end * INPUTS < operands.num_inputs ? end * INPUTS : operands.num_inputs;
+  write_weights(own, operands.num_inputs, first, count, begin * INPUTS, last_input, operands.dweight);
+  if (begin == 0) memcpy(operands.dbias + first, bias, count * sizeof(float));
+}
+
+void sum(const float* input_panels, const float* output_panels, const Size& size, int64_t num_inputs,
+         int64_t num_outputs, float* tiles, float* dweight, float* dbias, int64_t begin, int64_t end) {
+  const Operands operands{input_panels, output_panels, size, num_inputs, num_outputs, tiles, dweight, dbias};
+  const int64_t num_input_panels = num_panels(num_inputs, INPUTS);
+  for (int64_t pair = begin; pair < end;) {
+    const int64_t panel = pair / num_input_panels, first = pair % num_input_panels;
+    const int64_t left = end - pair, rest = num_input_panels - first, count = left < rest ? left : rest;
+    sum_panel(operands, panel, first, first + count);
+    pair += count;
   }
 }
 

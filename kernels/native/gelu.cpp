@@ -4,6 +4,9 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <initializer_list>
+#include <utility>
+
 #include "host.h"
 
 namespace {
@@ -16,7 +19,14 @@ GeluKernels kernels_of(const Tensor& x) {
   return find(type_of(x));
 }
 
+// Each tensor has the type and size of x.
+void check_alike(const Tensor& x, std::initializer_list<std::pair<const char*, const Tensor*>> tensors) {
+  check_contiguous("gelu: x", x, x.scalar_type(), x.numel());
+  for (const auto& [name, tensor] : tensors) check_contiguous(name, *tensor, x.scalar_type(), x.numel());
+}
+
 void gelu_forward(Tensor y, Tensor x) {
+  check_alike(x, {{"gelu: y", &y}});
   const GeluKernels kernels = kernels_of(x);
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
     kernels.forward(x.data_ptr(), y.data_ptr(), begin, end);
@@ -24,6 +34,7 @@ void gelu_forward(Tensor y, Tensor x) {
 }
 
 void gelu_backward(Tensor dx, Tensor y, Tensor dy, Tensor x) {
+  check_alike(x, {{"gelu: dx", &dx}, {"gelu: y", &y}, {"gelu: dy", &dy}});
   const GeluKernels kernels = kernels_of(x);
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
     kernels.backward(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), y.data_ptr(), begin, end);

@@ -20,5 +20,8 @@ GeluKernels find_gelu(Type);
 namespace avx512 {
 GeluKernels find_gelu(Type);
 }
+namespace avx512_bf16 {
+GeluKernels find_gelu(Type);
+}
 
 }  // namespace scalelong

@@ -46,11 +46,15 @@ GeluKernels kernels() {
 }  // namespace
 
 GeluKernels find_gelu(Type type) {
+#if defined(__AVX512BF16__)  // which converts bfloat16 and changes nothing else
+  return type == Type::bfloat16 ? kernels<BFloat16>() : avx512::find_gelu(type);
+#else
   switch (type) {
     case Type::bfloat16: return kernels<BFloat16>();
     case Type::float16: return kernels<Float16>();
     default: return kernels<float>();
   }
+#endif
 }
 
 }  // namespace scalelong::SCALELONG_ISA

@@ -27,7 +27,7 @@ struct GroupNorm {
   void* y;  // forward
 
   const void* dy;  // backward
-  void *dh, *ds;
+  void *dh, *ds;  // null where nobody wants it; ds is there where dscale is
   float *sum_dz, *sum_dz_xhat;  // (N, C): over the positions, with dz the gradient before the activation
   float *dweight, *dbias;       // (C), or null
   float* dscale;                // (N, Cs), or null
@@ -78,6 +78,9 @@ namespace avx2 {
 GroupNormKernels find_group_norm(Type, Act);
 }
 namespace avx512 {
+GroupNormKernels find_group_norm(Type, Act);
+}
+namespace avx512_bf16 {
 GroupNormKernels find_group_norm(Type, Act);
 }
 

@@ -22,8 +22,6 @@ struct Wide {
 };
 // How many rows ahead memory is asked for a strip.
 constexpr int64_t AHEAD = 4;
-// Rows whose mean is near enough to that of their block.
-constexpr int64_t SAMPLE = 8;
 
 // Those channels of a walk that h holds, or those that s holds.
 struct Segment {
@@ -246,20 +244,36 @@ INLINED inline void each_tile(const Segment& segment, int64_t num_rows, const F&
 // Partials of a channel before scaling: its mean is ORIGIN + DISTANCE, and SQUARES the sum of squared distances from it.
 enum { ORIGIN, DISTANCE, SQUARES };
 
+inline Floats median(Floats a, Floats b, Floats c) {
+  const Floats lesser = a < b ? a : b, greater = a < b ? b : a;
+  const Floats least_of_greater = greater < c ? greater : c;
+  return lesser > least_of_greater ? lesser : least_of_greater;
+}
+
+// Distances from there lose no digits to a mean that is far from zero, nor to an outlier: of three rows the median. The
+// other partials become 0.
+template <class T>
+inline void set_origins(const Partials& partials, const Segment& segment, const T* x, int64_t num_rows) {
+  const T* const rows[] = {x, x + num_rows / 2 * segment.num_channels, x + (num_rows - 1) * segment.num_channels};
+  for (int64_t c = 0; c < segment.size; c += WIDTH) {
+    const int64_t vector = segment.first_vector + c / WIDTH, left = segment.size - c < WIDTH ? segment.size - c : WIDTH;
+    Floats values[3];
+    for (int k = 0; k < 3; ++k) values[k] = load_first(rows[k] + c, left);
+    partials.set(vector, ORIGIN, median(values[0], values[1], values[2]));
+    partials.set(vector, DISTANCE, Floats{});
+    partials.set(vector, SQUARES, Floats{});
+  }
+}
+
 template <class T>
 void moments(const GroupNorm& norm, const Walk& walk, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const Block block = block_of(norm, walk, unit);
     const Partials partials = partials_of(walk, unit);
-    clear(walk, partials);
     each_segment(norm, walk, [&](const Segment& segment) {
       const int64_t size = segment.num_channels;
       const T* x = source_of<const T>(norm, norm.h, norm.s, segment, block);
-      // Distances from the mean of a few rows lose no digits to a mean that is far from zero, nor to one outlier.
-      const int64_t few = block.num_rows < SAMPLE ? block.num_rows : SAMPLE;
-      each_tile(segment, few, [=](auto tile) INLINED {
-        partials.add(tile, ORIGIN, tile.load(x, size) * (1.0f / float(few)));
-      });
+      set_origins(partials, segment, x, block.num_rows);
       each_tile(segment, block.num_rows, [=](auto tile) INLINED {
         tile.prefetch(x, size);
         const auto distance = tile.load(x, size) - partials.get(tile, ORIGIN);
@@ -373,6 +387,7 @@ void activate_blocks(const GroupNorm& norm, const Walk& walk, int64_t begin, int
                                              : activate<T, Activation, true, Tall>;
   // Backwards: the rows that were read last are still in the cache.
   for (int64_t unit = end; unit-- > begin;) run(norm, walk, unit);
+  if (streams) finish_streams();
 }
 
 template <class Activation>
@@ -511,6 +526,7 @@ inline void gradients_of_blocks(const GroupNorm& norm, const Walk& walk, int64_t
     if (norm.dscale) clear(walk, partials_of(walk, unit));
     each_segment(norm, walk, [&](const Segment& segment) {
       const void* dx = segment.is_skip ? norm.ds : norm.dh;
+      if (dx == nullptr) return;
       const bool streams = norm.streams && rows_are_aligned<T>(dx, segment.num_channels, segment.first);
       const auto choose = [=](auto has_dscale) {
         constexpr bool DSCALE = decltype(has_dscale)::value;
@@ -522,6 +538,7 @@ inline void gradients_of_blocks(const GroupNorm& norm, const Walk& walk, int64_t
       run(norm, walk, unit, segment);
     });
   }
+  if (norm.streams) finish_streams();
 }
 
 template <class T, class Activation>

@@ -121,6 +121,7 @@ void forward(const GroupNorm& norm, int64_t begin, int64_t end) {
       run(x, y, next, P, scale, mean, float(a * Activation::FACTOR), float(b * Activation::FACTOR));
     }
   }
+  if (norm.streams) finish_streams();
 }
 
 // Sums over a row. The last three make the gradient of scale, which is what remains when large numbers cancel: they are
@@ -223,6 +224,7 @@ void backward(const GroupNorm& norm, int64_t begin, int64_t end, float* scratch)
     }
     divide(group, double(D * P));
     for (int64_t c = first; c < first + D; ++c) {
+      if ((c < norm.Ch ? norm.dh : norm.ds) == nullptr) continue;
       const auto [x, scale] = row_of<T>(norm, n, c);
       const Affine affine = affine_of(norm, n, c);
       const Transform transform = transform_of(scale, affine);
@@ -244,6 +246,7 @@ void backward(const GroupNorm& norm, int64_t begin, int64_t end, float* scratch)
       }
     }
   }
+  if (norm.streams) finish_streams();
 }
 
 }  // namespace scalelong::SCALELONG_ISA::contiguous

@@ -39,11 +39,15 @@ GroupNormKernels find(Act act) {
 }  // namespace
 
 GroupNormKernels find_group_norm(Type type, Act act) {
+#if defined(__AVX512BF16__)  // which converts bfloat16 and changes nothing else
+  return type == Type::bfloat16 ? find<BFloat16, true>(act) : avx512::find_group_norm(type, act);
+#else
   switch (type) {
     case Type::bfloat16: return find<BFloat16, true>(act);
     case Type::float16: return find<Float16, false>(act);
     default: return find<float, false>(act);
   }
+#endif
 }
 
 }  // namespace scalelong::SCALELONG_ISA

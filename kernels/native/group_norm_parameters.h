@@ -63,10 +63,8 @@ inline void finish_parameters(const GroupNorm& norm, int64_t begin, int64_t end)
         norm.sum_dz_xhat[i] = norm.weight[c] * norm.sum_dz_xhat[i] + norm.bias[c] * norm.sum_dz[i];
       }
     }
-    if (norm.dweight) {
-      norm.dweight[c] = float(dweight);
-      norm.dbias[c] = float(dbias);
-    }
+    if (norm.dweight) norm.dweight[c] = float(dweight);
+    if (norm.dbias) norm.dbias[c] = float(dbias);
   }
 }
 

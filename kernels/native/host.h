@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <string_view>
 
@@ -16,30 +17,49 @@ namespace scalelong {
 constexpr int64_t GRAIN = 16384;
 
 #if defined(__x86_64__)
-// The candidate of the best instruction set that the machine has; SCALELONG_ISA=baseline or avx2 chooses less.
-template <class F>
-F choose_instruction_set(F baseline, F avx2, F avx512) {
+// The best instruction set that the machine has, up to SCALELONG_ISA where that is set: an index into ISAS.
+inline int instruction_set() {
+  constexpr std::array<std::string_view, 4> ISAS = {"baseline", "avx2", "avx512", "avx512_bf16"};
   const char* asked = std::getenv("SCALELONG_ISA");
-  const std::string_view limit = asked ? asked : "avx512";
+  const auto limit = std::find(ISAS.begin(), ISAS.end(), asked ? std::string_view(asked) : ISAS.back());
+  STD_TORCH_CHECK(limit != ISAS.end(), "SCALELONG_ISA='", asked, "' is none of baseline, avx2, avx512, avx512_bf16");
   __builtin_cpu_init();
-  const bool has_avx2 =
-      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
-  if (has_avx512 && limit == "avx512") return avx512;
-  return has_avx2 && limit != "baseline" ? avx2 : baseline;
+  int best = 0;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) best = 1;
+  if (best == 1 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq")) {
+    best = __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+  }
+  return std::min(best, int(limit - ISAS.begin()));
 }
 #define SCALELONG_CHOOSE(function) \
-  ::scalelong::choose_instruction_set(&baseline::function, &avx2::function, &avx512::function)
+  (std::array{&baseline::function, &avx2::function, &avx512::function, &avx512_bf16::function}[instruction_set()])
 #else
 #define SCALELONG_CHOOSE(function) (&baseline::function)
 #endif
+
+// What an operator was given for the argument ``name`` must lie in this processor's memory, have this type and so many
+// elements, in one dense block: ValueError's sibling below the Python that checks shapes, RuntimeError there.
+inline void check_tensor(const char* name, const torch::stable::Tensor& x, torch::headeronly::ScalarType type,
+                         int64_t numel) {
+  STD_TORCH_CHECK(x.is_cpu(), name, " is no CPU tensor");
+  STD_TORCH_CHECK(x.scalar_type() == type, name, " is ", torch::headeronly::toString(x.scalar_type()), ", not ",
+                  torch::headeronly::toString(type));
+  STD_TORCH_CHECK(x.numel() == numel, name, " has ", x.numel(), " elements, not ", numel);
+}
+
+inline void check_contiguous(const char* name, const torch::stable::Tensor& x, torch::headeronly::ScalarType type,
+                             int64_t numel) {
+  check_tensor(name, x, type, numel);
+  STD_TORCH_CHECK(x.is_contiguous(), name, " is not contiguous");
+}
 
 inline Type type_of(const torch::stable::Tensor& x) {
   switch (x.scalar_type()) {
     case torch::headeronly::ScalarType::BFloat16: return Type::bfloat16;
     case torch::headeronly::ScalarType::Half: return Type::float16;
-    default: return Type::float32;
+    case torch::headeronly::ScalarType::Float: return Type::float32;
+    default: STD_TORCH_CHECK(false, "takes Float, BFloat16 and Half, not ", torch::headeronly::toString(x.scalar_type()));
   }
 }
 

@@ -47,5 +47,8 @@ AddLayerNormKernels find_add_layer_norm(Type stream, Type branch, Type y);
 namespace avx512 {
 AddLayerNormKernels find_add_layer_norm(Type stream, Type branch, Type y);
 }
+namespace avx512_bf16 {
+using avx512::find_add_layer_norm;
+}
 
 }  // namespace scalelong

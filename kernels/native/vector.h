@@ -11,7 +11,10 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__)
+#if defined(__AVX512BF16__)
+#define SCALELONG_ISA avx512_bf16
+#define SCALELONG_WIDTH 16
+#elif defined(__AVX512F__)
 #define SCALELONG_ISA avx512
 #define SCALELONG_WIDTH 16
 #elif defined(__AVX2__)
@@ -72,9 +75,18 @@ inline Halves narrowed(Words w) {
 
 inline Floats from_bfloat16(Halves h) { return (Floats)(widened(h) << 16); }
 
-// To the nearest, ties away from zero: half the work of ties to even, and never further from the number.
-// A NaN stays one: of those that arithmetic makes, none is all ones below.
-inline Halves to_bfloat16(Floats x) { return narrowed(((Words)x + 0x8000) >> 16); }
+// To the nearest, ties to even. Any NaN becomes one whose upper half is all ones, or with AVX512_BF16 keeps its upper
+// bits; rounding one as if it were a number could carry into the sign. AVX512_BF16 takes subnormal numbers (below 1.2e-38)
+// for zero.
+#if defined(__AVX512BF16__)
+inline Halves to_bfloat16(Floats x) { return (Halves)_mm512_cvtneps_pbh((__m512)x); }
+#else
+inline Halves to_bfloat16(Floats x) {
+  const Words bits = (Words)x, even = bits >> 16 & 1;
+  const Words is_nan = (Words)(x != x);
+  return narrowed((bits + 0x7fff + even | is_nan) >> 16);
+}
+#endif
 
 #if defined(__AVX512F__)
 inline Floats from_float16(Halves h) { return (Floats)_mm512_cvtph_ps((__m256i)h); }
@@ -159,6 +171,7 @@ inline void store(T* p, Floats x) {
 // The first n of WIDTH elements; the others are 0.
 template <class T>
 inline Floats load_first(const T* p, int64_t n) {
+  if (n == WIDTH) return load(p);  // in a register, where the buffer makes the load wait for stores
   T buffer[WIDTH] = {};
   memcpy(buffer, p, n * sizeof(T));
   return load(buffer);
@@ -166,20 +179,38 @@ inline Floats load_first(const T* p, int64_t n) {
 
 template <class T>
 inline void store_first(T* p, Floats x, int64_t n) {
+  if (n == WIDTH) return store<false>(p, x);
   const auto v = encoded(x, T{});
   memcpy(p, &v, n * sizeof(T));
 }
 
 inline Floats first_lanes(int64_t n) {
-  Floats lanes{};
-  for (int i = 0; i < WIDTH; ++i) lanes[i] = i < n ? 1.0f : 0.0f;
-  return lanes;
+  Ints index;
+  for (int i = 0; i < WIDTH; ++i) index[i] = i;  // a constant
+  return index < Ints{} + int32_t(n) ? splat(1.0f) : Floats{};
 }
 
+// In double precision, by halves: each addition waits for the one before it.
 inline double sum_of_lanes(Floats x) {
-  double sum = 0;
-  for (int i = 0; i < WIDTH; ++i) sum += x[i];
-  return sum;
+  typedef float Half __attribute__((vector_size(2 * WIDTH)));
+  typedef double Doubles __attribute__((vector_size(4 * WIDTH)));
+  typedef int64_t Indices __attribute__((vector_size(4 * WIDTH)));
+  Half halves[2];
+  memcpy(halves, &x, sizeof x);
+  Doubles sum = __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
+  for (int half = WIDTH / 4; half > 0; half /= 2) {
+    Indices others;
+    for (int i = 0; i < WIDTH / 2; ++i) others[i] = i ^ half;
+    sum += __builtin_shuffle(sum, others);
+  }
+  return sum[0];
+}
+
+// Orders what was written past the caches before all later writes: the thread that reads it may be told by one of those.
+inline void finish_streams() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
 }
 
 inline bool is_aligned(const void* p, int64_t bytes) { return (uintptr_t)p % bytes == 0; }
@@ -265,22 +296,49 @@ INLINED inline Pack<NUM> sum_by(const Pack<ALL>& x) {
 
 // --- functions: of a vector or of a pack -----------------------------------------------------------------------------
 
+#if !defined(__AVX512F__)
 // The nearest value of [-limit, limit]; NaN stays NaN, which is why it is the second operand.
 inline Floats clamp(Floats x, float limit) {
-#if defined(__AVX512F__)
-  return (Floats)_mm512_min_ps(_mm512_set1_ps(limit), _mm512_max_ps(_mm512_set1_ps(-limit), (__m512)x));
-#elif defined(__AVX2__)
+#if defined(__AVX2__)
   return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), _mm256_max_ps(_mm256_set1_ps(-limit), (__m256)x));
 #else
   x = x > limit ? splat(limit) : x;
   return x < -limit ? splat(-limit) : x;
 #endif
 }
+#endif
 
-// 2^x for |x| <= limit <= 126, and beyond that the value there. Within 1.5 units in the last place, or within 1e-4 where
-// ROUGH: a twentieth of the last place of a bfloat16.
+// 2^x within 1.5 units in the last place, or within 1e-4 where ROUGH: a twentieth of the last place of a bfloat16.
+#if defined(__AVX512F__)
+// Infinity and 0 beyond what a float holds.
 template <bool ROUGH = false, class V>
-INLINED inline V exp2(V x, float limit = 126.0f) {
+INLINED inline V exp2(V x) {
+  constexpr int FLOOR = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const V f = each([](Floats v) INLINED { return (Floats)_mm512_reduce_ps((__m512)v, FLOOR); }, x);
+  V p;  // minimax over [0, 1], exact at 0
+  if constexpr (ROUGH) {
+    p = 0x1.3baaaep-4f * f + 0x1.d23786p-3f;
+    p = p * f + 0x1.63e65ap-1f;
+  } else {
+    p = 0x1.e97502p-10f * f + 0x1.277854p-7f;
+    p = p * f + 0x1.c91ce6p-5f;
+    p = p * f + 0x1.ebdb56p-3f;
+    p = p * f + 0x1.62e4bap-1f;
+  }
+  p = p * f + 1.0f;
+  return each([](Floats p, Floats x) INLINED { return (Floats)_mm512_scalef_ps((__m512)p, (__m512)x); }, p, x);
+}
+
+// The same for x <= limit, and beyond that the value there; NaN stays NaN, which is why it is the second operand.
+template <bool ROUGH, class V>
+INLINED inline V exp2_up_to(V x, float limit) {
+  const auto lesser = [=](Floats v) INLINED { return (Floats)_mm512_min_ps(_mm512_set1_ps(limit), (__m512)v); };
+  return exp2<ROUGH>(each(lesser, x));
+}
+#else
+// For |x| <= limit <= 126, and beyond that the value there.
+template <bool ROUGH, class V>
+INLINED inline V exp2_up_to(V x, float limit) {
   x = each([=](Floats v) INLINED { return clamp(v, limit); }, x);
   const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
   const V shifted = x + magic;
@@ -298,6 +356,12 @@ INLINED inline V exp2(V x, float limit = 126.0f) {
   p = p * f + 1.0f;
   return each([](Floats p, Floats shifted) INLINED { return (Floats)((Ints)p + ((Ints)shifted << 23)); }, p, shifted);
 }
+
+template <bool ROUGH = false, class V>
+INLINED inline V exp2(V x) {
+  return exp2_up_to<ROUGH>(x, 126.0f);
+}
+#endif
 
 // a / b, within 4e-4 where ROUGH.
 template <bool ROUGH>
@@ -360,13 +424,13 @@ struct Silu {
   static constexpr float FACTOR = -LOG2_E;
   template <class V>
   INLINED static V value(V t) {
-    return quotient<ROUGH>(t * -LN_2, 1.0f + exp2<ROUGH>(t));
+    return quotient<ROUGH>(t, -LOG2_E * exp2<ROUGH>(t) - LOG2_E);
   }
   // sigma + z * sigma * (1 - sigma) with sigma = 1 / (1 + e), e = exp(-z): one division, at the end. Within the limit
   // its square is finite, and beyond it the result is 1 or next to 0.
   template <class V>
   INLINED static V times_derivative(V dy, V t) {
-    const V e = exp2<ROUGH>(t, 60.0f), d = 1.0f + e;
+    const V e = exp2_up_to<ROUGH>(t, 60.0f), d = 1.0f + e;
     return quotient<ROUGH>(dy * (d + t * -LN_2 * e), d * d);
   }
 };
