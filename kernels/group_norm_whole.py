@@ -195,7 +195,7 @@ def _whole_bwd_kernel(
             dx *= scale[None, :]
         position = k * TILE.positions
         if ds_ptr is None:
-            if dh_ptr is not None:
+            if dh_ptr is not None:  # noqa: SIM102 (this one is decided when the kernel is compiled)
                 if not in_skip:  # in which there is nothing to store
                     store_tile(dh_ptr, dx, n, position, first, exists, P, num_channels, TILE)
         elif dh_ptr is None:
