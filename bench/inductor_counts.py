@@ -237,13 +237,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", type=re.compile, default=re.compile(""), help="only those that this finds")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=LAYOUTS)
+    parser.add_argument("--options", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     arguments = parser.parse_args()
     fake_h100.install("scalelong.bench.inductor_counts")
     writer = csv.writer(sys.stdout, lineterminator="\n")
     writer.writerow([field.name for field in fields(Row)])
     for concat in SKIP_CONCATS:
         if str(concat) in SHAPES and arguments.shapes.search(str(concat)):
-            for layout, name in product(arguments.layouts, OPTIONS):
+            for layout, name in product(arguments.layouts, arguments.options):
                 writer.writerows(astuple(row) for row in rows(concat, layout, name))
                 sys.stdout.flush()
 
