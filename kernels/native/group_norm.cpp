@@ -41,6 +41,7 @@ struct Parameters {
 bool is_dense(const Tensor& x, bool channels_last) {
   if (!channels_last) return x.is_contiguous();
   int64_t stride = 1;
+  if (x.numel() == 0) return true;  // whatever its strides say
   const auto lies_next = [&](int64_t dim) {
     const bool does = x.size(dim) <= 1 || x.stride(dim) == stride;
     stride *= x.size(dim);
