@@ -68,10 +68,11 @@ def test_a_resumed_run_goes_on_with_the_averages_of_all_parameters(tmp_path):
     files = [tmp_path / name / "state" / "unet" / "diffusion_pytorch_model.safetensors" for name in ("first", "second")]
     before, after = map(load_file, files)
     assert any("skip_gates" in name for name in before)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+    # The optimizer comes back with its own learning rate: one step of it.
+    assert all((after[name] - before[name]).abs().max() < 1e-2 for name in before)
     averages = [load_file(file.parents[1] / "unet_ema" / file.name) for file in files]
     assert averages[0].keys() == before.keys()
     # They went a step towards the weights, from where they stood.
     moved = {name: (averages[1][name] - averages[0][name]).abs() for name in before}
-    assert all((moved[name] <= (before[name] - averages[0][name]).abs() + 1e-6).all() for name in before)
-    assert not all(torch.equal(averages[1][name], before[name]) for name in before)
+    assert all((moved[name] <= (after[name] - averages[0][name]).abs() + 1e-6).all() for name in before)
+    assert not all(torch.equal(averages[1][name], after[name]) for name in before)

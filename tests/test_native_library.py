@@ -65,7 +65,7 @@ assert torch.equal(y[0, :, 1], -normal.bfloat16())
 
 
 def test_an_unknown_instruction_set_is_refused_by_name():
-    code = "import torch; from scalelong.kernels.gelu_linear import _gelu; _gelu(torch.ones(1))"
+    code = "import torch; from scalelong.kernels.gelu_linear import _gelu; _gelu(torch.ones(1), torch.float32)"
     env = {**os.environ, "SCALELONG_ISA": "avx-2", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
