@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -11,6 +10,7 @@ from typing import Literal
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import assert_networks_within_budget
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -66,31 +66,16 @@ def output_and_gradients(model: nn.Module, batch: tuple, dtype: torch.dtype) -> 
     return {"output": output.detach(), **dict(zip(["x", *leaves], grads, strict=True))}
 
 
-def gates_as_one(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    gates = [x.double().flatten() for name, x in results.items() if name.startswith("skip_gates.")]
-    others = {name: x for name, x in results.items() if not name.startswith("skip_gates.")}
-    return {**others, "skip_gates": torch.cat(gates)} if gates else others
-
-
 def assert_parity(ours: UNet, plain: UNet, batches: list[tuple], dtype: torch.dtype) -> None:
-    """Over all batches: in one, the error of a parameter of few numbers is a matter of luck, in 16 bits above all."""
-    errors, plain_errors, sizes = defaultdict(float), defaultdict(float), defaultdict(float)
-    for batch in batches:
-        truths = output_and_gradients(plain, batch, torch.float64)
-        expected, found = (output_and_gradients(model, batch, dtype) for model in (plain, ours))
-        # The few numbers of the gates are what remains where large ones cancel: judged together.
-        truths, expected, found = (gates_as_one(results) for results in (truths, expected, found))
-        for name, truth in truths.items():
-            errors[name] += float((found[name].double() - truth).square().sum())
-            plain_errors[name] += float((expected[name].double() - truth).square().sum())
-            sizes[name] += float(truth.square().sum())
-    largest = max(sizes.values()) ** 0.5
-    for name, size in sizes.items():
-        budget = 2 if name == "output" else 3
-        error, plain_error = errors[name] ** 0.5, plain_errors[name] ** 0.5
-        # A bias before a norm over one channel has a gradient of zero.
-        floor = 4 * torch.finfo(torch.float32).eps * (size**0.5 + 1e-2 * largest)
-        assert error <= budget * plain_error + floor, f"{name}: {error:.3g}, plain {plain_error:.3g}"
+    """A bias before a norm over one channel has a gradient of zero."""
+    networks = {"ours": ours, "plain": plain}
+    assert_networks_within_budget(
+        lambda name, batch, dtype: output_and_gradients(networks[name], batch, dtype),
+        batches,
+        dtype,
+        gates="skip_gates.",
+        share_of_largest=1e-2,
+    )
 
 
 @each_config

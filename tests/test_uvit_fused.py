@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from parity import assert_networks_within_budget
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -44,26 +45,15 @@ def output_and_gradients(model: nn.Module, batch: tuple[Tensor, ...], dtype: tor
     return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def gates_as_one(results: dict[str, Tensor]) -> dict[str, Tensor]:
-    gates = [x.double().flatten() for name, x in results.items() if name.startswith("se.")]
-    others = {name: x for name, x in results.items() if not name.startswith("se.")}
-    return {**others, "se": torch.cat(gates)} if gates else others
-
-
 @each_mode
 @each_dtype
 def test_outputs_and_gradients_of_every_parameter_are_within_budget(dtype, mode):
     ours = make_model(mode)
-    plain, batch = as_published(ours), make_batch()
-    truths = output_and_gradients(plain, batch, torch.float64)
-    expected, found = (output_and_gradients(model, batch, dtype) for model in (plain, ours))
-    # The few numbers of the gates are what remains where large ones cancel: judged together.
-    truths, expected, found = (gates_as_one(results) for results in (truths, expected, found))
-    for name, truth in truths.items():
-        budget = 2 if name == "output" else 3
-        error, plain_error = ((grads[name].double() - truth).norm() for grads in (found, expected))
-        floor = 4 * torch.finfo(torch.float32).eps * truth.norm()
-        assert error <= budget * plain_error + floor, f"{name}: {error:.3g}, plain {plain_error:.3g}"
+    networks = {"ours": ours, "plain": as_published(ours)}
+    batches = [make_batch() for _ in range(4 if dtype == torch.bfloat16 else 1)]
+    assert_networks_within_budget(
+        lambda name, batch, dtype: output_and_gradients(networks[name], batch, dtype), batches, dtype, gates="se."
+    )
 
 
 @each_mode
