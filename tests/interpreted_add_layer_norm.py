@@ -1,27 +1,19 @@
 """The Triton kernels of add_layer_norm under Triton's interpreter; test_add_layer_norm_triton.py runs this."""
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from add_layer_norm_cases import DTYPES, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
+from interpreter_fixtures import rounding_to_bf16_as_on_a_gpu, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
 
 from scalelong.kernels import add_layer_norm_triton
 from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
 from scalelong.kernels.backend import get_backend
+from scalelong.kernels.launches import Plans
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ADAPTIVE = ("gain", "shift", "gate")
-
-
-@pytest.fixture(autouse=True)
-def _uninitialised_memory_full_of_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True)
@@ -29,22 +21,7 @@ def _short_walks(monkeypatch):
     """So that rows of a few samples make programs with several steps, and samples of several programs."""
     monkeypatch.setattr(add_layer_norm_triton, "multiprocessors", lambda _: 1)
     add_layer_norm_triton.choose_tiling.cache_clear()
-    add_layer_norm_triton._plans.clear()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rounding_to_bf16_as_on_a_gpu():
-    """The interpreter cuts off what does not fit."""
-    convert = interpreter._convert_float
-
-    def round_to_nearest(x, input_dtype, output_dtype, rounding_mode):
-        if (input_dtype, output_dtype) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy().reshape(x.shape)
-        return convert(x, input_dtype, output_dtype, rounding_mode)
-
-    interpreter._convert_float = round_to_nearest
-    yield
-    interpreter._convert_float = convert
+    monkeypatch.setattr(add_layer_norm_triton, "_plans", Plans())
 
 
 def test_triton_runs():

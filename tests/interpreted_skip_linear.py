@@ -3,13 +3,11 @@
 import random
 from itertools import product
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
+from interpreter_fixtures import rounding_to_bf16_as_on_a_gpu, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
 from parity import assert_within_budget
 from torch import Tensor
-from triton.runtime import interpreter
 
 from scalelong.kernels import skip_linear_triton
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
@@ -23,31 +21,9 @@ each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 @pytest.fixture(autouse=True)
-def _uninitialised_memory_full_of_nan():
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True)
 def _small_tiles_and_partial_sums(monkeypatch):
     monkeypatch.setattr(skip_linear_triton, "choose_tile", lambda *_: Tile(32, 16, 16, 4, 2))
     monkeypatch.setattr(skip_linear_triton, "choose_num_splits", lambda *_: 2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _rounding_to_bf16_as_on_a_gpu():
-    """The interpreter cuts off what does not fit."""
-    convert = interpreter._convert_float
-
-    def round_to_nearest(x, input_dtype, output_dtype, rounding_mode):
-        if (input_dtype, output_dtype) == (tl.float32, tl.bfloat16):
-            return torch.from_numpy(np.ascontiguousarray(x)).bfloat16().view(torch.uint16).numpy().reshape(x.shape)
-        return convert(x, input_dtype, output_dtype, rounding_mode)
-
-    interpreter._convert_float = round_to_nearest
-    yield
-    interpreter._convert_float = convert
 
 
 class SkipLinear(torch.autograd.Function):
