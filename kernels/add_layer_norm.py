@@ -22,6 +22,7 @@ from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
 from scalelong.kernels.backend import get_backend
+from scalelong.kernels.products import autocast_dtype, is_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
 _HALVES = (torch.bfloat16, torch.float16)
@@ -43,7 +44,7 @@ def add_layer_norm_ref(
     if branch is not None:
         stream = (x + (branch if gate is None else _over_rows(gate, x) * branch)).to(x.dtype)
     y = _normalised(Inputs(stream, None, weight, bias, gain, shift, None), eps)
-    return stream, y.to(_dtype_of_next_product(x))
+    return stream, y.to(autocast_dtype(x))
 
 
 def add_layer_norm(
@@ -78,9 +79,9 @@ def add_layer_norm(
     inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
     _check(inputs, eps)
     backend = get_backend(x)
-    if backend == "reference" or _is_transformed():
+    if backend == "reference":
         return add_layer_norm_ref(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, eps=eps)
-    dtype = _dtype_of_next_product(x)
+    dtype = autocast_dtype(x)
     # The kernels know streams in fp32 with 16-bit tensors beside them, and tensors of one dtype.
     own_dtype = dtype if x.dtype == torch.float32 else x.dtype
     if branch is not None and branch.dtype != x.dtype:
@@ -100,31 +101,12 @@ class _Options(NamedTuple):
     dtype: torch.dtype  # of y
 
 
-def _dtype_of_next_product(x: Tensor) -> torch.dtype:
-    """That in which torch's linear layers compute on x."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not _has_autocast(device) or not torch.is_autocast_enabled(device):
-        return x.dtype
-    return torch.get_autocast_dtype(device)
-
-
-@torch.compiler.assume_constant_result
-def _has_autocast(device: str) -> bool:
-    # Dynamo of torch 2.11 cannot trace the question, whose answer never changes.
-    return torch.amp.is_autocast_available(device)
-
-
-def _is_transformed() -> bool:
-    """Inside torch.func.grad, vmap or jvp, which an autograd.Function of the older kind cannot follow."""
-    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-
-
 def _normalised(inputs: Inputs, eps: float) -> Tensor:
     """y in the dtype of the stream, which is ``inputs.x``."""
     stream, _, *parameters, _ = inputs
     weight, bias, gain, shift = (None if p is None else p.to(stream.dtype) for p in parameters)
     device = stream.device.type
-    with torch.autocast(device, enabled=False) if _has_autocast(device) else nullcontext():
+    with torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext():
         y = F.layer_norm(stream, stream.shape[-1:], weight, bias, eps)
     if gain is not None:
         y = y * (1 + _over_rows(gain, y))
