@@ -12,7 +12,6 @@ B samples of T rows of D features, M = B * T rows in all.
 # (to a type checker, a call of one jitted function by another never returns)
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -22,15 +21,14 @@ import triton.language as tl
 from torch import Tensor
 
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
-from scalelong.kernels.launches import Launch, Prepared, prepare
-from scalelong.kernels.triton_device import current_device, multiprocessors
+from scalelong.kernels.launches import Launch, Plans
+from scalelong.kernels.triton_device import multiprocessors
 
 # What fills an H100 and keeps the walks of backward so long that their sums are a small share: not timed yet.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4  # on a multiprocessor
 FORWARD_NUMBERS, BACKWARD_NUMBERS = 36, 24  # of a row, that a thread holds at most
 MAX_WARPS = 16
 PARAMS_ROWS, PARAMS_COLS = 64, 32
-MAX_PLANS = 4096
 
 
 class Vectors(NamedTuple):
@@ -334,7 +332,7 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_plans: dict[tuple[Any, ...], Prepared] = {}
+_plans = Plans()
 
 
 def forward(inputs: Inputs, eps: float, outputs: Outputs) -> None:
@@ -352,8 +350,7 @@ def forward(inputs: Inputs, eps: float, outputs: Outputs) -> None:
         constants = {"D": D, **tiling.constants}
         return Launch(_add_layer_norm_fwd_kernel, B * tiling.num_chunks, arguments, constants, tiling.num_warps)
 
-    with current_device(x):
-        _launch(("forward", x.shape, vectors[5:], eps), launch, tensors)
+    _plans.launch(("forward", vectors[5:], eps), launch, tensors)
 
 
 def backward(
@@ -383,30 +380,15 @@ def backward(
 
     numbers = (stream.shape, vectors[5:])
     num_columns = _ceil_div(D, PARAMS_COLS)
-    with current_device(stream):
-        _launch(("backward", *numbers), launch, tensors)
-        if any(p is not None for p in of_all):
-            kernel, grid = _add_layer_norm_bwd_params_kernel, (num_columns,)
-            made = lambda: launch_small(kernel, grid, of_all, num_programs, tiling.num_chunks)  # noqa: E731
-            _launch(("params", num_sums, *numbers), made, (sums, *vectors[:5], *of_all))
-        if any(p is not None for p in of_samples):
-            kernel, grid = _add_layer_norm_bwd_samples_kernel, (num_columns, B)
-            made = lambda: launch_small(kernel, grid, of_samples, tiling.num_chunks)  # noqa: E731
-            _launch(("samples", num_sums, *numbers), made, (sums, *vectors[:5], *of_samples))
-
-
-def _launch(kind: tuple[Any, ...], make: Callable[[], Launch], tensors: tuple[Tensor | None, ...]) -> None:
-    """As a launch of this kind was made the first time, with ``tensors`` in the order of its arguments."""
-    given = [x for x in tensors if x is not None]
-    addresses = [x.data_ptr() for x in given]
-    key = (kind, given[0].device, *((None if x is None else (x.dtype, x.data_ptr() % 16)) for x in tensors))
-    plan = _plans.get(key)
-    if plan is None:
-        if len(_plans) >= MAX_PLANS:
-            _plans.clear()
-        _plans[key] = prepare(make())
-    else:
-        plan(*(addresses if plan.takes_addresses else given))
+    _plans.launch(("backward", *numbers), launch, tensors)
+    if any(p is not None for p in of_all):
+        kernel, grid = _add_layer_norm_bwd_params_kernel, (num_columns,)
+        made = lambda: launch_small(kernel, grid, of_all, num_programs, tiling.num_chunks)  # noqa: E731
+        _plans.launch(("params", num_sums, *numbers), made, (sums, *vectors[:5], *of_all))
+    if any(p is not None for p in of_samples):
+        kernel, grid = _add_layer_norm_bwd_samples_kernel, (num_columns, B)
+        made = lambda: launch_small(kernel, grid, of_samples, tiling.num_chunks)  # noqa: E731
+        _plans.launch(("samples", num_sums, *numbers), made, (sums, *vectors[:5], *of_samples))
 
 
 def _sizes(inputs: Inputs) -> tuple[int, int, int]:

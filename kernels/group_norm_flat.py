@@ -51,10 +51,21 @@ def _group(R, Ch, D, G):
 @triton.jit
 def _pointers(x_ptr, n, first, num_channels, R, row, PIECES: tl.constexpr):
     """Rows of a group that starts at channel ``first`` of (N, num_channels, P), which may be negative."""
+    return _over_vectors(_starts(x_ptr, n, first, num_channels, R, row, PIECES), PIECES)
+
+
+@triton.jit
+def _starts(x_ptr, n, first, num_channels, R, row, PIECES: tl.constexpr):
+    """The address of each row's first element."""
+    return x_ptr + (n.to(tl.int64) * num_channels + first) * R * PIECES.vec + row * PIECES.vec
+
+
+@triton.jit
+def _over_vectors(starts, PIECES: tl.constexpr):
+    """The addresses of all elements of rows, which lie side by side and aligned: the compiler is told."""
     VEC: tl.constexpr = PIECES.vec
-    VEC_BYTES: tl.constexpr = VEC * x_ptr.dtype.element_ty.primitive_bitwidth // 8
-    x_ptr += (n.to(tl.int64) * num_channels + first) * R * VEC
-    pointers = (x_ptr + row * VEC)[:, None] + tl.arange(0, VEC)[None, :]
+    VEC_BYTES: tl.constexpr = VEC * starts.dtype.element_ty.primitive_bitwidth // 8
+    pointers = starts[:, None] + tl.arange(0, VEC)[None, :]
     return tl.max_contiguous(tl.multiple_of(pointers, [1, VEC_BYTES]), [1, VEC])
 
 
@@ -66,12 +77,9 @@ def _pointers_of_two(h_ptr, s_ptr, n, first, Ch, Cs, R, row, rows_of_h, PIECES: 
     elif h_ptr is None:
         return _pointers(s_ptr, n, first - Ch, Cs, R, row, PIECES)
     else:
-        VEC: tl.constexpr = PIECES.vec
-        VEC_BYTES: tl.constexpr = VEC * h_ptr.dtype.element_ty.primitive_bitwidth // 8
-        h_ptr += (n.to(tl.int64) * Ch + first) * R * VEC
-        s_ptr += (n.to(tl.int64) * Cs + first - Ch) * R * VEC
-        pointers = tl.where(row < rows_of_h, h_ptr + row * VEC, s_ptr + row * VEC)[:, None] + tl.arange(0, VEC)[None, :]
-        return tl.max_contiguous(tl.multiple_of(pointers, [1, VEC_BYTES]), [1, VEC])
+        in_h = _starts(h_ptr, n, first, Ch, R, row, PIECES)
+        in_s = _starts(s_ptr, n, first - Ch, Cs, R, row, PIECES)
+        return _over_vectors(tl.where(row < rows_of_h, in_h, in_s), PIECES)
 
 
 @triton.jit
@@ -165,7 +173,7 @@ def _flat_bwd_kernel(
     rstd_ptr,  # (N, G)
     dh_ptr,  # (N, Ch, P), or None where nobody wants it
     ds_ptr,  # (N, Cs, P), or None
-    partial_ptr,  # (3, N, C, segments): sums over a segment of dz, of dz * xhat, and of dx * cat([h, s])
+    partial_ptr,  # (3, N, C, segments): sums over a segment of dz, of dz * xhat, and of dx * cat([h, s]); or None
     N,
     R,  # rows of a channel: P / vec
     Ch,
@@ -183,9 +191,10 @@ def _flat_bwd_kernel(
     C = Ch + Cs
     size = (num_rows * PIECES.vec).to(tl.float32)
     mean, rstd = tl.load(mean_ptr + tl.program_id(0)), tl.load(rstd_ptr + tl.program_id(0))
-    num_segments = R // PIECES.segment
-    partial_ptr += (n.to(tl.int64) * C + first) * num_segments
-    stride = N.to(tl.int64) * C * num_segments
+    if partial_ptr is not None:
+        num_segments = R // PIECES.segment
+        partial_ptr += (n.to(tl.int64) * C + first) * num_segments
+        stride = N.to(tl.int64) * C * num_segments
 
     xs, dys = (), ()
     for k in tl.static_range(NUMBER):

@@ -24,6 +24,7 @@ from scalelong.kernels.group_norm_walks import (
     locate,
     over_channels,
     quotient,
+    source_of,
     store_tile,
     sum_over_positions,
     tile_mask,
@@ -47,9 +48,7 @@ def _split_fwd_sums_kernel(
     TILE: tl.constexpr,
 ):
     n, chunk, in_skip, first = locate(tl.program_id(0), Ch, Cs, num_chunks, TILE)
-    x_ptr, num_channels = h_ptr, Ch
-    if s_ptr is not None:
-        x_ptr, num_channels = tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
+    x_ptr, num_channels = source_of(h_ptr, s_ptr, in_skip, Ch, Cs)
     c, exists = channels_of(first, num_channels, TILE)
     begin = chunk * walk
     count = tl.minimum(P - begin, walk)
@@ -199,9 +198,7 @@ def _split_fwd_apply_kernel(
 ):
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n, chunk, in_skip, first = locate(program, Ch, Cs, num_chunks, TILE)
-    x_ptr, num_channels = h_ptr, Ch
-    if s_ptr is not None:
-        x_ptr, num_channels = tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
+    x_ptr, num_channels = source_of(h_ptr, s_ptr, in_skip, Ch, Cs)
     c, exists = channels_of(first, num_channels, TILE)
     C, first_of_y = Ch + Cs, first + tl.where(in_skip, Ch, 0)
     coefficients_ptr += n.to(tl.int64) * 4 * C + tl.where(in_skip, Ch, 0)
@@ -237,9 +234,7 @@ def _split_bwd_sums_kernel(
     ACT: tl.constexpr,
 ):
     n, chunk, in_skip, first = locate(tl.program_id(0), Ch, Cs, num_chunks, TILE)
-    x_ptr, num_channels = h_ptr, Ch
-    if s_ptr is not None:
-        x_ptr, num_channels = tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
+    x_ptr, num_channels = source_of(h_ptr, s_ptr, in_skip, Ch, Cs)
     c, exists = channels_of(first, num_channels, TILE)
     C, first_of_dy = Ch + Cs, first + tl.where(in_skip, Ch, 0)
     c = aligned(c + tl.where(in_skip, Ch, 0), TILE)
@@ -351,9 +346,7 @@ def _split_bwd_apply_kernel(
 ):
     program = tl.num_programs(0) - 1 - tl.program_id(0)
     n, chunk, in_skip, first = locate(program, Ch, Cs, num_chunks, TILE)
-    x_ptr, num_channels = h_ptr, Ch
-    if s_ptr is not None:
-        x_ptr, num_channels = tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
+    x_ptr, num_channels = source_of(h_ptr, s_ptr, in_skip, Ch, Cs)
     if ds_ptr is None:
         if in_skip:
             return

@@ -143,7 +143,7 @@ def _whole_tiling(
     blocks = [x for x in range(D, whole.bytes_of_row // itemsize + 1, D) if common % x == 0 and x % vec == 0]
     if not blocks:
         return None
-    tile = _tile(whole, True, itemsize, vec, blocks[-1], P, masked=False)
+    tile = _tile(whole, True, itemsize, vec, blocks[-1], P)
     num_tiles = math.ceil(P / tile.positions)
     if num_tiles > whole.max_tiles:
         return None
@@ -158,8 +158,8 @@ def _whole_tiling(
     )
 
 
-def _tile(tiles: Tiles, channels_last: bool, itemsize: int, vec: int, channels: int, P: int, masked: bool) -> Tile:
-    """At most ``channels`` wide, up to a power of two."""
+def _tile(tiles: Tiles, channels_last: bool, itemsize: int, vec: int, channels: int, P: int) -> Tile:
+    """At most ``channels`` wide, up to a power of two; as if they and the positions filled it."""
     size = tiles.rows_of_thread * 32 * tiles.num_warps * VECTOR_BYTES // itemsize
     row = tiles.bytes_of_row // itemsize
     if channels_last:
@@ -168,7 +168,7 @@ def _tile(tiles: Tiles, channels_last: bool, itemsize: int, vec: int, channels: 
     else:
         positions = max(vec, min(row, next_power_of_two(P)))
         channels = min(size // positions, next_power_of_two(channels))
-    return Tile(channels, positions, channels_last, vec, masked)
+    return Tile(channels, positions, channels_last, vec, masked=False)
 
 
 def _split_tiling(
@@ -182,7 +182,7 @@ def _split_tiling(
     P: int,
     num_multiprocessors: int,
 ) -> SplitTiling:
-    tile = _tile(split, channels_last, itemsize, vec, max(Ch, Cs), P, masked=False)
+    tile = _tile(split, channels_last, itemsize, vec, max(Ch, Cs), P)
     channels, positions = tile.channels, tile.positions
     blocks = math.ceil(Ch / channels) + math.ceil(Cs / channels)
     tiles = math.ceil(P / positions)

@@ -32,11 +32,11 @@ from scalelong.kernels.group_norm_tilings import (
 )
 from scalelong.kernels.group_norm_walks import Parameters
 from scalelong.kernels.group_norm_whole import _whole_bwd_kernel, _whole_fwd_kernel
-from scalelong.kernels.launches import Launch, signature
-from scalelong.kernels.plans import Plan, Plans, Slot
+from scalelong.kernels.launches import Kept, Launch, signature
+from scalelong.kernels.plans import Plan, Slot
 from scalelong.kernels.triton_device import multiprocessors
 
-_PLANS = Plans()
+_PLANS: Kept[Plan] = Kept()
 
 
 class _Slots:
@@ -59,7 +59,7 @@ def forward(tensors: Tensors, options: Options, channels_last: bool, y: Tensor, 
     plan = _PLANS.get(key)
     if plan is None:
         plan = _PLANS.keep(key, _plan_forward(_Call.of(tensors, options, channels_last, y)))
-    plan.run((*tensors, y, mean, rstd, _empty(y, plan.workspace)))
+    plan.run((*tensors, y, mean, rstd, _workspace(plan, y)))
 
 
 def backward(
@@ -76,12 +76,16 @@ def backward(
     if plan is None:
         plan = _PLANS.keep(key, _plan_backward(_Call.of(tensors, options, channels_last, dy, dh, ds), wanted))
     grads = [None if size is None else _empty(dy, *size) for size in plan.outputs]
-    plan.run((*tensors, dy, mean, rstd, dh, ds, *grads, _empty(dy, plan.workspace)))
+    plan.run((*tensors, dy, mean, rstd, dh, ds, *grads, _workspace(plan, dy)))
     return dh, ds if wanted.s else None, *grads
 
 
 def _empty(like: Tensor, *size: int) -> Tensor:
     return torch.empty(size, dtype=torch.float32, device=like.device)
+
+
+def _workspace(plan: Plan, like: Tensor) -> Tensor | None:
+    return _empty(like, plan.workspace) if plan.workspace else None
 
 
 def _with_dense_parameters(tensors: Tensors) -> Tensors:
@@ -199,13 +203,12 @@ def _plan_backward(call: _Call, wanted: Wanted) -> Plan:
         launches, sums, scale_sums, num_parts, workspace = _whole_backward(call, tiling, wanted)
     else:
         launches, sums, scale_sums, num_parts, workspace = _split_backward(call, tiling, wanted)
-    wants = Wanted(*(bool(x) for x in wanted))
     gradients = ParameterGradients(
-        scale=_Slots.DSCALE if wants.scale else None,
-        weight=_Slots.DWEIGHT if wants.weight else None,
-        bias=_Slots.DBIAS if wants.bias else None,
-        gain=_Slots.DGAIN if wants.gain else None,
-        shift=_Slots.DSHIFT if wants.shift else None,
+        scale=_Slots.DSCALE if wanted.scale else None,
+        weight=_Slots.DWEIGHT if wanted.weight else None,
+        bias=_Slots.DBIAS if wanted.bias else None,
+        gain=_Slots.DGAIN if wanted.gain else None,
+        shift=_Slots.DSHIFT if wanted.shift else None,
     )
     if any(x is not None for x in gradients):
         launches.append(_parameters_launch(call, gradients, sums, scale_sums, num_parts))
@@ -229,7 +232,7 @@ def _flat_backward(call: _Call, tiling: FlatTiling, wanted: Wanted) -> _Sums:
     N, Ch, Cs, C = call.N, call.Ch, call.Cs, call.C
     num_segments = call.P // call.vec // tiling.pieces.segment
     wants_sums, wants_scale = any(wanted[3:]), bool(wanted.scale)
-    partial = Slot(_Slots.BACKWARD_WORKSPACE)
+    partial = Slot(_Slots.BACKWARD_WORKSPACE) if wants_sums or wants_scale else None
     scale_sums = Slot(_Slots.BACKWARD_WORKSPACE, 2 * N * C * num_segments)
     dh, ds = _Slots.DH if wanted.h else None, _Slots.DS if wanted.s or wanted.scale else None
     arguments = (
@@ -243,7 +246,7 @@ def _flat_backward(call: _Call, tiling: FlatTiling, wanted: Wanted) -> _Sums:
         sums=partial if wants_sums else None,
         scale_sums=scale_sums if wants_scale else None,
         num_parts=(num_segments, num_segments),
-        workspace=3 * N * C * num_segments if wants_sums or wants_scale else 0,
+        workspace=3 * N * C * num_segments if partial else 0,
     )
 
 

@@ -2,7 +2,7 @@
 
 A walk goes over the positions of a block of channels, tile by tile. The block lies in h or in s, never in both, so that
 one scalar choice of the tensor serves all of it. A tile has the axis that is contiguous in memory last:
-(channels, positions), or (positions, channels) with CHANNELS_LAST. Vectors over its channels are (BLOCK_C,).
+(channels, positions), or (positions, channels) where channels_last. Vectors over its channels are (channels,).
 
 N images, C = Ch + Cs channels, P positions, G groups of D channels.
 """
@@ -196,6 +196,15 @@ def locate(program, Ch, Cs, num_chunks, TILE: tl.constexpr):
     chunk = row if TILE.channels_last else column
     in_skip = block >= blocks_of_h
     return n, chunk, in_skip, tl.where(in_skip, block - blocks_of_h, block) * TILE.channels
+
+
+@triton.jit
+def source_of(h_ptr, s_ptr, in_skip, Ch, Cs):
+    """The tensor that a block of channels lies in, and how many channels that has."""
+    if s_ptr is None:
+        return h_ptr, Ch
+    else:
+        return tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
 
 
 @triton.jit

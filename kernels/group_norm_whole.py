@@ -18,6 +18,7 @@ from scalelong.kernels.group_norm_walks import (
     load_tile,
     narrowed,
     quotient,
+    source_of,
     store_tile,
     sum_over_positions,
     tile_mask,
@@ -72,9 +73,7 @@ def _whole_fwd_kernel(
 ):
     n, in_skip, first, c, exists = _block(Ch, Cs, block, TILE)
     C = Ch + Cs
-    x_ptr, num_channels = h_ptr, Ch
-    if s_ptr is not None:
-        x_ptr, num_channels = tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
+    x_ptr, num_channels = source_of(h_ptr, s_ptr, in_skip, Ch, Cs)
     scale = channel_scale(parameters, n, c, Ch, exists)
     size = (D * P).to(tl.float32)
     xs = ()
@@ -136,9 +135,7 @@ def _whole_bwd_kernel(
 ):
     n, in_skip, first, c, exists = _block(Ch, Cs, block, TILE)
     C = Ch + Cs
-    x_ptr, num_channels = h_ptr, Ch
-    if s_ptr is not None:
-        x_ptr, num_channels = tl.where(in_skip, s_ptr, h_ptr), tl.where(in_skip, Cs, Ch)
+    x_ptr, num_channels = source_of(h_ptr, s_ptr, in_skip, Ch, Cs)
     xs, dys = (), ()
     for k in tl.static_range(TILES):
         position = k * TILE.positions

@@ -5,7 +5,7 @@ addresses of tensors differ. It belongs in a plan whose key holds the ``signatur
 """
 
 from collections.abc import Callable, Hashable, Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from triton.compiler import CompiledKernel
 from triton.runtime import driver
 
 from scalelong.kernels.triton_device import current_device
+
+T = TypeVar("T")
 
 _TENSOR = object()
 
@@ -31,8 +33,6 @@ class Launch(NamedTuple):
     num_warps: int
     options: Mapping[str, int] = {}
     """Of the compiler: maxnreg, num_stages."""
-    trips: tuple[int, ...] = ()
-    """How often each loop of the kernel runs, in the order of its source, for those who count its instructions."""
 
     @property
     def grid(self) -> tuple[int, ...]:
@@ -98,13 +98,26 @@ class Prepared:
             self._run, self._device = self._compiled.run, active.get_current_device()
 
 
-class Plans:
-    """The launches of an operator, each prepared at its first call and kept by what it depends on."""
+class Kept(Generic[T]):
+    """What an operator worked out for a kind of call, by what that depends on."""
 
     MAX_KEPT = 4096  # beyond which all are forgotten: shapes that vary without end must not fill the memory
 
     def __init__(self) -> None:
-        self._prepared: dict[Hashable, Prepared] = {}
+        self._kept: dict[Hashable, T] = {}
+
+    def get(self, key: Hashable) -> T | None:
+        return self._kept.get(key)
+
+    def keep(self, key: Hashable, value: T) -> T:
+        if len(self._kept) >= self.MAX_KEPT:
+            self._kept.clear()
+        self._kept[key] = value
+        return value
+
+
+class Plans(Kept[Prepared]):
+    """The launches of an operator, each prepared at its first call and kept by what it depends on."""
 
     def launch(self, key: Hashable, make: Callable[[], Launch], tensors: Iterable[Tensor | None]) -> None:
         """Launches what ``make`` returns, or what it returned before for this key and tensors of these signatures.
@@ -113,15 +126,13 @@ class Plans:
         """
         given = [x for x in tensors if x is not None]
         key = (key, *map(signature, tensors))
-        prepared = self._prepared.get(key)
+        prepared = self.get(key)
         if prepared is not None:
             return prepared(*given)
         with current_device(given[0]):
             prepared = prepare(make())
         if prepared.takes_addresses:
-            if len(self._prepared) >= self.MAX_KEPT:
-                self._prepared.clear()
-            self._prepared[key] = prepared
+            self.keep(key, prepared)
 
 
 def _mapped(f: Any, values: tuple[Any, ...]) -> Any:

@@ -4,15 +4,14 @@ A plan's launches name the tensors of a call by ``Slot``; numbers, tilings and c
 all calls whose tensors have the same ``signature``.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from scalelong.kernels.launches import Launch, Prepared, prepare
-
-MAX_PLANS = 4096  # of an operator: shapes may change with every batch
+from scalelong.kernels.triton_device import current_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,32 +38,14 @@ class Plan:
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
         if self._prepared is None:
-            self._prepared = [prepare(_bound(launch, tensors)) for launch in self.launches]
+            with current_device(next(x for x in tensors if x is not None)):
+                prepared = [prepare(_bound(launch, tensors)) for launch in self.launches]
+            if all(x.takes_addresses for x in prepared):  # neither interpreted nor only recorded
+                self._prepared = prepared
             return
-        addresses = None
+        addresses = [0 if x is None else x.data_ptr() for x in tensors]
         for prepared, slots in zip(self._prepared, self._slots, strict=True):
-            if prepared.takes_addresses:
-                if addresses is None:
-                    addresses = [0 if x is None else x.data_ptr() for x in tensors]
-                prepared(*[addresses[slot.tensor] + 4 * slot.offset for slot in slots])
-            else:
-                prepared(*[slot.of(tensors) for slot in slots])  # type: ignore[arg-type]
-
-
-class Plans:
-    """Those of an operator, by what they are for."""
-
-    def __init__(self) -> None:
-        self._plans: dict[Hashable, Plan] = {}
-
-    def get(self, key: Hashable) -> Plan | None:
-        return self._plans.get(key)
-
-    def keep(self, key: Hashable, plan: Plan) -> Plan:
-        if len(self._plans) >= MAX_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
-        return plan
+            prepared(*[addresses[slot.tensor] + 4 * slot.offset for slot in slots])
 
 
 def _slots_of(arguments: tuple[Any, ...]) -> Iterator[Slot]:

@@ -16,8 +16,7 @@ from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.group_norm_flat import Pieces
 from scalelong.kernels.group_norm_tilings import FlatTiling, SplitTiling, WholeTiling, next_power_of_two
 from scalelong.kernels.group_norm_walks import Tile
-from scalelong.kernels.launches import Launch
-from scalelong.kernels.plans import Plans
+from scalelong.kernels.launches import Kept, Launch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMS = (("flat", False), ("whole", True), ("split", False), ("split", True))
@@ -37,7 +36,7 @@ EVEN = Case(num_hidden=24, num_skip=8, spatial=(8, 8), groups=2)
 
 @pytest.fixture(autouse=True)
 def _triton_with_uninitialised_memory_full_of_nan(monkeypatch):
-    monkeypatch.setattr(group_norm_triton, "_PLANS", Plans())
+    monkeypatch.setattr(group_norm_triton, "_PLANS", Kept())
     torch.use_deterministic_algorithms(True)
     with use_backend("triton"):
         yield

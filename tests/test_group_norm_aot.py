@@ -25,7 +25,7 @@ from scalelong.kernels.group_norm_tilings import (
     choose_tiling,
 )
 from scalelong.kernels.group_norm_walks import Tile
-from scalelong.kernels.plans import Plans
+from scalelong.kernels.launches import Kept
 
 pytestmark = [
     pytest.mark.slow,
@@ -86,7 +86,7 @@ def force_entry(monkeypatch: pytest.MonkeyPatch, key: tuple[str, bool], form: st
 
 def force(monkeypatch: pytest.MonkeyPatch, choose: Any) -> None:
     monkeypatch.setattr(group_norm_triton, "choose_tiling", choose)
-    monkeypatch.setattr(group_norm_triton, "_PLANS", Plans())
+    monkeypatch.setattr(group_norm_triton, "_PLANS", Kept())
 
 
 def positions_that_fill(form: str, entry: Flat | Tiles, itemsize: int, D: int) -> int:

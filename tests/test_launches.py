@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
@@ -15,6 +16,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from scalelong.kernels import plans
 from scalelong.kernels.launches import Launch, Plans, prepare, signature
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -234,4 +236,28 @@ def test_plans_do_not_grow_without_end(gpu, monkeypatch):
     plans, x = Plans(), torch.zeros(192)
     for key in range(5):
         plans.launch(key, lambda: flat_launch(x, None, x), (x, None, x))
-    assert len(plans._prepared) <= 2
+    assert len(plans._kept) <= 2
+
+
+def test_a_plan_makes_its_launches_on_the_device_of_its_tensors(monkeypatch):
+    order: list[Any] = []
+
+    @contextmanager
+    def current_device(x: Tensor) -> Iterator[None]:
+        order.append(x)
+        yield
+        order.append("left")
+
+    monkeypatch.setattr(plans, "current_device", current_device)
+
+    def prepare(launch: Launch) -> Any:
+        order.append(launch.arguments)
+        return SimpleNamespace(takes_addresses=False)
+
+    monkeypatch.setattr(plans, "prepare", prepare)
+    x = torch.zeros(8)
+    launch = Launch(_flat_kernel, 1, (plans.Slot(1), None, plans.Slot(1, 2), 8), {"BLOCK": 64, "ACT": "silu"}, 4)
+    plans.Plan([launch]).run((None, x))
+    assert order[0] is x
+    assert order[1][2].data_ptr() == x.data_ptr() + 8
+    assert order[2:] == ["left"]
