@@ -63,10 +63,10 @@ def assert_networks_within_budget(
 ) -> None:
     """Output and gradients of a fused network ("ours") against the same network written plainly ("plain").
 
-    ``results(network, batch, dtype)`` gives them by name. Errors are judged over all batches: in one, a parameter of few
-    numbers may be lucky, in 16 bits above all. Parameters whose names start with ``gates`` are judged
-    together: their few numbers are what remains where large ones cancel. ``share_of_largest`` of the largest gradient
-    counts as a number that rounds off, for gradients that are zero.
+    ``results(network, batch, dtype)`` gives them by name. Errors are judged over all batches: in one, a parameter of
+    few numbers may be lucky, in 16 bits above all. Parameters whose names start with ``gates`` are judged together:
+    their few numbers are what remains where large ones cancel. ``share_of_largest`` of the largest gradient counts as a
+    number that rounds off, for gradients that are zero.
     """
     squares: dict[str, list[float]] = {}
     for batch in batches:
