@@ -7,7 +7,7 @@ from pathlib import Path
 from running import small_config
 
 from scalelong.train import checkpoint, loop
-from scalelong.train.processes import leave_processes
+from scalelong.train.hosts.processes import leave_processes
 
 run, total_images = Path(sys.argv[1]), int(sys.argv[2])
 sha256, start_run = checkpoint._sha256, loop.start_run

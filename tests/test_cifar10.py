@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from scalelong.train.data import decode_image, open_source
-from scalelong.train.data_cifar10 import CLASSES, Cifar10
+from scalelong.train.data.cifar10 import CLASSES, Cifar10
+from scalelong.train.data.images import decode_image
+from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
 
 NAMES = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -14,6 +15,21 @@ import scalelong
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
+FLOORS_OF_TRAIN = (
+    {"errors", "objective", "monitor"},
+    {"config", "report"},
+    {"guard", "schedule", "recipes", "run_folder"},
+    {"command_line"},
+    {"data", "hosts"},
+    {"zero"},
+    {"checkpoint"},
+    {"checks"},
+    {"run"},
+    {"sampling"},
+    {"loop"},
+    {"commands", "__main__"},
+)
+"""The files and rooms of train/, from the ground up: none imports what stands above it, or beside it."""
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
 
@@ -37,6 +53,9 @@ def modules_loaded_by(statement: str) -> set[str]:
 
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+each_file_of_train = pytest.mark.parametrize(
+    "path", sorted((ROOT / "train").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def test_every_lower_floor_has_files_to_check():
@@ -59,6 +78,39 @@ def test_imports_point_down(path):
     floor = FLOORS.index(path.relative_to(ROOT).parts[0])
     above = FLOORS[floor + 1 :]
     assert [name for name in imports_of(path) if name.startswith("scalelong.") and name.split(".")[1] in above] == []
+
+
+def train_places(path: Path) -> set[str]:
+    """The files and rooms of train/ that one of its files imports, inside functions too, other than its own."""
+    names = {name.split(".")[2] for name in imports_of(path) if name.startswith("scalelong.train.")}
+    return names - {path.relative_to(ROOT / "train").parts[0].removesuffix(".py")}
+
+
+def test_every_file_and_room_of_train_has_a_floor():
+    places = [path.name.removesuffix(".py") for path in (ROOT / "train").iterdir() if path.name != "__pycache__"]
+    assert sorted(places) == sorted(place for floor in FLOORS_OF_TRAIN for place in floor)
+
+
+@each_file_of_train
+def test_train_imports_point_down(path):
+    floor_of = {place: number for number, floor in enumerate(FLOORS_OF_TRAIN) for place in floor}
+    mine = floor_of[path.relative_to(ROOT / "train").parts[0].removesuffix(".py")]
+    assert [place for place in train_places(path) if floor_of[place] >= mine] == []
+
+
+@pytest.mark.parametrize("room", sorted(path.name for path in (ROOT / "train").iterdir() if path.suffix != ".py"))
+def test_files_of_a_room_do_not_import_in_a_circle(room):
+    files = {f"scalelong.train.{room}.{path.stem}": path for path in (ROOT / "train" / room).glob("*.py")}
+    imports = {
+        name: {n for n in files for found in imports_of(path) if found == n or found.startswith(n + ".")}
+        for name, path in files.items()
+    }
+    assert list(TopologicalSorter(imports).static_order())  # raises CycleError
+
+
+@each_file_of_train
+def test_files_of_train_are_read_in_a_sitting(path):
+    assert len(path.read_text().splitlines()) <= 350
 
 
 @each_file

@@ -11,10 +11,12 @@ import pytest
 from images import BROKEN, encode, random_pixels, write_image
 from PIL import Image
 
-from scalelong.train import prepare as prepare_module
-from scalelong.train.data import ImageFolder, decode_image, open_source
+from scalelong.train.commands.prepare import PrepareArguments, Work, main, prepare
+from scalelong.train.commands.shard_writers import ImageWriter
+from scalelong.train.data.image_folder import ImageFolder
+from scalelong.train.data.images import crop_face, decode_image, halve_and_crop
+from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
-from scalelong.train.prepare import PrepareArguments, crop_face, halve_and_crop, main, prepare
 
 
 @pytest.fixture
@@ -80,7 +82,7 @@ class StoppedError(Exception):
 def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp_path, monkeypatch, stop_after):
     expected = files_of(prepare(arguments(folder, tmp_path / "straight", size=8)))
     asked = arguments(folder, tmp_path / "out", size=8)
-    calls, encoded = [], prepare_module.Work._encoded
+    calls, encoded = [], ImageWriter.encoded
 
     def stopping(self, index):
         calls.append(index)
@@ -88,13 +90,13 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp
             raise StoppedError
         return encoded(self, index)
 
-    monkeypatch.setattr(prepare_module.Work, "_encoded", stopping)
+    monkeypatch.setattr(ImageWriter, "encoded", stopping)
     with pytest.raises(StoppedError):
         prepare(asked)
     with pytest.raises(UserError, match="is not prepared to its end"):
         open_source(str(asked.out), 2)
     done_before = {path: path.stat().st_mtime_ns for path in asked.out.glob("*.tar")}  # type: ignore[union-attr]
-    monkeypatch.setattr(prepare_module.Work, "_encoded", encoded)
+    monkeypatch.setattr(ImageWriter, "encoded", encoded)
     assert files_of(prepare(asked)).keys() == expected.keys()
     for name, data in files_of(asked.out).items():  # type: ignore[arg-type]
         assert data == expected[name] or name.endswith(".npz")
@@ -103,7 +105,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp
 
 
 def test_a_begun_folder_asked_for_otherwise_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module.Work, "finish", lambda self, shards: None)
+    monkeypatch.setattr(Work, "finish", lambda self, shards: None)
     prepare(arguments(folder, tmp_path / "out", size=8))
     with pytest.raises(UserError, match="begun with another size, crop"):
         prepare(arguments(folder, tmp_path / "out", size=16, crop="adm"))

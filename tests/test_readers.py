@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from scalelong.train.config import DataConfig, ReaderName, TrainConfig
-from scalelong.train.data import ImageFolder, Source
-from scalelong.train.data_loader import Batch, choose_reader, prepare_source, read_batches
-from scalelong.train.data_order import BatchPlan, Order, draw_noise, draw_samples
-from scalelong.train.data_pillow import read_with_pillow
-from scalelong.train.data_sound import SoundImages
+from scalelong.train.data.batches import Batch, choose_reader, prepare_source, read_batches
+from scalelong.train.data.image_folder import ImageFolder
+from scalelong.train.data.order import BatchPlan, Order, draw_noise, draw_samples
+from scalelong.train.data.pillow import read_with_pillow
+from scalelong.train.data.source import Source
+from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import RankError, UserError
-from scalelong.train.presets import PRESETS
+from scalelong.train.recipes import RECIPES
 
 HAS_DALI = choose_reader("auto") == "dali"
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
@@ -47,7 +48,7 @@ def read(
     order = Order(seed, len(source))
     if reader == "pillow":
         return read_with_pillow(images, order, plan, **how)
-    from scalelong.train.data_dali import read_with_dali
+    from scalelong.train.data.dali import read_with_dali
 
     return read_with_dali(images, order, plan, **how, device=CPU)
 
@@ -295,11 +296,11 @@ def test_an_image_that_dali_alone_refuses_costs_no_batch(numbered, tmp_path, dam
 
 
 def config_for(reader: ReaderName, num_classes: int = 2, **changes) -> TrainConfig:
-    model = replace(PRESETS["digits-uvit"].model, num_classes=num_classes)
-    quiet = replace(PRESETS["digits-uvit"].sample, guidance=0.0)
+    model = replace(RECIPES["digits-uvit"].model, num_classes=num_classes)
+    quiet = replace(RECIPES["digits-uvit"].sample, guidance=0.0)
     changes = {"label_drop": 0.0, "seed": 3, **changes}
     return replace(
-        PRESETS["digits-uvit"], model=model, sample=quiet, data=DataConfig(reader=reader, flip=True), **changes
+        RECIPES["digits-uvit"], model=model, sample=quiet, data=DataConfig(reader=reader, flip=True), **changes
     )
 
 

@@ -14,20 +14,13 @@ from torch import Tensor
 
 from scalelong.model.backbone import Backbone
 from scalelong.model.presets import UVIT_PRESETS
-from scalelong.train import sample
 from scalelong.train.config import SAMPLER_NAMES
-from scalelong.train.diffusion import PROCESSES, Process
 from scalelong.train.errors import UserError
-from scalelong.train.sample import (
-    default_labels,
-    denoise,
-    generate,
-    grid_columns,
-    guided,
-    make_scheduler,
-    save_grid,
-    to_uint8,
-)
+from scalelong.train.objective import PROCESSES, Process
+from scalelong.train.sampling import generate as generate_module
+from scalelong.train.sampling.generate import default_labels, generate, guided, to_uint8
+from scalelong.train.sampling.grid import grid_columns, save_grid
+from scalelong.train.sampling.samplers import denoise, make_scheduler
 
 pytest.importorskip("diffusers")
 
@@ -251,7 +244,7 @@ def test_images_depend_on_seed_number_and_label():
 )
 def test_noise_added_on_the_way_depends_on_the_seed(sampler, monkeypatch):
     # The same start for all seeds, so that only the noise of the sampler can tell them apart.
-    monkeypatch.setattr(sample, "draw_noise", lambda seed, n, shape, stream: np.zeros(shape, dtype=np.float32))
+    monkeypatch.setattr(generate_module, "draw_noise", lambda seed, n, shape, stream: np.zeros(shape, dtype=np.float32))
     assert not np.array_equal(generate_toys(sampler=sampler, seed=1), generate_toys(sampler=sampler, seed=2))
 
 

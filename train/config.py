@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen dataclass, every field of it a flag on the command line."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,15 +15,16 @@ from scalelong.model.architectures import (
 )
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.skip_scale import SkipPosition, SkipScale, SkipScaleName, make_skip_scale
-from scalelong.train.diffusion import NUM_TIMES
-from scalelong.train.ema_profile import LARGEST_STD
 from scalelong.train.errors import UserError
+from scalelong.train.objective import NUM_TIMES
 
 ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
 SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
+# Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
+LARGEST_STD = math.sqrt(1 / 12)
 
 
 def bookkeeping(default: Any = None, **kwargs: Any) -> Any:

@@ -4,36 +4,27 @@ import shlex
 import socket
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scalelong.train import engine as ds
-from scalelong.train.bad_samples import append_bad_samples
-from scalelong.train.checkpoint import (
-    TrainState,
-    find_problem,
-    list_checkpoints,
-    save_averages,
-    save_checkpoint,
-)
-from scalelong.train.command_line import without_local_rank
+from scalelong.train.checkpoint import save_averages
+from scalelong.train.checks import check_before_training, check_images, find_checkpoint
+from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
-from scalelong.train.data import Source
-from scalelong.train.data_order import BatchPlan
-from scalelong.train.data_sound import SoundImages
-from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
-from scalelong.train.errors import UserError
-from scalelong.train.grid import grid_path, make_grid
-from scalelong.train.heartbeat import Heartbeat
-from scalelong.train.preflight import check_versions, installed_versions
-from scalelong.train.processes import join_processes
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
+from scalelong.train.hosts.heartbeat import Heartbeat
+from scalelong.train.hosts.preflight import check_versions, installed_versions
+from scalelong.train.hosts.processes import join_processes
+from scalelong.train.hosts.signals import StopSignals
+from scalelong.train.objective import PROCESSES, noise_prediction_loss
 from scalelong.train.report import QuietReport, Report
-from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL, StopSignals
-from scalelong.train.start import Run, check_before_training, check_images, describe, find_checkpoint, start_run
+from scalelong.train.run import Run, describe, note_bad_samples, roll_back, save, start_run
+from scalelong.train.sampling.grid import grid_path, make_grid
+from scalelong.train.schedule import learning_rate, passes
+from scalelong.train.zero import engine as zero
 
 
 def train(config: TrainConfig) -> int:
@@ -64,7 +55,7 @@ def train(config: TrainConfig) -> int:
             logs = last or config.images_per_log == 0 or passes(previous, now, config.images_per_log)
             saves = last or passes(previous, now, config.images_per_checkpoint)
 
-            ds.set_learning_rate(run.engine, learning_rate(config, run.images_seen))
+            zero.set_learning_rate(run.engine, learning_rate(config, run.images_seen))
             loss, is_finite, measured = train_step(run, measures=logs)
             unchecked_losses.append(loss)
             run.images_seen, run.step = now, run.step + 1
@@ -133,15 +124,15 @@ def train_step(run: Run, *, measures: bool) -> tuple[Tensor, bool, dict[str, flo
             engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.labels_B
         )
         losses.append(loss.detach())
-        engine.backward(ds.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
+        engine.backward(zero.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
     # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
-    scale = ds.loss_scale(engine) if measures else 1.0
-    norm = ds.gradient_norm(engine) if measures and config.zero_stage == 0 else None
-    is_finite = ds.take_step(engine, only_finite=config.guard.skip_steps > 0)
+    scale = zero.loss_scale(engine) if measures else 1.0
+    norm = zero.gradient_norm(engine) if measures and config.zero_stage == 0 else None
+    is_finite = zero.take_step(engine, only_finite=config.guard.skip_steps > 0)
     if measures:
-        norm = ds.gradient_norm(engine) if norm is None else norm
+        norm = zero.gradient_norm(engine) if norm is None else norm
         rate = learning_rate(config, run.images_seen)
         measured = {"grad_norm": norm / scale, "learning_rate": rate, **run.monitor.take()}
         if config.precision == "fp16":
@@ -167,69 +158,10 @@ def check_losses(run: Run, losses: list[Tensor], is_finite: bool) -> tuple[list[
     return values, counts
 
 
-def roll_back(run: Run, source: Source, plan: BatchPlan, report: QuietReport) -> Run:
-    """The run with the weights of its last checkpoint before the loss became too high, at the same place in its data.
-
-    Raises:
-        UserError: there is no such checkpoint, or it has been done too often.
-    """
-    calm_until = run.guard.roll_back()
-    checkpoint = run.processes.agree(lambda: checkpoint_up_to(run.config, calm_until))
-    report.say(
-        f"the loss is above {run.config.guard.roll_back_factor:g} times its median since {calm_until:,} images: "
-        f"back to the weights of {checkpoint}; the images since then are left out"
-    )
-    run.engine.destroy()
-    fresh = start_run(run.config, run.processes, checkpoint, source, replace(plan, first_position=run.images_seen))
-    return replace(fresh, guard=run.guard, step=run.step)
-
-
-def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path:
-    for checkpoint in list_checkpoints(config.run):
-        if int(checkpoint.name) <= images_seen and find_problem(checkpoint) is None:
-            return checkpoint
-    raise UserError(f"the loss has diverged since {images_seen:,} images, and no checkpoint is as old as that")
-
-
-def learning_rate(config: TrainConfig, images_seen: int) -> float:
-    """Linear from 0 over the warm-up, then constant."""
-    warmup = config.optimizer.warmup_images
-    return config.optimizer.learning_rate * (min(images_seen / warmup, 1.0) if warmup else 1.0)
-
-
-def passes(previous: int, now: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (previous, now]; never for 0."""
-    return every > 0 and now // every > previous // every
-
-
-def note_bad_samples(run: Run) -> None:
-    """Lists the bad images that any rank has found, each once.
-
-    Raises:
-        UserError: there are more than ``data.max_bad_share`` allows, on all ranks alike.
-    """
-    found = run.source.take_found() if isinstance(run.source, SoundImages) else []
-    new = run.bad_samples.add(image for share in run.processes.gather(found) for image in share)
-    if run.processes.is_main:
-        append_bad_samples(run.config.run, new)
-    run.bad_samples.check_share()
-
-
 def open_report(run: Run) -> QuietReport:
     if not run.processes.is_main:
         return QuietReport()
     return Report(run.config.run, run.images_seen, run.config.total_images)
-
-
-def save(run: Run) -> None:
-    state = TrainState(
-        images_seen=run.images_seen,
-        step=run.step,
-        optimizer_steps=ds.optimizer_step_count(run.engine),
-        data_fingerprint=run.data_fingerprint,
-        grad_scaler=ds.scaler_state(run.engine),
-    )
-    save_checkpoint(run.config.run, state, run.engine, run.ema, run.processes, keep=run.config.keep_checkpoints)
 
 
 def announce_results(config: TrainConfig, images_seen: int) -> None:
@@ -238,5 +170,9 @@ def announce_results(config: TrainConfig, images_seen: int) -> None:
 
 
 def command_to_resume() -> str:
-    program = "python -m scalelong.train" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
-    return f"{program} {shlex.join(without_local_rank(sys.argv[1:]))}"
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        shown = TRAIN_PROGRAM if program.parent.name == "train" else "python -m scalelong"
+    else:
+        shown = program.name
+    return f"{shown} {shlex.join(without_local_rank(sys.argv[1:]))}"

@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +9,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalelong.train.errors import UserError
-from scalelong.train.processes import is_main_process
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -113,12 +111,6 @@ class Report(QuietReport):
             f"{images_seen:,} / {self._total:,} images  loss {loss:.4f}  {speed:,.0f} images/s  {_clock(left)} left",
             flush=True,
         )
-
-
-def warn(message: str) -> None:
-    """A line on standard error, once for all processes."""
-    if is_main_process():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def _clock(seconds: float) -> str:
