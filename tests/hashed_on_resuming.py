@@ -19,10 +19,10 @@ def told_sha256(path: Path) -> str:
     return sha256(path)
 
 
-def told_start(config, processes, found, source, plan):
+def told_start(start):
     checkpoint._sha256 = sha256
-    print("goes on at", found.name, flush=True)
-    return start_run(config, processes, found, source, plan)
+    print("goes on at", start.checkpoint.name, flush=True)
+    return start_run(start)
 
 
 checkpoint._sha256, loop.start_run = told_sha256, told_start

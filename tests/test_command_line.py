@@ -14,7 +14,9 @@ from scalelong.model.skip_scale import SKIP_SCALE_NAMES
 from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
 from scalelong.train.errors import EXIT_USER_ERROR, RankError, UserError, run_command
-from scalelong.train.recipes import DESCRIPTIONS, RECIPES
+from scalelong.train.loop import command_to_resume
+from scalelong.train.recipes import RECIPES
+from scalelong.train.usage import DESCRIPTIONS
 
 FLAT_FLAGS = {
     "--run": ("elsewhere/run", Path("elsewhere/run")),
@@ -240,6 +242,20 @@ def test_the_console_script_names_an_unknown_command(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["scalelong", "tarin"])
     assert exit_of(cli.main) == EXIT_USER_ERROR
     assert capsys.readouterr().err.startswith("error: unknown command 'tarin'; there are train, launch, sample")
+
+
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/x/scalelong/train/__main__.py", "digits-uvit"], "python -m scalelong.train digits-uvit"),
+        (["/x/scalelong/__main__.py", "train", "digits-uvit"], "python -m scalelong train digits-uvit"),
+        (["/x/bin/scalelong", "train", "digits-uvit", "--run", "a b"], "scalelong train digits-uvit --run 'a b'"),
+        (["/x/my_script.py", "--local_rank=0", "digits-uvit"], "my_script.py digits-uvit"),
+    ],
+)
+def test_the_command_that_resumes_is_the_one_that_was_given(argv, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command_to_resume() == expected
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "export"])

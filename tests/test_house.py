@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,10 +17,10 @@ import scalelong
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
-    {"errors", "objective", "monitor"},
-    {"config", "report"},
-    {"guard", "schedule", "recipes", "run_folder"},
-    {"command_line"},
+    {"errors", "monitor", "objective", "usage", "write_whole"},
+    {"config"},
+    {"guard", "recipes", "run_folder", "schedule"},
+    {"command_line", "report"},
     {"data", "hosts"},
     {"zero"},
     {"checkpoint"},
@@ -87,8 +88,15 @@ def train_places(path: Path) -> set[str]:
 
 
 def test_every_file_and_room_of_train_has_a_floor():
-    places = [path.name.removesuffix(".py") for path in (ROOT / "train").iterdir() if path.name != "__pycache__"]
+    places = {path.relative_to(ROOT / "train").parts[0].removesuffix(".py") for path in (ROOT / "train").rglob("*.py")}
     assert sorted(places) == sorted(place for floor in FLOORS_OF_TRAIN for place in floor)
+
+
+def test_the_documented_floors_are_these():
+    _, table = (ROOT / "docs" / "architecture.md").read_text().split("## Its floors")
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    documented = {int(number): set(re.findall(r"`(\w+)/?`", places)) for number, places in rows}
+    assert documented == dict(enumerate(FLOORS_OF_TRAIN, start=1))
 
 
 @each_file_of_train
@@ -98,7 +106,7 @@ def test_train_imports_point_down(path):
     assert [place for place in train_places(path) if floor_of[place] >= mine] == []
 
 
-@pytest.mark.parametrize("room", sorted(path.name for path in (ROOT / "train").iterdir() if path.suffix != ".py"))
+@pytest.mark.parametrize("room", sorted({path.parent.name for path in (ROOT / "train").glob("*/*.py")}))
 def test_files_of_a_room_do_not_import_in_a_circle(room):
     files = {f"scalelong.train.{room}.{path.stem}": path for path in (ROOT / "train" / room).glob("*.py")}
     imports = {
@@ -140,6 +148,15 @@ def test_the_package_alone_does_not_load_torch():
     loaded = modules_loaded_by("import scalelong; scalelong.__version__")
     assert "scalelong" in loaded
     assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("line", [["scalelong", "--help"], ["scalelong", "train", "--help"], ["scalelong.train", "-h"]])
+def test_help_does_not_load_torch(line):
+    module, *arguments = line
+    code = f"import runpy, sys; sys.argv = ['', *{arguments}]; runpy.run_module({module!r}, run_name='__main__')"
+    loaded = modules_loaded_by(f"exec({code!r})")
+    assert "scalelong.train.errors" in loaded
+    assert not loaded & {"torch", "tyro", "numpy"}
 
 
 def test_public_names_are_reachable_from_the_package():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import BROKEN, encode, random_pixels, write_image
+from images import BROKEN, encode, open_images, random_pixels, write_image
 from PIL import Image
 
 from scalelong.train.commands.prepare import PrepareArguments, Work, main, prepare
@@ -42,7 +42,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 def test_shards_hold_the_sound_images_with_their_labels_as_they_were(folder, tmp_path):
     out = prepare(arguments(folder, tmp_path / "out"))
-    source, before = open_source(str(out), 2), ImageFolder(folder)
+    source, before = open_images(out, 2), ImageFolder(folder)
     sound = [i for i in range(len(before)) if before.key(i).endswith(".jpg")]
     assert source.class_names == ["cat", "dog"]
     assert [source.read(i) for i in range(len(source))] == [before.read(i) for i in sound]
@@ -63,13 +63,13 @@ def test_bad_images_are_listed_with_their_reasons(folder, tmp_path):
 
 @pytest.mark.parametrize("crop", ["plain", "adm"])
 def test_images_are_cropped_to_squares_of_the_size(folder, tmp_path, crop):
-    source = open_source(str(prepare(arguments(folder, tmp_path / "out", size=8, crop=crop))), 2)
+    source = open_images(prepare(arguments(folder, tmp_path / "out", size=8, crop=crop)), 2)
     assert {decode_image(source.read(i), 3).size for i in range(len(source))} == {(8, 8)}
 
 
 def test_grey_images_stay_grey(tmp_path):
     write_image(tmp_path / "in" / "0.png", random_pixels(9, 9, 1))
-    source = open_source(str(prepare(arguments(tmp_path / "in", tmp_path / "out", size=4, labels=False))), 0)
+    source = open_images(prepare(arguments(tmp_path / "in", tmp_path / "out", size=4, labels=False)), 0)
     with Image.open(io.BytesIO(source.read(0))) as image:
         assert image.mode == "L"
 
@@ -128,7 +128,7 @@ def test_shards_can_be_made_of_shards_and_of_the_digits(folder, tmp_path, monkey
     first = prepare(arguments(folder, tmp_path / "first"))
     second = prepare(arguments(first, tmp_path / "second", images_per_shard=100))
     assert len(list(second.glob("*.tar"))) == 1
-    a, b = open_source(str(first), 2), open_source(str(second), 2)
+    a, b = open_images(first, 2), open_images(second, 2)
     assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
     monkeypatch.setenv("SCALELONG_CACHE", str(tmp_path / "cache"))
     digits = prepare(arguments("digits", tmp_path / "digits", split="test", images_per_shard=1000))

@@ -207,7 +207,7 @@ class ToyNetwork:
         return (x_BCHW - shift) * 0.9
 
 
-SETTINGS = {"num_images": 7, "null_label": 9, "steps": 4, "guidance": 0.5, "seed": 3, "sampler": "ddim"}
+SETTINGS = {"num_images": 7, "null_condition": 9, "steps": 4, "guidance": 0.5, "seed": 3, "sampler": "ddim"}
 
 
 def generate_toys(**changes) -> np.ndarray:

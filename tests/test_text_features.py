@@ -87,11 +87,11 @@ def read(config: TrainConfig, plan: BatchPlan, count: int) -> list[Batch]:
 
 def captions_of(batch: Batch) -> torch.Tensor:
     """The number that fills each text of a batch."""
-    assert batch.labels_B is not None
-    assert batch.labels_B.dtype == torch.float32
-    assert batch.labels_B.shape[1:] == (TOKENS, FEATURES)
-    assert (batch.labels_B == batch.labels_B[:, :1, :1]).all()
-    return batch.labels_B[:, 0, 0]
+    assert batch.condition is not None
+    assert batch.condition.dtype == torch.float32
+    assert batch.condition.shape[1:] == (TOKENS, FEATURES)
+    assert (batch.condition == batch.condition[:, :1, :1]).all()
+    return batch.condition[:, 0, 0]
 
 
 def test_the_other_draws_are_as_they_were_before_there_was_one_for_captions():
@@ -127,8 +127,8 @@ def test_labels_may_stand_beside_texts_and_serve_a_model_with_classes(tmp_path):
     root = write_folder(tmp_path / "latents", labels=True)
     model = replace(MODEL, context_tokens=0, num_classes=8)
     (batch,) = read(config_for(root, model=model), BatchPlan(0, 12), 1)
-    assert batch.labels_B is not None
-    assert batch.labels_B.shape == (12,)
+    assert batch.condition is not None
+    assert batch.condition.shape == (12,)
     assert len(read(config_for(root), BatchPlan(0, 4), 1)) == 1
 
 

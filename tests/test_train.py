@@ -22,7 +22,6 @@ from scalelong.model.uvit import UViT
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
 from scalelong.train.loop import train
-from scalelong.train.schedule import passes
 from scalelong.train.zero import engine as zero
 
 pytestmark = pytest.mark.slow
@@ -289,8 +288,3 @@ def test_sample_export_and_evaluate_work_on_a_run(straight, tmp_path):
     assert [s["guidance"] for s in scores["samples"]] == [1.0, 0.0]
     assert "label accuracy" in done.stdout
     (straight / "evaluation.json").unlink()
-
-
-def test_passes_counts_multiples_once():
-    assert [passes(a, a + 32, 100) for a in range(0, 224, 32)] == [False, False, False, True, False, False, True]
-    assert not passes(0, 32, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import encode, random_pixels
+from images import encode, open_images, random_pixels
 
 from scalelong.train.commands.prepare import index_shards
 from scalelong.train.data.source import open_source
@@ -47,7 +47,7 @@ def shards(tmp_path) -> Path:
 
 
 def test_images_are_read_by_number_across_shards(shards):
-    source = open_source(str(shards), 3)
+    source = open_images(shards, 3)
     assert len(source) == 15
     assert [source.read(i) for i in range(15)] == [image_of(i) for i in range(15)]
     assert [source.label(i) for i in range(15)] == [i % 3 for i in range(15)]

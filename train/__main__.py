@@ -3,15 +3,22 @@
 import sys
 import time
 
-from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.errors import RankError, run_command
+from scalelong.train.usage import usage
 
 SECONDS_BEHIND_THE_DEAD = 3.0
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong train``."""
-    config = parse_train_arguments(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0] in ("-h", "--help"):  # at once, before the imports that take seconds
+        print(usage())
+        return
+
+    from scalelong.train.command_line import parse_train_arguments
+
+    config = parse_train_arguments(argv)
 
     from scalelong.train.hosts.processes import has_lost_contact, leave_processes
     from scalelong.train.loop import train

@@ -8,7 +8,6 @@ Averages of the weights that are kept for later, ``averages/<images_seen>/``, ar
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.run_folder import averages_folder, checkpoints_folder, read_config
+from scalelong.train.write_whole import sync
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import Ema
 
@@ -176,14 +176,14 @@ def _write(final: Path, state: dict[str, Any], tensors: dict[str, Tensors]) -> s
         _write_json(staging / "state.json", state)
         hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
         for name in hashes:
-            _sync(staging / name)
+            sync(staging / name)
         _write_json(staging / MANIFEST, {"sha256": hashes})
-        _sync(staging / MANIFEST)
-        _sync(staging)
+        sync(staging / MANIFEST)
+        sync(staging)
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         for _, iterator in remaining:
             _exhaust(iterator)
@@ -217,14 +217,6 @@ def _write_json(path: Path, value: Any) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[Backbone, TrainConfig]:

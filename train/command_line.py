@@ -15,10 +15,10 @@ import tyro
 
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
-from scalelong.train.recipes import DESCRIPTIONS, RECIPES
+from scalelong.train.recipes import RECIPES
+from scalelong.train.usage import TRAIN_PROGRAM, usage
 
 T = TypeVar("T")
-TRAIN_PROGRAM = "python -m scalelong.train"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,20 +133,3 @@ def choose_recipe(argv: list[str], *, program: str) -> tuple[str, list[str]]:
         hint = f"; perhaps you meant {close[0]}" if close else ""
         raise UserError(f"unknown preset {name!r}{hint}; presets: {presets}")
     return name, flags
-
-
-def usage() -> str:
-    width = max(map(len, RECIPES))
-    lines = [f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in RECIPES]
-    return "\n".join(
-        [
-            f"usage: {TRAIN_PROGRAM} PRESET [--field value ...]",
-            "",
-            "Trains a diffusion model with scaled long skips. The same command resumes.",
-            "",
-            "presets:",
-            *lines,
-            "",
-            f"{TRAIN_PROGRAM} PRESET --help lists the fields of a preset and their values.",
-        ]
-    )

@@ -15,6 +15,7 @@ from scalelong.model.architectures import (
 )
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.skip_scale import SkipPosition, SkipScale, SkipScaleName, make_skip_scale
+from scalelong.model.uvit import UViTConfig
 from scalelong.train.errors import UserError
 from scalelong.train.objective import NUM_TIMES
 
@@ -193,6 +194,14 @@ class TrainConfig:
     def null_label(self) -> int | None:
         """The label that stands for "no label", the last row of the embedding; None without guidance or labels."""
         return self.model.num_classes - 1 if self.label_drop and self.model.num_classes else None
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """(L, D) of the text features that the model takes; None for a model without text."""
+        model = self.model
+        if not (isinstance(model, UViTConfig) and model.context_tokens):
+            return None
+        return model.context_tokens, model.context_dim
 
     @property
     def num_data_classes(self) -> int:

@@ -124,10 +124,14 @@ def noise_prediction_loss(
     x0_BCHW: Tensor,
     noise_BCHW: Tensor,
     time_u_B: Tensor,
-    labels_B: Tensor | None,
+    condition: Tensor | None,
 ) -> Tensor:
-    """L_simple = mean (ε - ε_θ(x_t, t))² over pixels and batch (arXiv:2006.11239, eq. 14), a scalar in fp32."""
+    """L_simple = mean (ε - ε_θ(x_t, t))² over pixels and batch (arXiv:2006.11239, eq. 14), a scalar in fp32.
+
+    Args:
+        condition: what the network is told of each image: labels (B,), or text features (B, L, D).
+    """
     t_B = process.draw_time(time_u_B)
     x_BCHW = add_noise(x0_BCHW, noise_BCHW, process.alpha_bar(t_B))
-    predicted_BCHW = model(x_BCHW, process.network_time(t_B), labels_B)
+    predicted_BCHW = model(x_BCHW, process.network_time(t_B), condition)
     return (predicted_BCHW.float() - noise_BCHW).square().mean()

@@ -11,6 +11,7 @@ from typing import Any
 from scalelong.model.architectures import BackboneConfig
 from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from scalelong.train.usage import DESCRIPTIONS
 
 _DIGITS = TrainConfig(
     run=Path("runs/digits-uvit"),
@@ -101,23 +102,6 @@ _IMAGENET64_ADM = {"batch": 2048, "steps": 540_000, "learning_rate": 3e-4, "warm
 _PUBLISHED_UNETS: dict[str, Any] = {
     "cifar10-ddpm-unet": {**_CIFAR10_DDPM, "objective": "linear"},
     "imagenet64-adm": {**_IMAGENET64_ADM, "objective": "cosine"},
-}
-
-DESCRIPTIONS = {
-    "digits-uvit": "the embedded handwritten digits (8x8), class-conditional with guidance; minutes on two CPU cores",
-    "cifar10-uvit-s2": "CIFAR-10 (32x32), unconditional, 44 M parameters",
-    "celeba64-uvit-s4": "CelebA (64x64), unconditional, 44 M parameters",
-    "imagenet64-uvit-m4": "ImageNet (64x64), class-conditional, 131 M parameters",
-    "imagenet64-uvit-l4": "ImageNet (64x64), class-conditional, 287 M parameters",
-    "imagenet256-uvit-l2": "ImageNet (latents of 256x256), class-conditional with guidance, 287 M parameters",
-    "imagenet256-uvit-h2": "ImageNet (latents of 256x256), class-conditional with guidance, 501 M parameters",
-    "imagenet512-uvit-l4": "ImageNet (latents of 512x512), class-conditional with guidance, 287 M parameters",
-    "imagenet512-uvit-h4": "ImageNet (latents of 512x512), class-conditional with guidance, 501 M parameters",
-    "mscoco-uvit-s2": "MS-COCO (latents of 256x256), conditioned on text with guidance, 45 M parameters",
-    "mscoco-uvit-s2-deep": "MS-COCO (latents of 256x256), conditioned on text with guidance, 58 M parameters",
-    "digits-unet": "the embedded digits by a convolutional UNet",
-    "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
-    "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
 }
 
 RECIPES: dict[str, TrainConfig] = {

@@ -5,8 +5,34 @@ from pathlib import Path
 
 from scalelong.train.config import TrainConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
+from scalelong.train.write_whole import remove_left_over, write_whole
 
-CONFIG_STAGING = ".config.json.writing"
+
+def config_path(run: Path) -> Path:
+    return run / "config.json"
+
+
+def log_path(run: Path) -> Path:
+    return run / "log.jsonl"
+
+
+def tensorboard_folder(run: Path) -> Path:
+    return run / "tensorboard"
+
+
+def grid_path(run: Path, images_seen: int) -> Path:
+    """The samples that were drawn then, one picture."""
+    return run / "samples" / f"{images_seen}.png"
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Checkpoints, one folder each, called by their images_seen."""
+    return run / "checkpoints"
+
+
+def averages_folder(run: Path) -> Path:
+    """The power-function averages that were kept, one folder for each moment, called by its images_seen."""
+    return run / "averages"
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -15,7 +41,7 @@ def read_config(run: Path) -> TrainConfig:
     Raises:
         UserError: no run folder, or one whose config.json cannot be read.
     """
-    path = run / "config.json"
+    path = config_path(run)
     if not path.is_file():
         raise UserError(f"{run} is no run folder: it has no config.json")
     try:
@@ -25,18 +51,14 @@ def read_config(run: Path) -> TrainConfig:
 
 
 def write_config(config: TrainConfig) -> None:
+    """Makes the run folder, if it is not there, with this configuration.
+
+    Raises:
+        UserError: it cannot be written.
+    """
     try:
         config.run.mkdir(parents=True, exist_ok=True)
-        staging = config.run / CONFIG_STAGING
-        staging.write_text(json.dumps(config_to_dict(config), indent=2) + "\n")
-        staging.rename(config.run / "config.json")
+        write_whole(config_path(config.run), (json.dumps(config_to_dict(config), indent=2) + "\n").encode())
+        remove_left_over(config.run)
     except OSError as error:
         raise UserError(f"cannot write to the run folder {config.run}: {error.strerror}") from error
-
-
-def checkpoints_folder(run: Path) -> Path:
-    return run / "checkpoints"
-
-
-def averages_folder(run: Path) -> Path:
-    return run / "averages"

@@ -16,9 +16,8 @@ import numpy as np
 from scalelong.train.command_line import parse
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.images import resize_and_crop
-from scalelong.train.data.latents import LatentFolder
 from scalelong.train.data.order import Stream, generator
-from scalelong.train.data.source import Source, open_source
+from scalelong.train.data.source import open_source
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES
@@ -55,12 +54,9 @@ class RealImages:
 
 def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
     """The run's training images, and held-out ones: the digits' own, or every fifth of a folder."""
-    source = open_source(config.data.path, config.num_data_classes)
-    if isinstance(source, LatentFolder):
-        raise UserError(f"{config.data.path} holds latents; both scores are of images alone, not of latents or text")
-    train, train_labels = _read_pixels(source, config, at_most)
+    train, train_labels = _read_pixels(config, "train", at_most)
     if config.data.path == "digits":
-        held_out, labels = _read_pixels(open_source("digits", config.num_data_classes, split="test"), config, at_most)
+        held_out, labels = _read_pixels(config, "test", at_most)
         return RealImages(train, train_labels, held_out, labels, held_out_from_training=False)
     shuffled = generator(0, Stream.ORDER, 0).permutation(len(train))
     cut = int(len(train) * HELD_OUT_SHARE)
@@ -70,7 +66,11 @@ def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
     return RealImages(train[kept], train_labels[kept], train[out], train_labels[out], held_out_from_training=True)
 
 
-def _read_pixels(source: Source, config: TrainConfig, at_most: int) -> tuple[np.ndarray, np.ndarray]:
+def _read_pixels(config: TrainConfig, split: str, at_most: int) -> tuple[np.ndarray, np.ndarray]:
+    """(N, pixels) in [0, 1] and (N,) labels of images spread evenly over the data."""
+    source = open_source(config.data.path, config.num_data_classes, split=split)
+    if source.holds == "latents":
+        raise UserError(f"{config.data.path} holds latents; both scores are of images alone, not of latents or text")
     indices = np.linspace(0, len(source) - 1, min(at_most, len(source))).astype(int)
     images, size = SoundImages(source, config.model.in_channels), config.model.img_size
     pixels = [np.asarray(resize_and_crop(images.image(i), size)).ravel() for i in indices]

@@ -23,7 +23,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalelong.model.architectures import make_backbone
-from scalelong.model.uvit import UViTConfig
 from scalelong.train.command_line import choose_recipe, parse
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
@@ -209,12 +208,12 @@ def simulate(config: TrainConfig, micro_batch: int, *, keeps_gradients: bool) ->
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(_drop_gradient)
         images, noise = (torch.empty(micro_batch, channels, side, side) for _ in range(2))
-        labels = torch.zeros(micro_batch, dtype=torch.long) if config.model.num_classes else None
-        if isinstance(config.model, UViTConfig) and config.model.context_tokens:
-            labels = torch.empty(micro_batch, config.model.context_tokens, config.model.context_dim)
+        condition = torch.zeros(micro_batch, dtype=torch.long) if config.model.num_classes else None
+        if config.context_shape is not None:
+            condition = torch.empty(micro_batch, *config.context_shape)
         with _LiveBytes() as live, autocast:
             process = PROCESSES[config.objective]
-            noise_prediction_loss(model, process, images, noise, torch.rand(micro_batch), labels).backward()
+            noise_prediction_loss(model, process, images, noise, torch.rand(micro_batch), condition).backward()
     return live.peak
 
 

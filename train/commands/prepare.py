@@ -21,18 +21,16 @@ from scalelong.train.commands.shard_writers import (
     FeatureWriter,
     ImageWriter,
     LatentWriter,
-    Readers,
     ShardWriter,
-    write_aside,
 )
-from scalelong.train.data.latents import LatentFolder
 from scalelong.train.data.mscoco_features import FeatureFolder
-from scalelong.train.data.source import Source, recognise_source
+from scalelong.train.data.source import ImageSource, recognise_source
 from scalelong.train.data.stand_ins import FILE_NAME as BAD_SAMPLES
 from scalelong.train.data.stand_ins import BadImage
 from scalelong.train.data.tar_shards import find_shards, make_index, unfinished_path
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import cores_per_process
+from scalelong.train.write_whole import is_staging, remove_left_over, write_whole
 
 Crop = Literal["plain", "adm", "celeba"]
 
@@ -95,9 +93,9 @@ def prepare(arguments: PrepareArguments) -> Path:
     if arguments.out is None:
         return index_shards(Path(arguments.source), arguments.label_field)
     source = recognise_source(arguments.source, arguments.split, labelled=arguments.labels)
-    if isinstance(source, LatentFolder):
+    if source.holds == "latents":
         raise UserError(f"{arguments.source} holds latents already")
-    if isinstance(source, FeatureFolder) and arguments.size:
+    if source.holds == "features" and arguments.size:
         raise UserError(f"{arguments.source} holds features, not images: --size and --latents are not for it")
     work = Work.begin(arguments, source)
     shards = list(work.shards())
@@ -112,14 +110,13 @@ def prepare(arguments: PrepareArguments) -> Path:
     return arguments.out
 
 
-def choose_writer(arguments: PrepareArguments, source: Source) -> ShardWriter:
-    readers = Readers(source, arguments.num_threads or cores_per_process())
-    a = arguments
-    if isinstance(source, FeatureFolder):
-        return FeatureWriter(readers, source, a.dtype, a.scale)
+def choose_writer(arguments: PrepareArguments, source: ImageSource | FeatureFolder) -> ShardWriter:
+    a, threads = arguments, arguments.num_threads or cores_per_process()
+    if source.holds == "features":
+        return FeatureWriter(source, threads, a.dtype, a.scale)
     if a.latents is not None:
-        return LatentWriter(readers, a.size, a.crop, a.latents, a.mirrored, a.dtype, a.batch_size)
-    return ImageWriter(readers, a.size, a.crop)
+        return LatentWriter(source, threads, a.size, a.crop, a.latents, a.mirrored, a.dtype, a.batch_size)
+    return ImageWriter(source, threads, a.size, a.crop)
 
 
 def index_shards(path: Path, label_field: str) -> Path:
@@ -138,12 +135,12 @@ class Work:
     """A folder in the making: how it was asked for stands in it until it is finished."""
 
     arguments: PrepareArguments
-    source: Source
+    source: ImageSource | FeatureFolder
     writer: ShardWriter
     out: Path
 
     @classmethod
-    def begin(cls, arguments: PrepareArguments, source: Source) -> "Work":
+    def begin(cls, arguments: PrepareArguments, source: ImageSource | FeatureFolder) -> "Work":
         """Raises UserError where the folder holds something else, or shards that were asked for otherwise."""
         assert arguments.out is not None
         settings = {**asdict(arguments), "fingerprint": source.fingerprint()}
@@ -158,10 +155,11 @@ class Work:
                 changed = [name for name, value in settings.items() if before.get(name) != value]
                 if changed:
                     raise UserError(f"{out} was begun with another {', '.join(changed)}; take another folder")
-            elif any(out.iterdir()):
+            elif not all(is_staging(path, marker.name) for path in out.iterdir()):
                 raise UserError(f"{out} is not empty")
             else:
-                write_aside(marker, json.dumps(settings, indent=2).encode())
+                write_whole(marker, json.dumps(settings, indent=2).encode())
+            remove_left_over(out)
         except OSError as error:
             raise UserError(f"cannot write to {out}: {error.strerror}") from error
         return cls(arguments, source, choose_writer(arguments, source), out)
@@ -179,7 +177,7 @@ class Work:
     def list_bad_samples(self) -> None:
         """``bad_samples.jsonl``: those of all shards so far."""
         lists = [self._bad_path(shard).read_text() for shard, _ in self.shards() if self.is_whole(shard)]
-        write_aside(self.out / BAD_SAMPLES, "".join(lists).encode())
+        write_whole(self.out / BAD_SAMPLES, "".join(lists).encode())
 
     def finish(self, shards: list[Path]) -> None:
         """Raises UserError where no image was sound."""
@@ -195,7 +193,7 @@ class Work:
             "crop": self.arguments.crop,
         }
         description |= self.writer.finish(self.out, made)
-        write_aside(self.out / self.writer.description_name, (json.dumps(description, indent=2) + "\n").encode())
+        write_whole(self.out / self.writer.description_name, (json.dumps(description, indent=2) + "\n").encode())
         for shard in shards:
             self._bad_path(shard).unlink()
         unfinished_path(self.out).unlink()
@@ -204,7 +202,7 @@ class Work:
         return shard.with_name(f".{shard.name}.bad.jsonl")
 
     def save_bad(self, shard: Path, bad: Iterable[BadImage]) -> None:
-        write_aside(self._bad_path(shard), "".join(json.dumps(asdict(image)) + "\n" for image in bad).encode())
+        write_whole(self._bad_path(shard), "".join(json.dumps(asdict(image)) + "\n" for image in bad).encode())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

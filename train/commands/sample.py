@@ -6,7 +6,7 @@ from pathlib import Path
 from scalelong.train.command_line import parse
 from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES
-from scalelong.train.sampling.generate import default_labels, default_texts, generate
+from scalelong.train.sampling.generate import default_texts, generate
 from scalelong.train.sampling.grid import grid_columns, save_grid
 from scalelong.train.sampling.load import SamplingArguments, load_sampling
 
@@ -35,11 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         known = f"0 to {num_classes - 1}" if num_classes else "none: it was trained without labels"
         raise UserError(f"--label {unknown[0]}: the run's labels are {known}")
-    labels = default_labels(arguments.num_images, num_classes)
-    if arguments.label:
-        labels = [arguments.label[n % len(arguments.label)] for n in range(arguments.num_images)]
-    process, texts = PROCESSES[config.objective], sampling.texts
+    in_turn = arguments.label or range(num_classes)
+    labels = [in_turn[n % len(in_turn)] for n in range(arguments.num_images)] if in_turn else None
+    texts = sampling.texts
     conditions = labels if texts is None else default_texts(arguments.num_images, texts)
+    process = PROCESSES[config.objective]
     images = generate(sampling.model, process, conditions, num_images=arguments.num_images, **sampling.settings)
     columns = grid_columns(arguments.num_images, len(set(labels)) if labels else 0)
     try:

@@ -24,10 +24,11 @@ from scalelong.train.data.images import CROPS, IMAGE_SUFFIXES, decode_image
 from scalelong.train.data.latents import DESCRIPTION as LATENTS_DESCRIPTION
 from scalelong.train.data.latents import EMPTY_CONTEXT
 from scalelong.train.data.mscoco_features import FeatureFolder
-from scalelong.train.data.source import Source
+from scalelong.train.data.source import ImageSource
 from scalelong.train.data.stand_ins import IMAGE_ERRORS, BadImage, describe_image_error
 from scalelong.train.data.tar_shards import DESCRIPTION, make_index
 from scalelong.train.sampling.autoencoder import encode_moments, load_vae
+from scalelong.train.write_whole import staged, write_whole
 
 # Room for the header of safetensors, which is padded with spaces: shapes are known when all is written.
 HEADER_BYTES = 512
@@ -55,35 +56,11 @@ class ShardWriter(Protocol):
 
 
 @dataclass(frozen=True)
-class Readers:
-    """Threads that read a source a few images ahead of the writer."""
-
-    source: Source
-    num_threads: int
-
-    def each(self, make: Callable[[int], Any], indices: range, bad: list[BadImage]) -> Iterator[tuple[int, Any]]:
-        """What is made of each sound image, in order; the others are added to ``bad``."""
-        with ThreadPoolExecutor(self.num_threads) as pool:
-            for first in range(indices.start, indices.stop, 16 * self.num_threads):
-                chunk = range(first, min(first + 16 * self.num_threads, indices.stop))
-                for index, future in [(index, pool.submit(make, index)) for index in chunk]:
-                    try:
-                        yield index, future.result()
-                    except IMAGE_ERRORS as error:
-                        bad.append(BadImage(index, self.source.key(index), describe_image_error(error)))
-
-    def read(self, index: int) -> bytes:
-        data = self.source.read(index)
-        if not data:
-            raise ValueError("the file is empty")
-        return data
-
-
-@dataclass(frozen=True)
 class ImageWriter:
     """Tar shards of image files: as they are, or as squares of ``size`` pixels in PNG."""
 
-    readers: Readers
+    source: ImageSource
+    num_threads: int
     size: int
     """0: files are kept as they are."""
     crop: str
@@ -92,15 +69,12 @@ class ImageWriter:
 
     def write(self, shard: Path, indices: range, advance: Advance) -> list[BadImage]:
         bad: list[BadImage] = []
-        source = self.readers.source
-        staging = shard.with_name(f".{shard.name}.writing")
-        with tarfile.open(staging, "w") as tar:
-            for index, (data, suffix) in self.readers.each(self.encoded, indices, bad):
+        with staged(shard) as staging, tarfile.open(staging, "w") as tar:
+            for index, (data, suffix) in _each(self, self.encoded, indices, bad):
                 _add_file(tar, f"{index:09d}{suffix}", data)
-                if source.class_names:
-                    _add_file(tar, f"{index:09d}.cls", str(source.label(index)).encode())
+                if self.source.class_names:
+                    _add_file(tar, f"{index:09d}.cls", str(self.source.label(index)).encode())
                 advance()
-        staging.rename(shard)
         make_index(shard).save(shard)
         return bad
 
@@ -109,7 +83,7 @@ class ImageWriter:
 
     def encoded(self, index: int) -> tuple[bytes, str]:
         """The bytes of an image file and its suffix."""
-        data = self.readers.read(index)
+        data = _read(self.source, index)
         if self.size:
             encoded = io.BytesIO()
             is_grey = _mode_of(data) in ("1", "L", "I", "I;16")
@@ -127,7 +101,8 @@ class ImageWriter:
 class LatentWriter:
     """Shards of the latents that an autoencoder makes of images, of the mirrored ones too if wanted."""
 
-    readers: Readers
+    source: ImageSource
+    num_threads: int
     size: int
     crop: str
     vae_folder: Path
@@ -140,9 +115,9 @@ class LatentWriter:
     def write(self, shard: Path, indices: range, advance: Advance) -> list[BadImage]:
         bad: list[BadImage] = []
         moments, labels, batch = [], [], []
-        for index, pixels_CHW in self.readers.each(self.pixels, indices, bad):
+        for index, pixels_CHW in _each(self, self.pixels, indices, bad):
             batch.append(pixels_CHW)
-            labels.append(self.readers.source.label(index))
+            labels.append(self.source.label(index))
             advance()
             if len(batch) == self.batch_size:
                 moments.append(self.encode(torch.stack(batch)))
@@ -150,10 +125,9 @@ class LatentWriter:
         if batch:
             moments.append(self.encode(torch.stack(batch)))
         if moments:
-            staging = shard.with_name(f".{shard.name}.writing")
             tensors = {"moments": torch.cat(moments), "labels": torch.tensor(labels)}
-            write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
-            staging.rename(shard)
+            with staged(shard) as staging:
+                write_tensors({name: tensor.contiguous() for name, tensor in tensors.items()}, staging)
         return bad
 
     def finish(self, folder: Path, shards: list[Path]) -> dict[str, Any]:
@@ -162,7 +136,7 @@ class LatentWriter:
 
     def pixels(self, index: int) -> Tensor:
         """(3, H, W) in [-1, 1]."""
-        image = CROPS[self.crop](decode_image(self.readers.read(index), 3), self.size)
+        image = CROPS[self.crop](decode_image(_read(self.source, index), 3), self.size)
         pixels = np.asarray(image, dtype=np.float32).transpose(2, 0, 1)
         return torch.from_numpy(pixels / np.float32(127.5) - 1)
 
@@ -182,8 +156,8 @@ class LatentWriter:
 class FeatureWriter:
     """Shards of U-ViT's features of MS-COCO: latents and the text features of their captions."""
 
-    readers: Readers
     source: FeatureFolder
+    num_threads: int
     dtype: str
     scale: float
     suffix = ".safetensors"
@@ -193,7 +167,7 @@ class FeatureWriter:
         bad: list[BadImage] = []
 
         def features() -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-            for _, made in self.readers.each(self.source.features, indices, bad):
+            for _, made in _each(self, self.source.features, indices, bad):
                 yield made
                 advance()
 
@@ -203,8 +177,33 @@ class FeatureWriter:
     def finish(self, folder: Path, shards: list[Path]) -> dict[str, Any]:
         data = io.BytesIO()
         np.save(data, self.source.empty_context.astype(DTYPES[self.dtype][0]))
-        write_aside(folder / EMPTY_CONTEXT, data.getvalue())
+        write_whole(folder / EMPTY_CONTEXT, data.getvalue())
         return {"shards": [path.name for path in shards], "scale": self.scale}
+
+
+def _each(
+    writer: ImageWriter | LatentWriter | FeatureWriter,
+    make: Callable[[int], Any],
+    indices: range,
+    bad: list[BadImage],
+) -> Iterator[tuple[int, Any]]:
+    """What is made of each sound image, in order, a few of them ahead; the others are added to ``bad``."""
+    threads = writer.num_threads
+    with ThreadPoolExecutor(threads) as pool:
+        for first in range(indices.start, indices.stop, 16 * threads):
+            chunk = range(first, min(first + 16 * threads, indices.stop))
+            for index, future in [(index, pool.submit(make, index)) for index in chunk]:
+                try:
+                    yield index, future.result()
+                except IMAGE_ERRORS as error:
+                    bad.append(BadImage(index, writer.source.key(index), describe_image_error(error)))
+
+
+def _read(source: ImageSource, index: int) -> bytes:
+    data = source.read(index)
+    if not data:
+        raise ValueError("the file is empty")
+    return data
 
 
 def _mode_of(data: bytes) -> str:
@@ -219,12 +218,6 @@ def _add_file(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(member, io.BytesIO(data))
 
 
-def write_aside(path: Path, data: bytes) -> None:
-    staging = path.with_name(f".{path.name}.writing")
-    staging.write_bytes(data)
-    staging.rename(path)
-
-
 def write_shard(
     path: Path, features: Iterable[tuple[np.ndarray, list[np.ndarray]]], num_captions: int, dtype: str
 ) -> None:
@@ -237,9 +230,8 @@ def write_shard(
         num_captions: K; an image with fewer repeats its own in turn.
     """
     kind, name = DTYPES[dtype]
-    staging = path.with_name(f".{path.name}.writing")
     moments, shapes = [], {}
-    with staging.open("wb") as file:
+    with staged(path) as staging, staging.open("wb") as file:
         file.write(bytes(HEADER_BYTES))
         for mean_and_std, texts in features:
             context = np.stack([texts[k % len(texts)] for k in range(num_captions)]).astype(kind)
@@ -249,10 +241,8 @@ def write_shard(
         file.write(b"".join(array.tobytes() for array in moments))
         file.seek(0)
         file.write(_header(shapes, name, np.dtype(kind).itemsize))
-    if moments:
-        staging.rename(path)
-    else:
-        staging.unlink()
+        if not moments:
+            staging.unlink()
 
 
 def _header(shapes: dict[str, tuple[int, ...]], dtype: str, itemsize: int) -> bytes:

@@ -11,7 +11,7 @@ import tarfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -35,6 +35,8 @@ class Cifar10:
     Raises:
         UserError: files are missing or are not what they should be.
     """
+
+    holds: Literal["images"] = "images"
 
     def __init__(self, path: Path, split: str = "train"):
         self.path, self.split, self.class_names = path, split, list(CLASSES)

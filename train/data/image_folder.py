@@ -3,6 +3,7 @@
 import hashlib
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 from scalelong.train.data.images import IMAGE_SUFFIXES
 from scalelong.train.errors import UserError
@@ -16,6 +17,8 @@ class ImageFolder:
     Raises:
         UserError: no such folder, no images in it, or class folders missing although labels are wanted.
     """
+
+    holds: Literal["images"] = "images"
 
     def __init__(self, root: str | Path, *, labelled: bool = True):
         self.root = Path(root)

@@ -9,19 +9,15 @@ With text, ``context`` (N, K, L, D): L tokens of D features for each of K captio
 
 import hashlib
 import json
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 from tokenize import TokenError
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples
 from scalelong.train.errors import UserError
 
 DESCRIPTION = "latents.json"
@@ -74,6 +70,8 @@ class LatentFolder:
     Raises:
         UserError: a file that is missing, cut off, or does not fit the others.
     """
+
+    holds: Literal["latents"] = "latents"
 
     def __init__(self, root: Path):
         self.root = root
@@ -159,9 +157,6 @@ class LatentFolder:
     def _shards_of(self, indices: np.ndarray) -> np.ndarray:
         return np.searchsorted(self._starts, indices, side="right") - 1
 
-    def read(self, index: int) -> bytes:
-        return self.moments(np.array([index]), np.array([False])).numpy().tobytes()
-
     def label(self, index: int) -> int:
         return int(self._labels[index])
 
@@ -188,38 +183,6 @@ def _flat(array: np.ndarray) -> Tensor:
 
 def is_latent_folder(path: Path) -> bool:
     return (path / DESCRIPTION).is_file() or (path / "moments.npy").is_file()
-
-
-def read_latents(
-    source: LatentFolder, order: Order, plan: BatchPlan, *, flip: bool, num_threads: int
-) -> Iterator[Tensor]:
-    """Endless micro-batches (B, C, H, W), fp32: scale (mean + std ε), with ε of (seed, position)."""
-
-    def noise(position: int) -> np.ndarray:
-        return draw_noise(order.seed, position, source.shape, Stream.LATENT)
-
-    with ThreadPoolExecutor(num_threads) as pool:
-        for batch in count():
-            positions = plan.positions(batch)
-            noises = pool.map(noise, positions)  # drawn while the moments are read
-            mirrored = draw_samples(order.seed, positions).flips(flip)
-            mean, std = source.moments(_indices(order, positions), mirrored).float().unbind(1)
-            yield source.scale * (mean + std * torch.from_numpy(np.stack(list(noises))))
-
-
-def read_contexts(source: LatentFolder, order: Order, plan: BatchPlan, *, label_drop: float) -> Iterator[Tensor]:
-    """Endless micro-batches (B, L, D), fp32: of each image the caption of (seed, position), or the empty one."""
-    for batch in count():
-        positions = plan.positions(batch)
-        indices, draws = _indices(order, positions), draw_samples(order.seed, positions)
-        context_BLD = source.contexts(indices, draws.captions(source.num_captions(indices)))
-        if source.empty_context is not None:
-            context_BLD[torch.from_numpy(draws.drops_label(label_drop))] = source.empty_context
-        yield context_BLD
-
-
-def _indices(order: Order, positions: range) -> np.ndarray:
-    return np.array([order.index(p) for p in positions])
 
 
 def _read_description(root: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import os
 import re
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -25,6 +26,8 @@ class FeatureFolder:
     Raises:
         UserError: no empty context, or no image that can be read.
     """
+
+    holds: Literal["features"] = "features"
 
     def __init__(self, root: Path):
         self.root = root
@@ -62,9 +65,6 @@ class FeatureFolder:
     def most_captions(self, indices: range) -> int:
         """The largest number of captions that any of the images has."""
         return max(len(self._captions[index]) for index in indices)
-
-    def read(self, index: int) -> bytes:
-        return self.features(index)[0].tobytes()
 
     def label(self, index: int) -> int:
         return 0

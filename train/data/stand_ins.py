@@ -15,14 +15,14 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps
 
 from scalelong.train.data.images import decode_image
 from scalelong.train.data.order import Stream, generator
-from scalelong.train.data.source import Source
+from scalelong.train.data.source import ImageSource
 from scalelong.train.errors import RankError, UserError
 
 # What Pillow raises for a file that is no whole image, or too large a one; mutated files bring out all of these.
@@ -66,7 +66,9 @@ class SoundImages:
         channels: 1 or 3, of the decoded images.
     """
 
-    def __init__(self, source: Source, channels: int):
+    holds: Literal["images"] = "images"
+
+    def __init__(self, source: ImageSource, channels: int):
         self.source, self.channels = source, channels
         self.class_names = source.class_names
         self._verdicts = np.full(len(source), UNKNOWN, dtype=np.uint8)

@@ -11,11 +11,13 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from scalelong.train.data.images import IMAGE_SUFFIXES
 from scalelong.train.errors import UserError
+from scalelong.train.write_whole import staged
 
 INDEX_SUFFIX = ".index.npz"
 DESCRIPTION = "dataset.json"
@@ -37,10 +39,8 @@ class ShardIndex:
     """All NO_LABEL, or none."""
 
     def save(self, shard: Path) -> None:
-        staging = shard.with_name(f".{shard.name}{INDEX_SUFFIX}.writing")
-        with staging.open("wb") as file:
+        with staged(index_path(shard)) as staging, staging.open("wb") as file:
             np.savez(file, **vars(self))
-        staging.rename(index_path(shard))
 
 
 def index_path(shard: Path) -> Path:
@@ -64,6 +64,8 @@ class WebDataset:
     Raises:
         UserError: a shard without an index or with one of another file, or labels for a part of the images alone.
     """
+
+    holds: Literal["images"] = "images"
 
     def __init__(self, path: Path):
         self.path, self._shards = path, find_shards(path)

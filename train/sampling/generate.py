@@ -12,28 +12,30 @@ import torch
 from torch import Tensor
 
 from scalelong.model.backbone import Backbone
-from scalelong.train.data.latents import LatentFolder
+from scalelong.train.config import TrainConfig
 from scalelong.train.data.order import Stream, draw_noise, draw_seed
+from scalelong.train.data.source import LatentSource
+from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.objective import Process
 from scalelong.train.sampling.samplers import Denoiser, denoise
 
 
-def guided(model: Backbone, labels_B: Tensor | None, null_label: int | Tensor | None, guidance: float) -> Denoiser:
-    """The model's noise prediction for the labels, with classifier-free guidance of strength s = ``guidance``.
+def guided(model: Backbone, condition: Tensor | None, null_condition: int | Tensor | None, guidance: float) -> Denoiser:
+    """The model's noise prediction under the condition, with classifier-free guidance of strength s = ``guidance``.
 
     Args:
-        labels_B: labels, or text features (B, L, D).
-        null_label: what stands for none: a label, or the features (L, D) of the empty text.
+        condition: labels (B,), or text features (B, L, D).
+        null_condition: what stands for none: a label, or the features (L, D) of the empty text.
     """
 
     def predict(x_BCHW: Tensor, t: Tensor) -> Tensor:
         t_B = t.to(x_BCHW.dtype).expand(len(x_BCHW))
-        if guidance == 0 or labels_B is None:
-            return model(x_BCHW, t_B, labels_B)
-        assert null_label is not None, "guidance needs a null label"
-        null_B = torch.as_tensor(null_label).to(labels_B).expand_as(labels_B)
+        if guidance == 0 or condition is None:
+            return model(x_BCHW, t_B, condition)
+        assert null_condition is not None, "guidance needs a null condition"
+        null = torch.as_tensor(null_condition).to(condition).expand_as(condition)
         # One pass over both halves: the batch is doubled, the launches are not.
-        both = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([labels_B, null_B]))
+        both = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([condition, null]))
         conditional, unconditional = both.chunk(2)
         return conditional + guidance * (conditional - unconditional)
 
@@ -44,10 +46,10 @@ def guided(model: Backbone, labels_B: Tensor | None, null_label: int | Tensor | 
 def generate(
     model: Backbone,
     process: Process,
-    labels: list[int] | Tensor | None,
+    conditions: list[int] | Tensor | None,
     *,
     num_images: int,
-    null_label: int | Tensor | None,
+    null_condition: int | Tensor | None,
     sampler: str,
     steps: int,
     guidance: float,
@@ -55,11 +57,11 @@ def generate(
     batch_size: int = 256,
     to_pictures: Callable[[Tensor], Tensor] | None = None,
 ) -> np.ndarray:
-    """Images (N, H, W, C) in uint8; image n depends on (seed, n), its label and the settings, not on the batches.
+    """Images (N, H, W, C) in uint8; image n depends on (seed, n), its condition and the settings, not on the batches.
 
     Args:
-        labels: one for each image, or text features (N, L, D); None for a model without labels.
-        null_label: as ``guided`` takes it.
+        conditions: a label for each image, or text features (N, L, D); None for a model without either.
+        null_condition: as ``guided`` takes it.
         to_pictures: makes images (B, C, H, W) in [-1, 1] of what the model draws; None: it draws images.
     """
     config = model.config
@@ -69,9 +71,9 @@ def generate(
     for first in range(0, num_images, batch_size):
         numbers = range(first, min(first + batch_size, num_images))
         noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in numbers])
-        labels_B = None if labels is None else torch.as_tensor(labels[first : numbers.stop]).to(device)
+        condition = None if conditions is None else torch.as_tensor(conditions[first : numbers.stop]).to(device)
         x_BCHW = denoise(
-            guided(model, labels_B, null_label, guidance),
+            guided(model, condition, null_condition, guidance),
             process,
             torch.from_numpy(noise).to(device),
             sampler=sampler,
@@ -97,7 +99,22 @@ def default_labels(num_images: int, num_classes: int) -> list[int] | None:
     return [n % num_classes for n in range(num_images)] if num_classes else None
 
 
-def default_texts(num_images: int, source: LatentFolder) -> Tensor:
+def default_texts(num_images: int, source: LatentSource) -> Tensor:
     """Text features (N, L, D) of the first captions of images spread evenly over the data."""
     indices = np.arange(num_images) * len(source) // num_images
     return source.contexts(indices, np.zeros_like(indices))
+
+
+def texts_of(config: TrainConfig, source: SoundImages | LatentSource) -> LatentSource | None:
+    """The source of a run, if its captions are what the model is conditioned on."""
+    return source if source.holds == "latents" and config.context_shape is not None else None
+
+
+def null_condition_of(config: TrainConfig, texts: LatentSource | None) -> int | Tensor | None:
+    """What stands for no condition: a label, or the features (L, D) of the empty text; None without guidance."""
+    return config.null_label if texts is None else texts.empty_context
+
+
+def default_conditions(config: TrainConfig, texts: LatentSource | None, num_images: int) -> list[int] | Tensor | None:
+    """Every class in turn, or captions spread over the data; None for a model without either."""
+    return default_labels(num_images, config.num_data_classes) if texts is None else default_texts(num_images, texts)

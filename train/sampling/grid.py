@@ -8,13 +8,18 @@ from PIL import Image
 from torch import Tensor
 
 from scalelong.model.architectures import make_backbone
-from scalelong.train.config import TrainConfig
-from scalelong.train.data.latents import LatentFolder
 from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES
 from scalelong.train.run import Run
+from scalelong.train.run_folder import grid_path
 from scalelong.train.sampling.autoencoder import to_pictures
-from scalelong.train.sampling.generate import default_labels, default_texts, generate
+from scalelong.train.sampling.generate import (
+    default_conditions,
+    generate,
+    null_condition_of,
+    texts_of,
+)
+from scalelong.train.write_whole import staged
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import FIXED_DECAY
 
@@ -29,31 +34,24 @@ def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
     config, sample = run.config, run.config.sample
     model = make_backbone(config.model, skip_scale=config.make_skip_scale())
     model.load_state_dict(weights)
-    null_label, labels = config.null_label, default_labels(sample.num_images, config.num_data_classes)
-    if config.model.context_tokens:
-        assert isinstance(run.source, LatentFolder), "prepare_source refuses anything else for text"
-        null_label, labels = run.source.empty_context, default_texts(sample.num_images, run.source)
+    texts = texts_of(config, run.source)
     images = generate(
         model.to(run.processes.device).eval(),
         PROCESSES[config.objective],
-        labels,
+        default_conditions(config, texts, sample.num_images),
         num_images=sample.num_images,
-        null_label=null_label,
+        null_condition=null_condition_of(config, texts),
         sampler=sample.sampler,
         steps=sample.steps,
         guidance=sample.guidance,
         seed=config.seed,
         to_pictures=to_pictures(config),
     )
-    path = grid_path(config, run.images_seen)
+    path = grid_path(config.run, run.images_seen)
     try:
         save_grid(images, path, columns=grid_columns(sample.num_images, config.num_data_classes))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
-
-
-def grid_path(config: TrainConfig, images_seen: int) -> Path:
-    return config.run / "samples" / f"{images_seen}.png"
 
 
 def save_grid(images_NHWC: np.ndarray, path: Path, *, columns: int, tile: int = 48) -> None:
@@ -68,10 +66,8 @@ def save_grid(images_NHWC: np.ndarray, path: Path, *, columns: int, tile: int = 
         enlarged = image.repeat(factor, axis=0).repeat(factor, axis=1)
         canvas[top : top + enlarged.shape[0], left : left + enlarged.shape[1]] = enlarged
     path.parent.mkdir(parents=True, exist_ok=True)
-    # Written aside first, so that a viewer never meets half a picture.
-    staging = path.with_name(f".{path.name}.writing")
-    Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(staging, "PNG")
-    staging.rename(path)
+    with staged(path) as staging:  # so that a viewer never meets half a picture
+        Image.fromarray(canvas.squeeze(-1) if channels == 1 else canvas).save(staging, "PNG")
 
 
 def grid_columns(num_images: int, num_classes: int) -> int:

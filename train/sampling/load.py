@@ -9,11 +9,11 @@ from scalelong.train.checkpoint import load_model
 from scalelong.train.command_line import RunArguments
 from scalelong.train.config import SamplerName, TrainConfig
 from scalelong.train.data.batches import prepare_source
-from scalelong.train.data.latents import LatentFolder
-from scalelong.train.data.source import open_source
+from scalelong.train.data.source import LatentSource, open_source
 from scalelong.train.errors import UserError
 from scalelong.train.objective import NUM_TIMES
 from scalelong.train.sampling.autoencoder import to_pictures
+from scalelong.train.sampling.generate import null_condition_of, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +37,8 @@ class Sampling:
     model: Backbone
     config: TrainConfig
     settings: dict[str, Any]
-    """Keyword arguments of ``generate``: null_label, sampler, steps, guidance, seed, to_pictures."""
-    texts: LatentFolder | None
+    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, seed, to_pictures."""
+    texts: LatentSource | None
     """Where the captions are, of a run with text."""
 
 
@@ -58,7 +58,7 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         raise UserError("--guidance needs a run that was trained with --label-drop above 0")
     texts = open_texts(config)
     settings = {
-        "null_label": config.null_label if texts is None else texts.empty_context,
+        "null_condition": null_condition_of(config, texts),
         "sampler": arguments.sampler or config.sample.sampler,
         "steps": arguments.steps or config.sample.steps,
         "guidance": guidance,
@@ -68,16 +68,14 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
     return Sampling(model, config, settings, texts)
 
 
-def open_texts(config: TrainConfig) -> LatentFolder | None:
+def open_texts(config: TrainConfig) -> LatentSource | None:
     """The source of a run whose model takes text; None for other runs.
 
     Raises:
         UserError: it is gone, or no longer what the model takes.
     """
-    if not config.model.context_tokens:
+    if config.context_shape is None:
         return None
     if not Path(config.data.path).is_dir():
         raise UserError(f"samples are drawn for captions of the run's data, and {config.data.path} is gone")
-    source = prepare_source(config, open_source(config.data.path, config.num_data_classes))
-    assert isinstance(source, LatentFolder), "prepare_source refuses anything else for text"
-    return source
+    return texts_of(config, prepare_source(config, open_source(config.data.path, config.num_data_classes)))

@@ -6,7 +6,7 @@ replicated under ZeRO 0 to 2, sharded under ZeRO 3.
 
 import math
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,32 +112,49 @@ def set_learning_rate(engine, learning_rate: float) -> None:
         group["lr"] = learning_rate
 
 
-def take_step(engine, *, only_finite: bool = False) -> bool:
+class StepTaken(NamedTuple):
+    """What came of a step of the optimizer."""
+
+    applied: bool
+    """Whether the weights have moved. True also where only a GPU knows, which is not waited for: of fp16 without ZeRO,
+    if nothing else makes it wait."""
+    is_finite: bool
+    """Whether the gradient was finite, or fp16 was finding its loss scale."""
+    gradient_norm: float | None
+    """Of the whole gradient, without the loss scale and before clipping; None if it was not asked for."""
+
+
+def take_step(engine, *, only_finite: bool = False, measures: bool = False) -> StepTaken:
     """The optimizer's step, at the end of the last micro-batch.
 
     Args:
         only_finite: without ZeRO, too, leave the step out if the gradient is not finite, which makes a GPU wait.
-
-    Returns:
-        False if it was left out because a gradient is not finite, unless that is fp16 finding its loss scale.
+        measures: find the norm of the gradient, which makes a GPU wait.
     """
-    looks = only_finite and engine.zero_optimization_stage() == 0 and _grad_scaler(engine) is None
-    if looks and not math.isfinite(gradient_norm(engine)):
+    stage, scaler = engine.zero_optimization_stage(), _grad_scaler(engine)
+    waits = only_finite or measures or engine.device.type == "cpu"
+    scale = loss_scale(engine) if waits else 1.0
+    looks = only_finite and stage == 0 and scaler is None
+    # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
+    norm = gradient_norm(engine) if stage == 0 and (measures or looks) else None
+    if looks and norm is not None and not math.isfinite(norm):
         for parameter in engine.module.parameters():
             # The optimizer passes over parameters without a gradient; DeepSpeed's own counters go on.
             parameter.grad = None
         engine.step()
-        return False
+        return StepTaken(applied=False, is_finite=False, gradient_norm=norm if measures else None)
     engine.step()
-    if engine.was_step_applied():
-        return True
-    scaler = _grad_scaler(engine)
-    if scaler is None:
-        return False
-    # Under ZeRO, DeepSpeed 0.19.8 skips a step that overflowed without telling the scaler, which would then never
-    # lower its scale.
-    scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
-    return True
+    applied = engine.was_step_applied()
+    is_finite = applied or scaler is not None
+    if not applied and scaler is not None:
+        # Under ZeRO, DeepSpeed 0.19.8 skips a step that overflowed without telling the scaler, which would then never
+        # lower its scale.
+        scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
+    elif stage == 0 and scaler is not None and waits:
+        applied = loss_scale(engine) >= scale  # DeepSpeed says that it was applied in any case
+    if measures and stage > 0:
+        norm = gradient_norm(engine)
+    return StepTaken(applied, is_finite, norm / scale if measures and norm is not None else None)
 
 
 def loss_with_telling_gradient(loss: Tensor) -> Tensor:
