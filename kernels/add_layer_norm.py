@@ -396,7 +396,7 @@ def _check(inputs: Inputs, eps: float) -> None:
     for name, p, wanted in zip(Inputs._fields[1:], inputs[1:], expected, strict=True):
         if p is not None and (p.shape != wanted or p.device != x.device or not p.is_floating_point()):
             if p.shape != wanted:
-                fits = "(B, D)" if wanted is None else tuple(wanted)
+                fits = "more dimensions" if wanted is None else tuple(wanted)
                 raise ValueError(
                     f"add_layer_norm: {name} has shape {tuple(p.shape)}, but x {tuple(shape)} needs {fits}"
                 )

@@ -246,8 +246,9 @@ INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float
       prefetch<1>(dy + AHEAD * D + d);
     }
     const Floats xhat = (get(stream, d, size) - mean) * rstd;
-    Floats gradient = (get(dy, d, size) * get(a, d, size) - means.dz - xhat * means.dz_xhat) * rstd;
-    if (dstream) gradient += get(dstream, d, size);
+    // One expression, contracted alike whatever else is wanted, so that no bit depends on that.
+    const Floats added = dstream ? get(dstream, d, size) : Floats{};
+    const Floats gradient = (get(dy, d, size) * get(a, d, size) - means.dz - xhat * means.dz_xhat) * rstd + added;
     if (dx) put<STREAM>(dx, d, size, gradient);
     if (dbranch) put<STREAM>(dbranch, d, size, gate ? gradient * get(gate, d, size) : gradient);
     if (dgate_sums) put(dgate_sums, d, size, get(dgate_sums, d, size) + gradient * get(branch, d, size));
