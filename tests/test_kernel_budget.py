@@ -31,8 +31,12 @@ SMALL_INSTRUCTIONS = {
     "sd-1.5-1280+1280:8": {"forward": 36, "backward": 60},
 }
 LEAST_WARPS = 16  # on an SM, so that loads overlap arithmetic
-MOST_SPILL_BYTES = 128  # of registers that are read once more, far apart
+# Of registers that are read once more, far apart, of a thread that holds 64 elements: counted as instructions too.
+MOST_SPILL_BYTES = 256
 LEAST_VECTOR_BYTES = 8
+# What they load, and beside these the first walk of backward what it stores, are sums and parameters.
+OVER_SUMS = ("_split_fwd_combine_kernel", "_split_bwd_combine_kernel", "_parameters_bwd_kernel")
+STORE_SUMS = ("_split_fwd_sums_kernel", "_split_bwd_sums_kernel", *OVER_SUMS)
 MOST_LAUNCHES, MOST_LAUNCHES_UP_TO = 5, 160e6
 MOST_ISSUE_OVER_FLOOR = {"NCHW": 1.3, "NHWC": 1.5}
 MOST_ISSUE_OVER_FLOOR_OF_A_SHAPE = 1.8
@@ -74,17 +78,15 @@ def flaws(kernel: KernelFigures, x: ModelledCase) -> Iterator[str]:
     """Of one of its kernels; those that move sums only may have few warps and no vectors."""
     if kernel.stack_bytes > MOST_SPILL_BYTES:
         yield f"spills {kernel.stack_bytes} bytes"
-    traffic = [launch.traffic for launch in x.launches if launch.kernel == kernel]
-    much = 0.25 * x.case.num_bytes
-    reads, writes = sum(t.reads + t.reads_from_l2 for t in traffic) > much, sum(t.writes for t in traffic) > much
-    # Parameters, which are many beside a group of 256 elements, may come one by one.
-    least = 0.5 if x.case.num_bytes >= LARGE_BYTES else 0.25
-    if (reads or writes) and kernel.num_warps_on_an_sm < LEAST_WARPS:
-        yield f"has {kernel.num_warps_on_an_sm} warps on an SM"
-    if reads and part_in_vectors(kernel.load_widths) < least:
-        yield "loads few vectors"
-    if writes and part_in_vectors(kernel.store_widths) < least:
-        yield "stores few vectors"
+    if kernel.name not in OVER_SUMS:
+        # Parameters, which are many beside a group of 256 elements, may come one by one.
+        least = 0.5 if x.case.num_bytes >= LARGE_BYTES else 0.25
+        if kernel.num_warps_on_an_sm < LEAST_WARPS:
+            yield f"has {kernel.num_warps_on_an_sm} warps on an SM"
+        if part_in_vectors(kernel.load_widths) < least:
+            yield "loads few vectors"
+        if kernel.name not in STORE_SUMS and part_in_vectors(kernel.store_widths) < least:
+            yield "stores few vectors"
 
 
 def part_in_vectors(widths: Counter[int]) -> float:
