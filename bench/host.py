@@ -156,7 +156,12 @@ def time_case(case: Case, direction: str, benchmark: "BenchmarkFixture | None" =
     """By provider, "bare" and "ours", what one call takes; inside ``stubbed_launches``."""
     providers = {"bare": _bare(case), "ours": case.call}
     functions = {name: partial(_in_a_row, _function(op, case.inputs, direction)) for name, op in providers.items()}
-    timings = measure(benchmark, functions, device="cpu", min_rounds=50, max_seconds=0.5)
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # threads that wait for one another would be all of gelu_linear's time
+    try:
+        timings = measure(benchmark, functions, device="cpu", min_rounds=50, max_seconds=0.5)
+    finally:
+        torch.set_num_threads(num_threads)
     return {name: _of_one_call(timing) for name, timing in timings.items()}
 
 
