@@ -22,16 +22,17 @@ from triton.runtime import driver
 
 from scalelong.bench.record import Row, append_rows, environment
 from scalelong.bench.timing import Function, Timing, measure
-from scalelong.kernels import backend, group_norm_triton
+from scalelong.kernels import add_layer_norm_triton, backend, gelu_triton, group_norm_triton, skip_linear_triton
+from scalelong.kernels.add_layer_norm import add_layer_norm
+from scalelong.kernels.attention import attention
 from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.group_norm import skip_group_norm
-from scalelong.kernels.launches import Kept
 from scalelong.kernels.skip_linear import skip_linear
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Tensor | tuple[Tensor, ...]]
 
 NO_GRAD = "forward-no-grad"
 DIRECTIONS = (NO_GRAD, "forward", "both")
@@ -39,9 +40,7 @@ CALLS = 5  # in a row to a sample, which is short enough for few to be interrupt
 SCALES = ("float", "tensor")
 PROVIDERS = {"bare": "host-bare", "ours": "host"}  # in rows, where "ours" is held against eager and compile
 # What keeps plans, made for the driver that was active.
-_PLANNERS = (group_norm_triton,)
-
-
+_PLANNERS = (add_layer_norm_triton, gelu_triton, group_norm_triton, skip_linear_triton)
 _DEVICES = count(1000)
 
 
@@ -82,7 +81,7 @@ def stubbed_launches(launch: Callable[..., None] = lambda *_: None) -> Iterator[
     before: Any = driver._active  # not driver.active, which would look for a GPU
     driver.set_active(StubbedDriver(launch))  # type: ignore[arg-type]
     patches = [patch.object(backend, "_interprets", True)]
-    patches += [patch.object(module, "_PLANS", Kept()) for module in _PLANNERS]
+    patches += [patch.object(module, "_plans", type(module._plans)()) for module in _PLANNERS]
     try:
         for each in patches:
             each.start()
@@ -110,9 +109,13 @@ def make_cases() -> dict[str, Case]:
         cases[f"resident-{scale}"] = _group_norm_case(scale, size=8, channels_last=False)
         cases[f"split-{scale}"] = _group_norm_case(scale, size=32, channels_last=True)
         cases[f"skip_linear-{scale}"] = _skip_linear_case(scale)
-    # Its products run, and here those of 16 bits take milliseconds.
+    norm = (*_inputs((2, 4, 64), (2, 4, 64)), *_inputs((64,), (64,), dtype=torch.float32))
+    cases["add_layer_norm"] = Case("add_layer_norm", "B=2 T=4 D=64", "contiguous", add_layer_norm, norm)
+    # Their products run, and here those of 16 bits take milliseconds.
     x, weight, bias = _inputs((2, 4, 64), (32, 64), (32,), dtype=torch.float32)
     cases["gelu_linear"] = Case("gelu_linear", "B=2 T=4 D=64 O=32", "contiguous", gelu_linear, (x, weight, bias))
+    qkv = _inputs((2, 4, 192), dtype=torch.float32)
+    cases["attention"] = Case("attention", "B=2 T=4 D=64 H=2", "contiguous", lambda qkv: attention(qkv, 2), (*qkv,))
     return cases
 
 
@@ -166,17 +169,17 @@ def time_case(case: Case, direction: str, benchmark: "BenchmarkFixture | None" =
 
 
 def _bare(case: Case) -> Op:
-    """An ``autograd.Function`` that keeps its inputs and allocates its output and its gradients."""
-    like = case.call(*case.inputs).detach()
+    """An ``autograd.Function`` that keeps its inputs and allocates its outputs and its gradients."""
+    like = [y.detach() for y in _outputs(case.call, case.inputs)]
 
     class Bare(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        def forward(ctx: Any, *inputs: Tensor) -> Any:
             ctx.save_for_backward(*inputs)
-            return torch.empty_like(like)
+            return torch.empty_like(like[0]) if len(like) == 1 else tuple(torch.empty_like(y) for y in like)
 
         @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> Any:
+        def backward(ctx: Any, *dy: Tensor) -> Any:
             return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
     return Bare.apply  # type: ignore[return-value]
@@ -189,8 +192,13 @@ def _function(op: Op, inputs: tuple[Tensor, ...], direction: str) -> Function:
 
 
 def forward_and_backward(op: Op, inputs: tuple[Tensor, ...]) -> Callable[[], tuple[Tensor, ...]]:
-    dy = torch.zeros_like(op(*inputs).detach())
+    dy = [torch.zeros_like(y) for y in _outputs(op, inputs)]
     return lambda: torch.autograd.grad(op(*inputs), inputs, dy)
+
+
+def _outputs(op: Op, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    outputs = op(*inputs)
+    return (outputs,) if isinstance(outputs, Tensor) else outputs
 
 
 def _in_a_row(function: Function) -> None:

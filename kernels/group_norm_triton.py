@@ -37,7 +37,7 @@ from scalelong.kernels.launches import Kept, Launch, signature
 from scalelong.kernels.plans import Plan, Slot
 from scalelong.kernels.triton_device import multiprocessors
 
-_PLANS: Kept[Plan] = Kept()
+_plans: Kept[Plan] = Kept()
 
 
 class _Slots:
@@ -69,9 +69,9 @@ def forward(
     """
     tensors = _with_dense_parameters(tensors)
     key = kind or (*map(signature, tensors), options, channels_last)
-    plan = _PLANS.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        plan = _PLANS.keep(key, _plan_forward(_Call.of(tensors, options, channels_last, y)))
+        plan = _plans.keep(key, _plan_forward(_Call.of(tensors, options, channels_last, y)))
     plan.run((*tensors, y, mean, rstd, _workspace(plan, mean)))
 
 
@@ -99,9 +99,9 @@ def backward(
     else:
         lies = [None if x is None else (x.stride(), x.data_ptr() % 16) for x in tensors]
         key = (kind, *lies, dy.dtype, dy.data_ptr() % 16, wanted)
-    plan = _PLANS.get(key)
+    plan = _plans.get(key)
     if plan is None:
-        plan = _PLANS.keep(key, _plan_backward(_Call.of(tensors, options, channels_last, dy, dh, ds), wanted))
+        plan = _plans.keep(key, _plan_backward(_Call.of(tensors, options, channels_last, dy, dh, ds), wanted))
     grads = [None if size is None else _empty(mean, *size) for size in plan.outputs]
     plan.run((*tensors, dy, mean, rstd, dh, ds, *grads, _workspace(plan, mean)))
     return dh, ds if wanted.s else None, *grads

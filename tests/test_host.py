@@ -38,7 +38,7 @@ def test_another_kind_of_call_has_another_plan(change):
     with host.stubbed_launches():
         case = host.make_cases()["resident-float"]
         h, s, weight, bias = (x.detach() for x in case.inputs)
-        plans = host.group_norm_triton._PLANS._kept
+        plans = host.group_norm_triton._plans._kept
 
         def run(h: Tensor = h, s: Tensor = s, eps=1e-5, needs_s=True, pack: Any = lambda x: x):
             h, s = h.detach().requires_grad_(), s.detach().requires_grad_(needs_s)
