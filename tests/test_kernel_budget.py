@@ -5,7 +5,6 @@ each element in forward and 35 in backward; fp32 moves twice the bytes and leave
 """
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from itertools import product
 
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 from scalelong.bench.against_compile import DIRECTIONS, Key, best_compile, shortfalls
-from scalelong.bench.issue_model import Case, KernelFigures, ModelledCase, issue_over_floor, modelled
+from scalelong.bench.issue_model import Case, ModelledCase, ModelledLaunch, issue_over_floor, modelled
 from scalelong.bench.shapes import LARGE_BYTES, SKIP_CONCATS
 
 pytestmark = [
@@ -33,7 +32,6 @@ SMALL_INSTRUCTIONS = {
 LEAST_WARPS = 16  # on an SM, so that loads overlap arithmetic
 # Of registers that are read once more, far apart, of a thread that holds 64 elements: counted as instructions too.
 MOST_SPILL_BYTES = 256
-LEAST_VECTOR_BYTES = 8
 # What they load, and beside these the first walk of backward what it stores, are sums and parameters.
 OVER_SUMS = ("_split_fwd_combine_kernel", "_split_bwd_combine_kernel", "_parameters_bwd_kernel")
 STORE_SUMS = ("_split_fwd_sums_kernel", "_split_bwd_sums_kernel", *OVER_SUMS)
@@ -69,13 +67,14 @@ def breaches(found: list[ModelledCase]) -> list[str]:
     for x in found:
         if x.instructions_per_element > instructions_allowed(x):
             lines.append(f"{name_of(x)}: {x.instructions_per_element:.1f} instructions, not {instructions_allowed(x)}")
-        for kernel in {launch.kernel.name: launch.kernel for launch in x.launches}.values():
-            lines += [f"{name_of(x)}: {kernel.name} {flaw}" for flaw in flaws(kernel, x)]
+        for launch in {launch.kernel.name: launch for launch in x.launches}.values():
+            lines += [f"{name_of(x)}: {launch.kernel.name} {flaw}" for flaw in flaws(launch, x)]
     return lines
 
 
-def flaws(kernel: KernelFigures, x: ModelledCase) -> Iterator[str]:
-    """Of one of its kernels; those that move sums only may have few warps and no vectors."""
+def flaws(launch: ModelledLaunch, x: ModelledCase) -> Iterator[str]:
+    """Of one of its launches; those that move sums only may have few warps and no vectors."""
+    kernel = launch.kernel
     if kernel.stack_bytes > MOST_SPILL_BYTES:
         yield f"spills {kernel.stack_bytes} bytes"
     if kernel.name not in OVER_SUMS:
@@ -83,17 +82,10 @@ def flaws(kernel: KernelFigures, x: ModelledCase) -> Iterator[str]:
         least = 0.5 if x.case.num_bytes >= LARGE_BYTES else 0.25
         if kernel.num_warps_on_an_sm < LEAST_WARPS:
             yield f"has {kernel.num_warps_on_an_sm} warps on an SM"
-        if part_in_vectors(kernel.load_widths) < least:
+        if launch.totals.part_in_vectors("load") < least:
             yield "loads few vectors"
-        if kernel.name not in STORE_SUMS and part_in_vectors(kernel.store_widths) < least:
+        if kernel.name not in STORE_SUMS and launch.totals.part_in_vectors("store") < least:
             yield "stores few vectors"
-
-
-def part_in_vectors(widths: Counter[int]) -> float:
-    """Of the bytes that a kernel's instructions move."""
-    num_bytes = {width: width * count for width, count in widths.items()}
-    vectors = sum(moved for width, moved in num_bytes.items() if width >= LEAST_VECTOR_BYTES)
-    return vectors / max(1, sum(num_bytes.values()))
 
 
 def test_every_small_shape_has_a_budget_of_its_own():
