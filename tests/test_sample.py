@@ -186,8 +186,8 @@ def test_guidance_moves_away_from_the_unconditional_prediction(strength):
 @pytest.mark.parametrize(("labels", "strength", "passes"), [([1, 5], 0.0, 2), ([1, 5], 1.0, 4), (None, 1.0, 2)])
 def test_only_guidance_doubles_the_batch(labels, strength, passes):
     model = LabelModel()
-    labels_B = None if labels is None else torch.tensor(labels)
-    guided(cast(Backbone, model), labels_B, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
+    condition = None if labels is None else torch.tensor(labels)
+    guided(cast(Backbone, model), condition, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
     ((x_BCHW, t_B, _),) = model.calls
     assert x_BCHW.shape == (passes, 1, 2, 2)
     assert t_B.tolist() == [3.0] * passes
