@@ -215,6 +215,36 @@ HARM = {
         lambda folder: save_file({"moments": np.zeros((3, 2)), "labels": np.zeros(3)}, folder / "a.safetensors"),
         "no whole file",
     ),
+    "scale not finite": (
+        lambda folder: (folder / "latents.json").write_text('{"class_names": ["x"], "scale": NaN, "shards": ["a"]}'),
+        "latents.json is damaged: .*scale must be positive",
+    ),
+    "class names no list": (
+        lambda folder: (folder / "latents.json").write_text('{"class_names": "x", "scale": 1, "shards": ["a"]}'),
+        "latents.json is damaged",
+    ),
+    "deep description": (lambda folder: (folder / "latents.json").write_text("[" * 200_000), "latents.json is damaged"),
+    "moments not finite": (
+        lambda folder: save_file(
+            {"moments": np.full((3, 1, 2, *SHAPE), np.nan, np.float16), "labels": np.zeros(3, np.int64)},
+            folder / "a.safetensors",
+        ),
+        "a.safetensors has moments that are not finite",
+    ),
+    "labels one-hot": (
+        lambda folder: save_file(
+            {"moments": np.zeros((3, 1, 2, *SHAPE), np.float16), "labels": np.zeros((3, 2), np.int64)},
+            folder / "a.safetensors",
+        ),
+        r"labels must be \(N,\)",
+    ),
+    "labels between classes": (
+        lambda folder: save_file(
+            {"moments": np.zeros((3, 1, 2, *SHAPE), np.float16), "labels": np.full(3, 0.5, np.float32)},
+            folder / "a.safetensors",
+        ),
+        "no whole numbers",
+    ),
     "description damaged": (lambda folder: (folder / "latents.json").write_text("{"), "latents.json is damaged"),
     "not finished": (lambda folder: (folder / ".preparing.json").write_text("{}"), "not prepared to its end"),
 }
@@ -232,6 +262,41 @@ def test_latents_that_cannot_serve_are_refused_in_one_line(harm, tmp_path):
     with pytest.raises(UserError, match=says) as caught:
         open_source(str(tmp_path), 1)
     assert "\n" not in str(caught.value)
+
+
+def test_a_shard_without_rows_adds_nothing(tmp_path):
+    for name, num in (("a.safetensors", 0), ("b.safetensors", 3)):
+        write_shard(tmp_path, name, num)
+    description = {"class_names": ["x"], "scale": 1.0, "shards": ["a.safetensors", "b.safetensors"]}
+    (tmp_path / "latents.json").write_text(json.dumps(description))
+    source = LatentFolder(tmp_path)
+    assert len(source) == 3
+    assert source.fingerprint()
+    assert source.moments(np.arange(3), np.zeros(3, dtype=np.int64)).shape == (3, 2, *SHAPE)
+
+
+def test_labels_may_stand_in_a_column(tmp_path):
+    np.save(tmp_path / "moments.npy", np.zeros((3, 2, *SHAPE), np.float32))
+    np.save(tmp_path / "labels.npy", np.array([[0], [2], [1]]))
+    source = LatentFolder(tmp_path)
+    assert [source.label(i) for i in range(3)] == [0, 2, 1]
+
+
+@pytest.mark.parametrize("labels", [[0.0, np.nan, 1.0], [0.0, 1.5, 1.0], [0, 10**12, 1]])
+def test_plain_labels_that_are_no_classes_are_refused(labels, tmp_path):
+    np.save(tmp_path / "moments.npy", np.zeros((3, 2, *SHAPE), np.float32))
+    np.save(tmp_path / "labels.npy", np.array(labels))
+    with pytest.raises(UserError, match=r"labels\.npy has labels that are no whole numbers"):
+        LatentFolder(tmp_path)
+
+
+def test_a_latent_that_is_not_finite_is_named_when_it_is_met(tmp_path):
+    moments = np.zeros((5, 2, *SHAPE), np.float32)
+    moments[3, 1, 0, 0, 0] = np.inf
+    np.save(tmp_path / "moments.npy", moments)
+    np.save(tmp_path / "labels.npy", np.zeros(5, np.int64))
+    with pytest.raises(UserError, match=r"latent 3 has moments that are not finite"):
+        LatentFolder(tmp_path).moments(np.arange(5), np.zeros(5, dtype=np.int64))
 
 
 def test_the_map_gives_what_the_library_wrote(tmp_path):

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import tarfile
 from pathlib import Path
@@ -151,3 +152,113 @@ def test_an_image_that_the_shard_lost_is_bad(shards):
     bad = source.check(range(15), num_threads=1)
     assert {image.index for image in bad} >= {11, 12, 13, 14}
     assert all(image.reason == "the shard ends within the image" for image in bad[1:])
+
+
+def indexed(root: Path, *members: tuple[str, bytes], label_field: str = "label") -> WebDataset:
+    """A shard with these members, in this order; a name may come twice."""
+    root.mkdir(exist_ok=True)
+    with tarfile.open(root / "a.tar", "w") as tar:
+        for name, data in members:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    index_shards(root, label_field)
+    return WebDataset(root)
+
+
+def test_of_members_with_one_name_the_last_counts_image_and_label(tmp_path):
+    old, new = (("0.png", image_of(1)), ("0.cls", b"1")), (("0.png", image_of(2)), ("0.cls", b"2"))
+    source = indexed(tmp_path, *old, *new)
+    assert (len(source), source.read(0), source.label(0)) == (1, image_of(2), 2)
+
+
+@pytest.mark.parametrize("first", ["cls", "json"])
+def test_a_cls_counts_before_a_json_wherever_they_stand(tmp_path, first):
+    labels = {"0.cls": b"1", "0.json": b'{"label": 2}'}
+    names = sorted(labels, key=lambda name: not name.endswith(first))
+    assert indexed(tmp_path, ("0.png", image_of(0)), *((n, labels[n]) for n in names)).label(0) == 1
+
+
+@pytest.mark.parametrize("text", ["3.7", "true", "Infinity", "NaN", "null", '"2_0"', "[1]", "[" * 200_000, "9" * 5000])
+def test_a_label_in_json_that_is_no_whole_number_is_named(tmp_path, text):
+    for value in (text, f'{{"label": {text}}}'):
+        with pytest.raises(UserError, match=r"a\.tar: 0\.json holds no label") as caught:
+            indexed(tmp_path, ("0.png", image_of(0)), ("0.json", value.encode()))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", [b'{"label": 3}', b'{"label": 3.0}', b'{"label": "3"}', b"\xef\xbb\xbf3", b"3"])
+def test_a_label_in_json_is_a_whole_number_in_any_dress(tmp_path, text):
+    assert indexed(tmp_path, ("0.png", image_of(0)), ("0.json", text)).label(0) == 3
+
+
+@pytest.mark.parametrize(
+    ("names", "says"),
+    [
+        (["a.v1.png", "a.v2.png"], r"a\.v1\.png has a dot .*scalelong prepare FOLDER OUT"),
+        (["0.png", "a.small.webp"], r"a\.small\.webp has a dot"),
+        (["0.png", "0.jpg"], r"0\.png and 0\.jpg are two images of one sample"),
+        (["0.png", "0.cls", "1.jxl", "1.cls"], r"1 has a label and no image"),
+    ],
+)
+def test_an_image_that_its_name_would_hide_is_named(tmp_path, names, says):
+    members = [(name, b"0" if name.endswith(".cls") else image_of(n)) for n, name in enumerate(names)]
+    with pytest.raises(UserError, match=says):
+        indexed(tmp_path, *members)
+
+
+def test_other_pictures_beside_the_image_of_a_sample_are_no_samples(tmp_path):
+    assert len(indexed(tmp_path, ("0.seg.png", image_of(1)), ("0.png", image_of(0)))) == 1
+
+
+def rewritten(root: Path) -> None:
+    write_shard(root / "s-1.tar", labelled(range(5, 10), lambda n: b"2"))
+    touch(root, later=10)
+
+
+def touch(root: Path, later: float) -> None:
+    now = index_path(root / "s-1.tar").stat().st_mtime
+    os.utime(root / "s-1.tar", (now + later, now + later))
+
+
+def changed_index(**changes):
+    def change(root: Path) -> None:
+        path = index_path(root / "s-1.tar")
+        with np.load(path) as arrays:
+            found = dict(arrays)
+        with path.open("wb") as file:
+            np.savez(file, **{name: changes.get(name, lambda a: a)(array) for name, array in found.items()})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        rewritten,
+        changed_index(labels=lambda a: a[:-1]),
+        changed_index(sizes=lambda a: a[:0]),
+        changed_index(offsets=lambda a: a - 10_000_000),
+        changed_index(sizes=lambda a: a + 10_000_000),
+        changed_index(labels=lambda a: a.astype(np.float64)),
+        lambda root: index_path(root / "s-1.tar").write_bytes(index_path(root / "s-1.tar").read_bytes()[:-30]),
+    ],
+)
+def test_an_index_that_is_not_of_these_bytes_is_refused_with_the_command_that_makes_it(shards, harm):
+    harm(shards)
+    with pytest.raises(UserError, match=rf"s-1\.tar .*scalelong prepare {shards}$") as caught:
+        WebDataset(shards)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_shard_that_was_copied_after_its_index_serves(shards):
+    before = WebDataset(shards).fingerprint()
+    touch(shards, later=10)
+    assert WebDataset(shards).fingerprint() == before
+
+
+def test_class_names_that_are_no_list_are_refused(shards):
+    for text in ('{"class_names": "abc"}', "[" * 200_000):
+        (shards / "dataset.json").write_text(text)
+        with pytest.raises(UserError, match=r"dataset\.json is damaged"):
+            WebDataset(shards)

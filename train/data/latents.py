@@ -9,6 +9,7 @@ With text, ``context`` (N, K, L, D): L tokens of D features for each of K captio
 
 import hashlib
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from tokenize import TokenError
@@ -18,11 +19,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.errors import UserError
+from scalelong.train.errors import RankError, UserError
 
 DESCRIPTION = "latents.json"
 CONTEXT_ARRAY, EMPTY_CONTEXT = "context.npy", "empty_context.npy"
 NUMPY_OF = {"F16": np.float16, "F32": np.float32, "I64": np.int64}
+MAX_CLASSES = 1_000_000
 # What NumPy raises for a file that is no whole array; flipped bits bring out all of these.
 ARRAY_ERRORS = (OSError, ValueError, TypeError, SyntaxError, ArithmeticError, MemoryError, EOFError, TokenError)
 
@@ -49,8 +51,16 @@ class Shard:
         for name, mine, others in (("labels", labels, first.labels), ("text features", context, first.context)):
             if (mine is None) != (others is None):
                 raise UserError(f"{path} has {'no ' if mine is None else ''}{name}, unlike the first shard")
+        if moments.dtype.kind not in "fiu":
+            raise UserError(f"{path}: moments must be numbers, not {moments.dtype}")
+        if len(moments) and not (np.isfinite(moments[0]).all() and np.isfinite(moments[-1]).all()):
+            raise UserError(f"{path} has moments that are not finite")
         if labels is not None and labels.shape != moments.shape[:1]:
+            if labels.ndim != 1:
+                raise UserError(f"{path}: labels must be (N,), one whole number each, not {labels.shape}")
             raise UserError(f"{path} has {labels.size} labels for {len(moments)} latents")
+        if labels is not None and not _are_whole(labels):
+            raise UserError(f"{path} has labels that are no whole numbers")
         if context is None or first.context is None:
             return
         path = path.parent / CONTEXT_ARRAY if path.suffix == ".npy" else path
@@ -127,7 +137,11 @@ class LatentFolder:
         return self._shards[0].moments.shape[1] == 2
 
     def moments(self, indices: np.ndarray, mirrored: np.ndarray) -> Tensor:
-        """Mean and standard deviation (B, 2, C, H, W) of latents, or of those of the mirrored images, as stored."""
+        """Mean and standard deviation (B, 2, C, H, W) of latents, or of those of the mirrored images, as stored.
+
+        Raises:
+            RankError: one that is not finite, naming it.
+        """
         shards = self._shards_of(indices)
         out = torch.empty(len(indices), 2, *self.shape, dtype=self._views[0].dtype)
         for shard in np.unique(shards):
@@ -135,8 +149,12 @@ class LatentFolder:
             rows = (indices[places] - self._starts[shard]) * self._shards[shard].moments.shape[1] + mirrored[places]
             # One call for all of them copies on several threads.
             if len(places) == len(indices):
-                return torch.index_select(self._views[shard], 0, torch.from_numpy(rows), out=out)
-            out[torch.from_numpy(places)] = self._views[shard][torch.from_numpy(rows)]
+                torch.index_select(self._views[shard], 0, torch.from_numpy(rows), out=out)
+            else:
+                out[torch.from_numpy(places)] = self._views[shard][torch.from_numpy(rows)]
+        finite = torch.isfinite(out).flatten(1).all(1)
+        if not finite.all():
+            raise RankError(f"{self.key(int(indices[int(finite.int().argmin())]))} has moments that are not finite")
         return out
 
     def num_captions(self, indices: np.ndarray) -> np.ndarray:
@@ -169,7 +187,8 @@ class LatentFolder:
         contexts = [shard.context for shard in self._shards if shard.context is not None]
         # A hash of everything would read it all; of each shard's ends, other latents of equal shapes are noticed.
         for array in [*(shard.moments for shard in self._shards), *contexts]:
-            digest.update(array[0].tobytes() + array[-1].tobytes())
+            if len(array):
+                digest.update(array[0].tobytes() + array[-1].tobytes())
         if contexts:
             empty = b"" if self.empty_context is None else self.empty_context.numpy().tobytes()
             digest.update(f"{[context.shape for context in contexts]}".encode() + empty)
@@ -178,7 +197,11 @@ class LatentFolder:
 
 def _flat(array: np.ndarray) -> Tensor:
     """(N, V, ...) as (N V, ...), over the same memory."""
-    return torch.from_numpy(array.reshape(-1, *array.shape[2:]))
+    return torch.from_numpy(array.reshape(array.shape[0] * array.shape[1], *array.shape[2:]))
+
+
+def _are_whole(labels: np.ndarray) -> bool:
+    return labels.dtype.kind in "iub" or bool(labels.dtype.kind == "f" and (labels == np.floor(labels)).all())
 
 
 def is_latent_folder(path: Path) -> bool:
@@ -191,16 +214,19 @@ def _read_description(root: Path) -> dict[str, Any]:
         labels = _map_labels(root)
         if labels is None:
             return {"class_names": [], "scale": 1.0, "shards": ["moments.npy"]}
+        if not _are_whole(labels) or (labels.size and labels.max() >= MAX_CLASSES):
+            raise UserError(f"{root / 'labels.npy'} has labels that are no whole numbers below {MAX_CLASSES:,}")
         count = int(labels.max()) + 1 if labels.size else 0
         return {"class_names": [str(n) for n in range(count)], "scale": 1.0, "shards": ["moments.npy"]}
     try:
         found = json.loads(path.read_text())
-        return {
-            "class_names": list(map(str, found["class_names"])),
-            "scale": float(found["scale"]),
-            "shards": [str(name) for name in found["shards"]],
-        }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names, shards, scale = found["class_names"], found["shards"], float(found["scale"])
+        if not (isinstance(names, list) and isinstance(shards, list)):
+            raise ValueError("class_names and shards must be lists")
+        if not 0 < scale < math.inf:
+            raise ValueError(f"scale must be positive and finite, not {scale}")
+        return {"class_names": list(map(str, names)), "scale": scale, "shards": list(map(str, shards))}
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error!r}") from error
 
 
@@ -214,13 +240,18 @@ def _map_shard(path: Path) -> Shard:
     tensors = map_safetensors(path)
     if "moments" not in tensors or not tensors.keys() & {"labels", "context"}:
         raise UserError(f"{path} holds no moments and labels, or context")
-    return Shard(path, tensors["moments"], tensors.get("labels"), tensors.get("context"))
+    return Shard(path, tensors["moments"], _column(tensors.get("labels")), tensors.get("context"))
+
+
+def _column(labels: np.ndarray | None) -> np.ndarray | None:
+    """Labels (N, 1) as (N,)."""
+    return labels[:, 0] if labels is not None and labels.ndim == 2 and labels.shape[1] == 1 else labels
 
 
 def _map_labels(root: Path) -> np.ndarray | None:
     """Those of plain arrays, which may be missing only where there is text."""
     path = root / "labels.npy"
-    return None if (root / CONTEXT_ARRAY).exists() and not path.exists() else _map_array(path)
+    return None if (root / CONTEXT_ARRAY).exists() and not path.exists() else _column(_map_array(path))
 
 
 def _map_array(path: Path) -> np.ndarray:
@@ -246,7 +277,7 @@ def map_safetensors(path: Path) -> dict[str, np.ndarray]:
         header = json.loads(data[8:begin].tobytes())
         header.pop("__metadata__", None)
         return {name: _array_in(data[begin:], **tensor) for name, tensor in header.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise UserError(f"{path} is no whole file of latents: {getattr(error, 'strerror', None) or error}") from error
 
 
