@@ -86,7 +86,7 @@ class ImageWriter:
         data = _read(self.source, index)
         if self.size:
             encoded = io.BytesIO()
-            is_grey = _mode_of(data) in ("1", "L", "I", "I;16")
+            is_grey = _mode_of(data) in ("1", "L", "F") or _mode_of(data).startswith("I")
             CROPS[self.crop](decode_image(data, 1 if is_grey else 3), self.size).save(encoded, "PNG")
             return encoded.getvalue(), ".png"
         with Image.open(io.BytesIO(data)) as image:

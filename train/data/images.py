@@ -6,7 +6,11 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image, ImageOps
 
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"})
+IMAGE_SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".avif", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm"}
+)
+# Images that Pillow does not read: told, not passed over.
+UNREAD_SUFFIXES = frozenset({".heic", ".heif", ".jxl"})
 CELEBA_SIZE, CELEBA_FACE = (178, 218), (25, 57, 153, 185)
 
 
@@ -18,10 +22,28 @@ def decode_image(data: bytes, channels: int) -> Image.Image:
     """
     image = Image.open(io.BytesIO(data))
     image.load()
-    if image.mode.startswith("I"):
-        # 16 bits to 8, as DALI does; Pillow's convert would cut off at 255.
-        image = Image.fromarray((np.asarray(image) / 257).round().clip(0, 255).astype(np.uint8))
+    image = to_eight_bits(image)
     return ImageOps.exif_transpose(image).convert("L" if channels == 1 else "RGB")
+
+
+def to_eight_bits(image: Image.Image) -> Image.Image:
+    """An image of more bits with 0 .. 255 for what it holds; others as they are.
+
+    16 bits become 8 as DALI does it. A TIFF does not say what its white is: its values tell, 1, 255 or 65,535.
+
+    Raises:
+        ValueError: values of a TIFF that are none of these.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    values = np.asarray(image)
+    divisor = 257.0
+    if image.format == "TIFF" or image.mode == "F":
+        low, high = float(values.min()), float(values.max())
+        if not 0 <= low <= high <= 65_535:
+            raise ValueError(f"values from {low:g} to {high:g}, not in 0 .. 1, 0 .. 255 or 0 .. 65,535")
+        divisor = next(divisor for white, divisor in ((1, 1 / 255), (255, 1.0), (65_535, 257.0)) if high <= white)
+    return Image.fromarray((values / divisor).round().clip(0, 255).astype(np.uint8))
 
 
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:

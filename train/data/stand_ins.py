@@ -20,7 +20,7 @@ from typing import BinaryIO, Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from scalelong.train.data.images import decode_image
+from scalelong.train.data.images import decode_image, to_eight_bits
 from scalelong.train.data.order import Stream, generator
 from scalelong.train.data.source import ImageSource
 from scalelong.train.errors import RankError, UserError
@@ -186,7 +186,7 @@ def check_image(data: bytes) -> bool:
         image.draft("L", (1, 1))
     image.load()
     orientation = image.getexif().get(ORIENTATION, 1)
-    ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(to_eight_bits(image))
     return is_usual and orientation == 1
 
 

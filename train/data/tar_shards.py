@@ -2,7 +2,7 @@
 
 Tar has no table of contents, so beside each shard lies an index (``SHARD.tar.index.npz``), which makes any image one
 read at a known place. Labels come from ``NAME.cls`` or, where there is none, from a field of ``NAME.json``. Of members
-that bear the same name the last counts, as when the tar is unpacked. Names of classes, if any, stand in ``dataset.json``.
+that bear one name the last counts, as when the tar is unpacked. Names of classes, if any, stand in ``dataset.json``.
 """
 
 import hashlib
@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from scalelong.train.data.archives import refuse_archives
 from scalelong.train.data.images import IMAGE_SUFFIXES
 from scalelong.train.errors import UserError
 from scalelong.train.write_whole import staged
@@ -97,6 +98,7 @@ class WebDataset:
 
     def __init__(self, path: Path):
         self.path, self._shards = path, find_shards(path)
+        refuse_archives(path)
         indices = [load_index(shard, path) for shard in self._shards]
         self._shard_of = np.repeat(np.arange(len(indices)), [len(index.keys) for index in indices])
         self._keys = np.concatenate([index.keys for index in indices])
