@@ -8,7 +8,8 @@ import pytest
 from images import random_pixels, write_image
 from scipy.linalg import sqrtm
 
-from scalelong.train.commands.evaluate import Judge, RealImages, frechet_distance, read_real_images
+from scalelong.train.commands.evaluate import Judge, RealImages, frechet_distance, main, read_real_images
+from scalelong.train.commands.sample import main as sample_main
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
@@ -141,3 +142,37 @@ def test_a_folder_too_small_to_hold_some_out_is_refused(tmp_path):
     write_folder(tmp_path, 4)
     with pytest.raises(UserError, match="8 images, too few"):
         read_real_images(folder_config(tmp_path), 10_000)
+
+
+@pytest.mark.parametrize("per_class", [5, 9])
+def test_fewer_images_than_the_distances_need_are_refused_with_how_many_they_need(tmp_path, per_class):
+    write_folder(tmp_path, per_class)
+    with pytest.raises(UserError, match=f"{2 * per_class} images, too few: the distances need at least 20"):
+        read_real_images(folder_config(tmp_path), 10_000)
+    write_folder(tmp_path, 10)
+    real = read_real_images(folder_config(tmp_path), 10_000)
+    half = len(real.held_out) // 2
+    assert np.isfinite(Judge(real).distance(real.held_out[:half], real.held_out[half:]))
+
+
+def test_cifar10_brings_held_out_images_of_its_own(tmp_path):
+    for number, name in enumerate([*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]):
+        rows = np.random.default_rng(number).integers(0, 10, (4, 3073), dtype=np.uint8)
+        (tmp_path / f"{name}.bin").write_bytes(rows.tobytes())
+    config = folder_config(tmp_path)
+    config = replace(config, model=replace(config.model, num_classes=10, in_channels=3, img_size=32))
+    real = read_real_images(config, 10_000)
+    assert not real.held_out_from_training
+    assert (len(real.train), len(real.held_out)) == (20, 4)
+
+
+def test_too_few_images_are_read_for_no_distance(tmp_path):
+    with pytest.raises(UserError, match="--max-real-images at least 20"):
+        main([str(tmp_path), "--max-real-images", "19"])
+
+
+@pytest.mark.parametrize("guidance", ["nan", "inf", "-1"])
+def test_guidance_that_is_no_strength_is_refused(tmp_path, guidance):
+    for command in (main, sample_main):
+        with pytest.raises(UserError, match="--guidance must be a number from 0 on"):
+            command([str(tmp_path), "--guidance", guidance])

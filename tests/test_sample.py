@@ -19,7 +19,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES, Process
 from scalelong.train.sampling import generate as generate_module
 from scalelong.train.sampling.generate import default_labels, generate, guided, to_uint8
-from scalelong.train.sampling.grid import grid_columns, save_grid
+from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
 from scalelong.train.sampling.samplers import denoise, make_scheduler
 
 pytest.importorskip("diffusers")
@@ -295,6 +295,29 @@ def test_a_grid_shows_every_image_enlarged_in_its_place(channels, tmp_path):
     assert (canvas[white] == 255).all()
 
 
+@pytest.mark.parametrize(("suffix", "kind"), [("", "PNG"), (".JPG", "JPEG"), (".webp", "WEBP"), (".png", "PNG")])
+def test_a_picture_is_what_its_suffix_says(suffix, kind, tmp_path):
+    path = tmp_path / f"grid{suffix}"
+    save_grid(np.zeros((2, 8, 8, 3), dtype=np.uint8), path, columns=2, captions=["ant", "bee"])
+    with Image.open(path) as picture:
+        assert (picture.format, picture.size) == (kind, (2 + 2 * 66, 2 + 78))
+
+
+def test_another_suffix_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(UserError, match=r"written as \.png, .*, not \.svg"):
+        picture_format(tmp_path / "grid.svg")
+
+
+def test_captions_stand_below_their_images(tmp_path):
+    images = np.full((4, 16, 16, 1), 255, dtype=np.uint8)
+    save_grid(images, tmp_path / "grid.png", columns=2, captions=["a", "b", "c", "d"])
+    with Image.open(tmp_path / "grid.png") as picture:
+        dark = np.asarray(picture) < 128
+    assert not dark[:66].any()
+    assert dark[66:78, :66].any()
+    assert dark[66:78, 68:].any()
+
+
 def test_large_images_are_not_enlarged(tmp_path):
     save_grid(np.zeros((1, 64, 64, 3), dtype=np.uint8), tmp_path / "grid.png", columns=1)
     with Image.open(tmp_path / "grid.png") as picture:
@@ -313,17 +336,19 @@ def test_a_grid_replaces_the_one_before_and_leaves_nothing_else(tmp_path):
     ("num_images", "num_classes", "expected"),
     [
         (100, 10, 10),
-        (12, 2, 2),
+        (12, 2, 4),
+        (100, 2, 10),
+        (100, 3, 9),
         (100, 0, 10),
         (10, 1, 4),
         (5, 10, 3),
         (100, 1000, 10),
-        (16, 16, 16),
+        (16, 16, 4),
         (17, 17, 5),
         (1, 0, 1),
     ],
 )
-def test_a_column_for_each_class_or_a_square(num_images, num_classes, expected):
+def test_a_grid_is_near_a_square_with_each_class_in_columns_of_its_own(num_images, num_classes, expected):
     assert grid_columns(num_images, num_classes) == expected
 
 

@@ -171,7 +171,7 @@ class TrainConfig:
         check_ema_stds(self.optimizer.ema_stds)
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
-        _check(self.sample, ("guidance",), lambda v: v >= 0, "not negative")
+        _check(self.sample, ("guidance",), lambda v: 0 <= v < math.inf, "finite and not negative")
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         _check(self.data, ("max_bad_share",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")

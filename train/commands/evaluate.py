@@ -17,7 +17,7 @@ from scalelong.train.command_line import parse
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.images import resize_and_crop
 from scalelong.train.data.order import Stream, generator
-from scalelong.train.data.source import open_source
+from scalelong.train.data.source import has_test_split, open_source
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES
@@ -26,6 +26,9 @@ from scalelong.train.sampling.load import SamplingArguments, load_sampling
 
 NUM_FEATURES = 32
 HELD_OUT_SHARE = 0.2
+# A covariance needs two images, and one distance is between two halves of those held out.
+LEAST_HELD_OUT = 4
+LEAST_IMAGES = round(LEAST_HELD_OUT / HELD_OUT_SHARE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,15 +56,27 @@ class RealImages:
 
 
 def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
-    """The run's training images, and held-out ones: the digits' own, or every fifth of a folder."""
+    """The run's training images, and held-out ones: those of the digits and CIFAR-10, or every fifth of another source.
+
+    Raises:
+        UserError: fewer images than the distances need.
+    """
     train, train_labels = _read_pixels(config, "train", at_most)
-    if config.data.path == "digits":
+    if has_test_split(config.data.path):
         held_out, labels = _read_pixels(config, "test", at_most)
+        if len(held_out) < LEAST_HELD_OUT:
+            raise UserError(
+                f"{config.data.path} has {len(held_out)} images for testing, too few: the distances need at least "
+                f"{LEAST_HELD_OUT}"
+            )
         return RealImages(train, train_labels, held_out, labels, held_out_from_training=False)
     shuffled = generator(0, Stream.ORDER, 0).permutation(len(train))
     cut = int(len(train) * HELD_OUT_SHARE)
-    if cut < 2:
-        raise UserError(f"{config.data.path} has {len(train)} images, too few to hold some out")
+    if cut < LEAST_HELD_OUT:
+        raise UserError(
+            f"{config.data.path} has {len(train)} images, too few: the distances need at least {LEAST_IMAGES} "
+            f"(a fifth is held out)"
+        )
     out, kept = shuffled[:cut], shuffled[cut:]
     return RealImages(train[kept], train_labels[kept], train[out], train_labels[out], held_out_from_training=True)
 
@@ -142,8 +157,8 @@ def _distance_of_halves(judge: Judge, images: np.ndarray) -> float:
 def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong evaluate``."""
     arguments = parse(EvaluateArguments, argv, prog="scalelong evaluate")
-    if arguments.num_images < 2 or arguments.max_real_images < 10:
-        raise UserError("--num-images must be at least 2 and --max-real-images at least 10")
+    if arguments.num_images < 2 or arguments.max_real_images < LEAST_IMAGES:
+        raise UserError(f"--num-images must be at least 2 and --max-real-images at least {LEAST_IMAGES}")
     scores = evaluate(arguments)
     print(scores["settings"])
     print(f"{'':<28}{'label accuracy':>15}{'Frechet distance':>18}")

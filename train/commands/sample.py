@@ -7,8 +7,8 @@ from scalelong.train.command_line import parse
 from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES
 from scalelong.train.sampling.generate import default_texts, generate
-from scalelong.train.sampling.grid import grid_columns, save_grid
-from scalelong.train.sampling.load import SamplingArguments, load_sampling
+from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
+from scalelong.train.sampling.load import SamplingArguments, load_sampling, read_class_names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,7 +16,7 @@ class SampleArguments(SamplingArguments):
     """Draw samples from a run and save them as one picture."""
 
     out: Path = Path("grid.png")
-    """The PNG to write."""
+    """The picture to write; its suffix says the format."""
     num_images: int = 100
     """How many."""
     label: tuple[int, ...] = ()
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parse(SampleArguments, argv, prog="scalelong sample")
     if arguments.num_images < 1:
         raise UserError("--num-images must be at least 1")
+    picture_format(arguments.out)
     sampling = load_sampling(arguments)
     config = sampling.config
     num_classes = config.num_data_classes
@@ -41,9 +42,11 @@ def main(argv: list[str] | None = None) -> None:
     conditions = labels if texts is None else default_texts(arguments.num_images, texts)
     process = PROCESSES[config.objective]
     images = generate(sampling.model, process, conditions, num_images=arguments.num_images, **sampling.settings)
-    columns = grid_columns(arguments.num_images, len(set(labels)) if labels else 0)
+    names = read_class_names(config) if labels and texts is None else []
+    captions = [names[label] for label in labels or ()] if names else []
+    columns = grid_columns(arguments.num_images, len(in_turn))
     try:
-        save_grid(images, arguments.out, columns=columns)
+        save_grid(images, arguments.out, columns=columns, captions=captions)
     except OSError as error:
         raise UserError(f"cannot write {arguments.out}: {error}") from error
     print(f"{arguments.num_images} samples -> {arguments.out}")

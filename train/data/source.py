@@ -112,6 +112,11 @@ def open_source(path: str, num_classes: int, *, split: str = "train") -> ImageSo
     return source
 
 
+def has_test_split(path: str) -> bool:
+    """Whether the data brings images for testing, which no run trains on."""
+    return path == "digits" or is_cifar10(Path(path))
+
+
 def recognise_source(
     path: str, split: str = "train", *, labelled: bool = True
 ) -> ImageSource | LatentSource | FeatureFolder:

@@ -1,6 +1,7 @@
 """A run's model, and how to draw samples from it."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,18 @@ from scalelong.train.sampling.generate import null_condition_of, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
+class DataArguments:
+    """Where the run's data is now."""
+
+    path: str = ""
+    """If it has moved since the run was made."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class SamplingArguments(RunArguments):
     """What every command that draws samples takes."""
 
+    data: DataArguments = field(default_factory=DataArguments)
     guidance: float | None = None
     """s in eps_c + s (eps_c - eps_u); 0: none. The run's own if not given."""
     sampler: SamplerName | None = None
@@ -52,7 +62,11 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         raise UserError(f"--steps must be in 1 .. {NUM_TIMES}, got {arguments.steps}")
     if not 0 <= arguments.seed < 2**63:
         raise UserError(f"--seed must be in 0 .. 2^63 - 1, got {arguments.seed}")
+    if arguments.guidance is not None and not 0 <= arguments.guidance < math.inf:
+        raise UserError(f"--guidance must be a number from 0 on, got {arguments.guidance}")
     model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    if arguments.data.path:
+        config = replace(config, data=replace(config.data, path=arguments.data.path))
     guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
     if guidance and not config.label_drop:
         raise UserError("--guidance needs a run that was trained with --label-drop above 0")
@@ -77,5 +91,17 @@ def open_texts(config: TrainConfig) -> LatentSource | None:
     if config.context_shape is None:
         return None
     if not Path(config.data.path).is_dir():
-        raise UserError(f"samples are drawn for captions of the run's data, and {config.data.path} is gone")
+        raise UserError(
+            f"samples are drawn for captions of the run's data, and {config.data.path} is gone; "
+            f"where is it now? --data.path FOLDER"
+        )
     return texts_of(config, prepare_source(config, open_source(config.data.path, config.num_data_classes)))
+
+
+def read_class_names(config: TrainConfig) -> list[str]:
+    """Of the run's data; their numbers where it is gone."""
+    try:
+        names = open_source(config.data.path, config.num_data_classes).class_names
+    except UserError:
+        names = []
+    return names or [str(label) for label in range(config.num_data_classes)]
