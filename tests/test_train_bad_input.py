@@ -1,6 +1,7 @@
 """What bad input meets: one line, a non-zero exit, and nothing written; bad images alone are lived with."""
 
 import json
+import shutil
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +14,13 @@ pytest.importorskip("deepspeed")
 
 from running import SMALL, log_rows, losses, run_as_own_process, run_command, small_config, train_on_ranks
 
+from scalelong.train.checks import find_checkpoint
+from scalelong.train.commands.evaluate import main as evaluate_main
+from scalelong.train.commands.sample import main as sample_main
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
+from scalelong.train.run_folder import read_config
 
 pytestmark = pytest.mark.slow
 
@@ -148,12 +153,64 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_changed_data_is_noticed_on_resuming(tmp_path):
-    folder = tmp_path / "images"
+@pytest.mark.parametrize("name", ["slurm-17.out", "train.log", "stderr.txt", "job.err"])
+def test_the_output_of_the_run_itself_may_stand_in_its_folder(tmp_path, name):
+    (tmp_path / name).write_text("srun: job 17 has been allocated resources")
+    assert find_checkpoint(small_config(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "logo.png", "output.png", "log.jsonl", "model.safetensors"])
+def test_other_files_make_it_another_folder(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UserError, match="no run folder"):
+        find_checkpoint(small_config(tmp_path))
+
+
+@pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b"[" * 200_000])
+def test_a_damaged_configuration_is_named(tmp_path, text):
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(UserError, match=r"config\.json") as caught:
+        find_checkpoint(small_config(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def ten_classes(folder: Path) -> Path:
     for label in range(10):
         (folder / str(label)).mkdir(parents=True)
         for number in range(4):
             Image.new("L", (8, 8), 20 * label + number).save(folder / str(label) / f"{number}.png")
+    return folder
+
+
+def test_data_that_has_moved_is_known_by_its_fingerprint(tmp_path):
+    folder = ten_classes(tmp_path / "images")
+    config = small_config(tmp_path / "run", data=DataConfig(path=str(folder)))
+    train(replace(config, total_images=STEP))
+    shutil.copytree(tmp_path / "run", tmp_path / "stayed")
+    train(replace(config, run=tmp_path / "stayed", total_images=2 * STEP))
+    moved = folder.rename(tmp_path / "staged")
+    with pytest.raises(UserError, match="no such folder"):
+        train(replace(config, total_images=2 * STEP))
+    there = DataConfig(path=str(moved))
+    assert train(replace(config, data=there, total_images=2 * STEP)) == 0
+    assert losses(tmp_path / "run") == losses(tmp_path / "stayed")
+    assert read_config(tmp_path / "run").data.path == str(moved)
+    other = ten_classes(tmp_path / "other")
+    (other / "3" / "0.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"not those that .* take another --run, or the --data.path that holds them"):
+        train(replace(config, data=DataConfig(path=str(other)), total_images=3 * STEP))
+    # Samples and scores find the data where the command line says.
+    again = moved.rename(tmp_path / "again")
+    how = ["--data.path", str(again), "--num-images", "4", "--steps", "2"]
+    sample_main([str(tmp_path / "run"), *how, "--out", str(tmp_path / "grid.jpg")])
+    with Image.open(tmp_path / "grid.jpg") as picture:
+        assert picture.format == "JPEG"
+    evaluate_main([str(tmp_path / "run"), *how])
+    assert (tmp_path / "run" / "evaluation.json").is_file()
+
+
+def test_changed_data_is_noticed_on_resuming(tmp_path):
+    folder = ten_classes(tmp_path / "images")
     config = small_config(tmp_path / "run", data=DataConfig(path=str(folder)))
     train(replace(config, total_images=STEP))
     (folder / "3" / "0.png").unlink()

@@ -13,8 +13,7 @@ from scalelong.train.data.stand_ins import BadSamples, SoundImages, spread_indic
 from scalelong.train.errors import UserError, warn
 from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes, cores_per_process
-from scalelong.train.run_folder import config_path, read_config
-from scalelong.train.write_whole import is_staging
+from scalelong.train.run_folder import config_path, holds_something_else, read_config
 from scalelong.train.zero import engine as zero
 
 
@@ -61,8 +60,7 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
     if not config.run.exists():
         return None
     if not config_path(config.run).is_file():
-        # Whoever was killed while starting has left the one, and no more.
-        if not config.run.is_dir() or not all(is_staging(path, "config.json") for path in config.run.iterdir()):
+        if not config.run.is_dir() or holds_something_else(config.run):
             raise UserError(f"{config.run} exists and is no run folder; take another --run")
         return None
     differences = config_differences(read_config(config.run), config)
@@ -105,7 +103,7 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
     if state is not None and state.data_fingerprint != fingerprint:
         raise UserError(
             f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "
-            f"removed or changed); take another --run"
+            f"removed or changed); take another --run, or the --data.path that holds them"
         )
     return Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)
 

@@ -39,8 +39,8 @@ def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
 class DataConfig:
     """What is trained on."""
 
-    path: str = "digits"
-    """A folder of images, tar shards or latents, CIFAR-10 as published, or "digits": docs/data.md."""
+    path: str = bookkeeping("digits")
+    """A folder of images, tar shards or latents, CIFAR-10 as published, or "digits": docs/data.md. It may move."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")

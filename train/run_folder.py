@@ -1,11 +1,16 @@
 """What stands where in a run folder, and its configuration, which is written first."""
 
 import json
+import re
 from pathlib import Path
 
 from scalelong.train.config import TrainConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
-from scalelong.train.write_whole import remove_left_over, write_whole
+from scalelong.train.write_whole import is_staging, remove_left_over, sync, write_whole
+
+LOG_NAME = re.compile(
+    r".*\.(log|out|err)(\.\d+)?|(log|nohup|output|slurm|stdout|stderr|train)([-_.].*)?\.txt", re.IGNORECASE
+)
 
 
 def config_path(run: Path) -> Path:
@@ -35,6 +40,16 @@ def averages_folder(run: Path) -> Path:
     return run / "averages"
 
 
+def holds_something_else(run: Path) -> bool:
+    """Whether a folder without a configuration holds more than whoever was killed while starting has left in it.
+
+    What a batch system or a shell writes of the run there, its standard output say, is no stranger.
+    """
+    return not all(
+        is_staging(path, "config.json") or (path.is_file() and LOG_NAME.fullmatch(path.name)) for path in run.iterdir()
+    )
+
+
 def read_config(run: Path) -> TrainConfig:
     """The configuration a run was made with.
 
@@ -46,7 +61,7 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{run} is no run folder: it has no config.json")
     try:
         return config_from_dict(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
@@ -60,5 +75,6 @@ def write_config(config: TrainConfig) -> None:
         config.run.mkdir(parents=True, exist_ok=True)
         write_whole(config_path(config.run), (json.dumps(config_to_dict(config), indent=2) + "\n").encode())
         remove_left_over(config.run)
+        sync(config.run.parent)
     except OSError as error:
         raise UserError(f"cannot write to the run folder {config.run}: {error.strerror}") from error
