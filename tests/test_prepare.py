@@ -4,6 +4,7 @@ import io
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -109,6 +110,20 @@ def test_a_begun_folder_asked_for_otherwise_is_refused(folder, tmp_path, monkeyp
     prepare(arguments(folder, tmp_path / "out", size=8))
     with pytest.raises(UserError, match="begun with another size, crop"):
         prepare(arguments(folder, tmp_path / "out", size=16, crop="adm"))
+
+
+def test_a_finished_command_run_again_does_nothing(folder, tmp_path):
+    asked = arguments(folder, tmp_path / "out", size=8)
+    prepare(asked)
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out").iterdir()}
+    assert prepare(asked) == tmp_path / "out"
+    assert prepare(replace(asked, num_threads=1)) == tmp_path / "out"
+    assert {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in (tmp_path / "out").iterdir()} == before
+    with pytest.raises(UserError, match="was prepared with another size, crop"):
+        prepare(replace(asked, size=16, crop="adm"))
+    (folder / "cat" / "01.jpg").unlink()
+    with pytest.raises(UserError, match="was prepared with another fingerprint"):
+        prepare(asked)
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folder, tmp_path):

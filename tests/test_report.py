@@ -4,6 +4,7 @@ import io
 import json
 import os
 import signal
+import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from scalelong.train import report
 from scalelong.train.errors import RankError, UserError
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.hosts.signals import StopSignals
-from scalelong.train.report import QuietReport, Report
+from scalelong.train.report import QuietReport, Report, truncate_log
 
 pytest.importorskip("tensorboard")
 
@@ -81,6 +82,42 @@ def test_resuming_takes_out_a_last_line_that_was_cut_off(tmp_path, torn):
     with Report(tmp_path, 10, 100) as run:
         run.log(row(20))
     assert rows_in(tmp_path) == [row(10), row(20)]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"[1]", b"7", b"null", b'"x"', b"{}", b'{"images_seen": "5"}', b'{"images_seen": NaN}', b"\xff", b"[" * 200_000],
+)
+def test_lines_that_are_no_rows_are_taken_out(tmp_path, line):
+    write_log(tmp_path, 10, 20)
+    first, second = (tmp_path / "log.jsonl").read_bytes().splitlines()
+    (tmp_path / "log.jsonl").write_bytes(b"\n".join([line, first, line, second, line]))
+    with Report(tmp_path, 20, 100) as run:
+        run.log(row(30))
+    assert rows_in(tmp_path) == [row(10), row(20), row(30)]
+
+
+def test_a_long_log_is_not_held_in_memory(tmp_path):
+    long = "x" * 1000
+    with (tmp_path / "log.jsonl").open("w") as file:
+        for n in range(20_000):
+            file.write(json.dumps({**row(n), "note": long}) + "\n")
+    tracemalloc.start()
+    try:
+        truncate_log(tmp_path / "log.jsonl", 20_000)
+        assert tracemalloc.get_traced_memory()[1] < 2_000_000
+    finally:
+        tracemalloc.stop()
+    assert len(rows_in(tmp_path)) == 20_000
+
+
+def test_a_checkpoint_finds_the_log_on_the_disk(tmp_path, monkeypatch):
+    synced = []
+    with Report(tmp_path, 0, 100) as run:
+        run.log(row(10))
+        monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
+        run.sync()
+    assert synced == [tmp_path / "log.jsonl"]
 
 
 def test_resuming_leaves_no_other_file_beside_the_log(tmp_path):

@@ -65,6 +65,7 @@ def train(config: TrainConfig) -> int:
                 # Before the checkpoint: a run that goes on from there has them all.
                 keep_averages(run)
             if due.checkpoint or stops:
+                report.sync()
                 save(run)
             if due.last or stops:
                 break

@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from scalelong.train.errors import UserError
 from scalelong.train.run_folder import log_path, tensorboard_folder
-from scalelong.train.write_whole import write_whole
+from scalelong.train.write_whole import staged, sync
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -25,6 +25,9 @@ class QuietReport:
         pass
 
     def log(self, row: dict[str, float | int]) -> None:
+        pass
+
+    def sync(self) -> None:
         pass
 
     def say(self, message: str) -> None:
@@ -52,7 +55,7 @@ class Report(QuietReport):
         self._line_time = 0.0
         self._bar: Progress | None = None
         try:
-            _truncate_log(self._log_path, images_seen)
+            truncate_log(self._log_path, images_seen)
             self._log = self._log_path.open("a")
             self._tensorboard = SummaryWriter(str(tensorboard_folder(run)), purge_step=images_seen + 1)
         except OSError as error:
@@ -92,6 +95,13 @@ class Report(QuietReport):
         except OSError as error:
             raise UserError(f"cannot write {self._log_path}: {error}") from error
         self._show(images_seen, float(row["loss"]), float(row["images_per_second"]))
+
+    def sync(self) -> None:
+        """Waits until the log is on the disk: a checkpoint whose rows a power cut took would leave a gap in it."""
+        try:
+            sync(self._log_path)
+        except OSError as error:
+            raise UserError(f"cannot write {self._log_path}: {error}") from error
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""
@@ -143,16 +153,21 @@ def _clock(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
-def _truncate_log(path: Path, images_seen: int) -> None:
-    """Takes out the rows past the checkpoint that a run resumes from, and a last row that was cut off."""
+def truncate_log(path: Path, images_seen: int) -> None:
+    """Takes out the rows past the checkpoint that a run resumes from, and lines that are no rows: the last, cut off."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_text().splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if row["images_seen"] <= images_seen:
-            kept.append(line + "\n")
-    write_whole(path, "".join(kept).encode())
+    with staged(path) as staging, path.open("rb") as before, staging.open("wb") as kept:
+        for line in before:
+            if _images_seen_of(line) <= images_seen:
+                kept.write(line.rstrip(b"\n") + b"\n")
+
+
+def _images_seen_of(line: bytes) -> float:
+    """Infinity for a line that is no row of the log."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return math.inf
+    number = row.get("images_seen") if isinstance(row, dict) else None
+    return number if isinstance(number, int | float) and not math.isnan(number) else math.inf

@@ -2,7 +2,8 @@
 
 Of a folder with the features of MS-COCO as U-ViT publishes them (data/mscoco_features.py), shards of latents with text.
 
-Each shard is written aside and renamed, so that an interrupted command, run again, goes on after the last whole one.
+Each shard is written aside and renamed, so that an interrupted command, run again, goes on after the last whole one;
+one that is finished does nothing more.
 Without OUT, the tar shards in SOURCE are given their indices.
 """
 
@@ -32,6 +33,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import cores_per_process
 from scalelong.train.write_whole import is_staging, remove_left_over, write_whole
 
+PREPARED_WITH = "prepared_with"
 Crop = Literal["plain", "adm", "celeba"]
 
 
@@ -97,6 +99,8 @@ def prepare(arguments: PrepareArguments) -> Path:
         raise UserError(f"{arguments.source} holds latents already")
     if source.holds == "features" and arguments.size:
         raise UserError(f"{arguments.source} holds features, not images: --size and --latents are not for it")
+    if is_prepared(arguments, source):
+        return arguments.out
     work = Work.begin(arguments, source)
     shards = list(work.shards())
     with Progress(console=Console(stderr=True)) as progress:
@@ -108,6 +112,38 @@ def prepare(arguments: PrepareArguments) -> Path:
             work.list_bad_samples()
     work.finish([path for path, _ in shards])
     return arguments.out
+
+
+def is_prepared(arguments: PrepareArguments, source: ImageSource | FeatureFolder) -> bool:
+    """Whether the folder has been prepared to its end by the same command.
+
+    Raises:
+        UserError: it was prepared by another.
+    """
+    assert arguments.out is not None
+    path = arguments.out / choose_writer(arguments, source).description_name
+    if unfinished_path(arguments.out).exists() or not path.is_file():
+        return False
+    before = _read_json(path).get(PREPARED_WITH)
+    if not isinstance(before, dict):
+        return False
+    check_settings(arguments.out, "prepared", before, settings_of(arguments, source))
+    return True
+
+
+def settings_of(arguments: PrepareArguments, source: ImageSource | FeatureFolder) -> dict[str, Any]:
+    """All that decides what is in the shards."""
+    settings = {**asdict(arguments), "fingerprint": source.fingerprint()}
+    for name in ("out", "num_threads", "batch_size"):
+        del settings[name]
+    return json.loads(json.dumps(settings, default=str))
+
+
+def check_settings(out: Path, what: str, before: dict[str, Any], settings: dict[str, Any]) -> None:
+    """Raises UserError where they differ."""
+    changed = [name for name, value in settings.items() if before.get(name) != value]
+    if changed:
+        raise UserError(f"{out} was {what} with another {', '.join(changed)}; take another folder")
 
 
 def choose_writer(arguments: PrepareArguments, source: ImageSource | FeatureFolder) -> ShardWriter:
@@ -143,18 +179,12 @@ class Work:
     def begin(cls, arguments: PrepareArguments, source: ImageSource | FeatureFolder) -> "Work":
         """Raises UserError where the folder holds something else, or shards that were asked for otherwise."""
         assert arguments.out is not None
-        settings = {**asdict(arguments), "fingerprint": source.fingerprint()}
-        for name in ("out", "num_threads", "batch_size"):
-            del settings[name]
-        settings = json.loads(json.dumps(settings, default=str))
+        settings = settings_of(arguments, source)
         out, marker = arguments.out, unfinished_path(arguments.out)
         try:
             out.mkdir(parents=True, exist_ok=True)
             if marker.exists():
-                before = _read_json(marker)
-                changed = [name for name, value in settings.items() if before.get(name) != value]
-                if changed:
-                    raise UserError(f"{out} was begun with another {', '.join(changed)}; take another folder")
+                check_settings(out, "begun", _read_json(marker), settings)
             elif not all(is_staging(path, marker.name) for path in out.iterdir()):
                 raise UserError(f"{out} is not empty")
             else:
@@ -191,6 +221,7 @@ class Work:
             "made_from": self.arguments.source,
             "size": self.arguments.size,
             "crop": self.arguments.crop,
+            PREPARED_WITH: settings_of(self.arguments, self.source),
         }
         description |= self.writer.finish(self.out, made)
         write_whole(self.out / self.writer.description_name, (json.dumps(description, indent=2) + "\n").encode())
@@ -208,7 +239,7 @@ class Work:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return dict(json.loads(path.read_text()))
-    except ValueError as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}; take another folder") from error
 
 

@@ -249,10 +249,10 @@ def read_bad_samples(folder: Path) -> list[BadImage]:
     """What ``append_bad_samples`` wrote; a last line that was cut off is left out."""
     path = folder / FILE_NAME
     found = []
-    for line in path.read_text().splitlines() if path.is_file() else []:
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
         try:
             found.append(BadImage(**json.loads(line)))
-        except (json.JSONDecodeError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             continue
     return found
 
