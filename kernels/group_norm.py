@@ -9,6 +9,7 @@ Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -166,6 +167,9 @@ class _Kind:
     channels_last: bool
     y_shape: torch.Size
     y_stride: tuple[int, ...]
+    statistics: Tensor
+    """Of no element, with dtype and device of mean and rstd."""
+    statistics_shape: torch.Size
 
 
 _KINDS: Kept[_Kind] = Kept()
@@ -177,8 +181,19 @@ def _kind_of_call(op: str, tensors: Tensors, options: Options, backend: str) -> 
     kind = _KINDS.get(key)
     if kind is None:
         _check_arguments(op, tensors, options)
-        y, _, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
-        kind = _KINDS.keep(key, _Kind(options, backend, is_channels_last(tensors.h), y.shape, y.stride()))
+        y, mean, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
+        kind = _KINDS.keep(
+            key,
+            _Kind(
+                options=options,
+                backend=backend,
+                channels_last=is_channels_last(tensors.h),
+                y_shape=y.shape,
+                y_stride=y.stride(),
+                statistics=mean.new_empty(0),
+                statistics_shape=mean.shape,
+            ),
+        )
     return kind
 
 
@@ -200,7 +215,7 @@ class _SkipGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         *tensors, mean, rstd = ctx.saved_tensors
-        wanted = Wanted(*ctx.needs_input_grad[:7])
+        wanted = ctx.needs_input_grad[:7]  # in the order of Wanted, which takes a microsecond to make
         if torch.is_grad_enabled():  # with create_graph=True
             return *differentiable_gradients(partial(_reference, ctx.kind.options), tensors, wanted, dy), None
         return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.kind, wanted), None
@@ -209,8 +224,10 @@ class _SkipGroupNorm(torch.autograd.Function):
 def _forward(tensors: Tensors, kind: _Kind) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and rstd of each group, (N, G), in fp32 (fp64 for fp64)."""
     h, options = tensors.h, kind.options
-    y = torch.empty_strided(kind.y_shape, kind.y_stride, dtype=h.dtype, device=h.device)
-    mean, rstd = _empty_statistics(h, options.groups)
+    # torch takes another microsecond for each dtype and device that it has to read.
+    y = h.new_empty_strided(kind.y_shape, kind.y_stride)
+    mean = kind.statistics.new_empty_strided(kind.statistics_shape, (options.groups, 1))
+    rstd = torch.empty_like(mean)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     if kind.backend == "reference":
@@ -235,7 +252,7 @@ def _backward(
     mean: Tensor,
     rstd: Tensor,
     kind: _Kind,
-    wanted: Wanted,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors; None for what is None or not wanted."""
     if dy.numel() == 0:
@@ -249,14 +266,14 @@ def _backward(
     dh, ds, dscale, *grads = backward(dy, tensors, mean, rstd, kind.options, kind.channels_last, wanted, kind)
     if dscale is not None:
         dscale = _as_gradient(dscale, tensors.scale)  # type: ignore[arg-type]
-    return dh, ds, dscale, *map(_in_dtype_of, tensors[3:], grads)
+    pairs = zip(grads, tensors[3:], strict=True)
+    grads = [grad if grad is None or grad.dtype == x.dtype else grad.to(x.dtype) for grad, x in pairs]  # type: ignore[union-attr]
+    return dh, ds, dscale, *grads
 
 
-def _in_dtype_of(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    return grad if x is None or grad is None or grad.dtype == x.dtype else grad.to(x.dtype)
-
-
-def _backward_of_reference(dy: Tensor, tensors: Tensors, options: Options, wanted: Wanted) -> tuple[Tensor | None, ...]:
+def _backward_of_reference(
+    dy: Tensor, tensors: Tensors, options: Options, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """By torch.func, which works below autograd too, where operators run."""
     names = [name for name, x, want in zip(Tensors._fields, tensors, wanted, strict=True) if x is not None and want]
 
@@ -295,8 +312,7 @@ def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Te
 
 def _empty_statistics(h: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    # torch.empty takes twice the time to read its arguments.
-    mean = torch.empty_strided((h.shape[0], groups), (groups, 1), dtype=dtype, device=h.device)
+    mean = torch.empty((h.shape[0], groups), dtype=dtype, device=h.device)
     return mean, torch.empty_like(mean)
 
 
