@@ -319,10 +319,14 @@ def _empty_gradients(
     dx = torch.empty_like(stream, memory_format=dense) if wanted[0] or shares else None
     if wanted[1] and not shares:
         dbranch = torch.empty_like(stream, dtype=branch_dtype, memory_format=dense)
-    parameters = (
-        torch.empty_like(p, dtype=dtype or p.dtype, memory_format=dense) if is_wanted and p is not None else None
+    parameters = [
+        None
+        if p is None or not is_wanted
+        else torch.empty_like(p, memory_format=dense)
+        if dtype is None or p.dtype == dtype
+        else torch.empty_like(p, dtype=dtype, memory_format=dense)
         for p, is_wanted in zip(kept[2:], wanted[2:], strict=True)
-    )
+    ]
     return Gradients(dx, dbranch, *parameters)
 
 

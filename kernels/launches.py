@@ -92,9 +92,17 @@ class _Compiled:
     """
 
     def __init__(self, launches: Sequence[Launch], kernels: Sequence[Any], tensors: Call) -> None:
-        slots = dict.fromkeys(x for launch in launches for x in _slots_of(launch.arguments))
-        self._slots = [slot for slot in slots if tensors[slot.tensor] is not None]
-        self._sources = [(slot.tensor, slot.offset * tensors[slot.tensor].element_size()) for slot in self._slots]  # type: ignore[union-attr]
+        found = dict.fromkeys(x for launch in launches for x in _slots_of(launch.arguments))
+        slots = [slot for slot in found if tensors[slot.tensor] is not None]
+        whole = list(dict.fromkeys(Slot(slot.tensor) for slot in slots))
+        parts = [slot for slot in slots if slot.offset]
+        self._slots = [*whole, *parts]
+        self._given = _picks([slot.tensor for slot in whole])
+        # Of each part the place of its tensor, and how many bytes behind it starts.
+        self._parts = [
+            (whole.index(Slot(slot.tensor)), slot.offset * tensors[slot.tensor].element_size())  # type: ignore[union-attr]
+            for slot in parts
+        ]
         self._rest: list[Any] = []
         self._tuples: list[
             tuple[int, Callable[[list[Any]], tuple[Any, ...]]]
@@ -129,7 +137,8 @@ class _Compiled:
             with torch.cuda.device(self._device):
                 return self.run(tensors)
         stream = active.get_current_stream(self._device)
-        values: list[Any] = [tensors[i].data_ptr() + offset for i, offset in self._sources]  # type: ignore[union-attr]
+        values: list[Any] = [x.data_ptr() for x in self._given(tensors)]
+        values += [values[place] + num_bytes for place, num_bytes in self._parts]
         values += self._rest
         for place, picks in self._tuples:
             values[place] = picks(values)
@@ -144,7 +153,7 @@ class _Compiled:
             run(*grid, stream, function, packed, metadata, enter, leave, *arguments)
 
 
-def _picks(places: list[int]) -> Callable[[list[Any]], tuple[Any, ...]]:
+def _picks(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
     if len(places) > 1:
         return itemgetter(*places)
     return lambda values: tuple(values[place] for place in places)

@@ -63,10 +63,11 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them.
     """
-    if get_backend(x) == "reference":
+    backend = get_backend(x)
+    if backend == "reference":
         _check(x, s, scale, weight, bias)
         return skip_linear_ref(x, s, scale, weight, bias)
-    return projected(x, s, scale, weight, bias, channels_last=False, check=_check)
+    return projected(x, s, scale, weight, bias, channels_last=False, backend=backend, check=_check)
 
 
 def projected(
@@ -77,11 +78,12 @@ def projected(
     bias: Tensor | None,
     *,
     channels_last: bool,
+    backend: str,
     check: Callable[..., None] | None = None,
 ) -> Tensor:
     """What ``skip_linear`` computes; or, ``channels_last``, on images (N, C, *) that lie in that layout.
 
-    ``check`` is called with the arguments where they are of a kind that it has not seen yet.
+    ``backend`` is that of x. ``check`` is called with the arguments where they are of a kind that it has not seen yet.
     """
     is_tensor = isinstance(scale, Tensor)
     tensors = _Tensors(x, s, scale if is_tensor else None, weight, bias)
@@ -91,7 +93,7 @@ def projected(
             check(x, s, scale, weight, bias)
         return torch.ops.scalelong.skip_linear(*tensors, float_scale, autocast_dtype(x))
     options = _Options(float_scale, autocast_dtype(x), channels_last)
-    return _SkipLinear.apply(*tensors, _kind_of_call(tensors, options, check))
+    return _SkipLinear.apply(*tensors, _kind_of_call(tensors, options, backend, check))
 
 
 class _Tensors(NamedTuple):
@@ -127,23 +129,27 @@ class _Kind:
 _KINDS: Kept[_Kind] = Kept()
 
 
-def _kind_of_call(tensors: _Tensors, options: _Options, check: Callable[..., None] | None = None) -> _Kind:
+def _kind_of_call(
+    tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None = None
+) -> _Kind:
+    if backend != "triton":  # which has plans to keep; others are also called by tensors that only stand for real ones
+        return _new_kind(tensors, options, backend, check)
+    key = (*map(signature, tensors), options, backend, forced_backend(), check)
+    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(tensors, options, backend, check))
+
+
+def _new_kind(tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None) -> _Kind:
     x, s, scale, weight, bias = tensors
-    key = (*map(signature, tensors), options, get_backend(x), forced_backend(), product_dtype, check)
-    kind = _KINDS.get(key)
-    if kind is None:
-        if check is not None:
-            check(x, s, options.float_scale if scale is None else scale, weight, bias)
-        kind = _Kind(
-            options=options,
-            forward=_form("forward", tensors, options),
-            inputs=_form("inputs", tensors, options),
-            weight=_form("weight", tensors, options),
-            product=product_dtype(x, options.dtype),
-            y=torch.empty(0, dtype=options.dtype, device=x.device),
-        )
-        _KINDS.keep(key, kind)
-    return kind
+    if check is not None:
+        check(x, s, options.float_scale if scale is None else scale, weight, bias)
+    return _Kind(
+        options=options,
+        forward=_form("forward", tensors, options, backend),
+        inputs=_form("inputs", tensors, options, backend),
+        weight=_form("weight", tensors, options, backend),
+        product=product_dtype(x, options.dtype),
+        y=torch.empty(0, dtype=options.dtype, device=x.device),
+    )
 
 
 class _SkipLinear(torch.autograd.Function):
@@ -211,12 +217,14 @@ def _backward(dy: Tensor, tensors: _Tensors, kind: _Kind, needed: Sequence[bool]
         products = _products(tensors, kind)
         dy = _rows(dy, kind.options.channels_last)
         dy = dy if dy.dtype == kind.product else dy.to(kind.product)
-        key = (kind, places((*tensors, dy)), needs_x, needs_s)
+        key = None
+        if kind.inputs is skip_linear_triton or kind.weight is skip_linear_triton:
+            key = (kind, places((*tensors, dy)), needs_x, needs_s)
         needs_row_scale = needs_scale and products.row_scale is not None
         if needs_x or needs_s or needs_row_scale:
             dx, ds, dscale = _gradients_of_inputs(dy, tensors, products, kind, (needs_x, needs_s, needs_row_scale), key)
         if needs_weight or (needs_scale and not needs_row_scale):
-            dweight = torch.empty_like(tensors.weight, memory_format=torch.contiguous_format)
+            dweight = torch.empty_like(tensors.weight, memory_format=_DENSE)
             if kind.weight is skip_linear_triton:
                 given = (dy, products.x, products.s, products.row_scale, dweight)
                 skip_linear_triton.backward_weight(*given, kind.options.float_scale, key)
@@ -243,8 +251,8 @@ def _gradients_of_inputs(
     """Of x, s, and, (M,) in fp32, of the row scale."""
     x, s, *_ = tensors
     (float_scale, _, channels_last), (needs_x, needs_s, needs_row_scale) = kind.options, needed
-    dx = _empty(x, products.x.shape[-1], x, channels_last) if needs_x else None
-    ds = _empty(s, products.s.shape[-1], s, channels_last) if needs_s else None
+    dx = _empty_like(x, channels_last) if needs_x else None
+    ds = _empty_like(s, channels_last) if needs_s else None
     dscale = None
     if needs_row_scale:
         dscale = torch.empty(math.prod(dy.shape[:-1]), dtype=torch.float32, device=dy.device)
@@ -276,10 +284,10 @@ def _reference(options: _Options, *tensors: Tensor | None) -> Tensor:
         return y.movedim(-1, 1) if channels_last else y
 
 
-def _form(product: str, tensors: _Tensors, options: _Options) -> ModuleType:
+def _form(product: str, tensors: _Tensors, options: _Options, backend: str) -> ModuleType:
     """Which of the two ways to multiply takes "forward", "inputs" or "weight"."""
     x, s, _, _, _ = tensors
-    if get_backend(x) != "triton":
+    if backend != "triton":
         return skip_linear_gemm
     if forced_backend() == "triton" or x.device.type == "cpu":
         return skip_linear_triton
@@ -295,6 +303,13 @@ def _empty(x: Tensor, channels: int, like: Tensor, channels_last: bool) -> Tenso
         return like.new_empty((*x.shape[:-1], channels))
     order = (0, *range(2, x.dim()), 1)
     return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=like.dtype, device=x.device)
+
+
+def _empty_like(x: Tensor, channels_last: bool) -> Tensor:
+    return _empty(x, x.shape[1], x, True) if channels_last else torch.empty_like(x, memory_format=_DENSE)
+
+
+_DENSE = torch.contiguous_format
 
 
 def _rows(x: Tensor, channels_last: bool) -> Tensor:
@@ -327,14 +342,14 @@ torch.library.define(
 @torch.library.impl("scalelong::skip_linear", "default")
 def _(x, s, scale, weight, bias, float_scale, dtype=None):
     tensors = _Tensors(x, s, scale, weight, bias)
-    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype)))
+    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), get_backend(x)))
 
 
 @torch.library.impl("scalelong::skip_linear_backward", "default")
 def _(dy: Tensor, x, s, scale, weight, bias, float_scale, dtype, needed) -> tuple[Tensor, ...]:
     with torch.no_grad():
         tensors = _Tensors(x, s, scale, weight, bias)
-        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype)), needed)
+        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), get_backend(x)), needed)
         return none_as_empty(grads, dy)
 
 

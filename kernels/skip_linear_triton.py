@@ -53,7 +53,7 @@ def forward(
     Args:
         x, s, y: (..., D1), (..., D2) and (..., O), whose rows ``row_stride`` knows.
         row_scale: one factor a row.
-        weight_x, weight_s: (O, D1) and (O, D2); or (O, D1 + D2) and None.
+        weight_x, weight_s: (O, D1), of which rows may be longer, and (O, D2); or (O, D1 + D2) and None.
         bias: (O,).
         kind: stands for float_scale and the signature of each tensor, where somebody has looked at these already.
     """
@@ -156,7 +156,7 @@ def _inputs_plan(
     float_scale: float,
 ) -> Plan:
     M, OUT, D2 = math.prod(dy.shape[:-1]), dy.shape[-1], s.shape[-1]
-    D1 = weight_x.shape[1] - (D2 if weight_s is None else 0)
+    D1 = weight_x.shape[1] - D2 if weight_s is None else 0 if dx is None else dx.shape[-1]
     rows, cols = (M,), (0 if dx is None else D1, 0 if ds is None and drow_M is None else D2)
     tile = choose_tile("inputs", *_itemsizes(dy, s, s), rows, cols, _multiprocessors(dy))
     strides = (row_stride(dy), *_weight_strides(weight_x, weight_s), row_stride(s))
