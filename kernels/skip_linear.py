@@ -35,10 +35,14 @@ IN_TRITON = {"16 bits": ("forward",), "fp32 operands": ("forward", "inputs", "we
 
 def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     """The specification, as published: scale the skip, concatenate, project."""
+    return F.linear(concatenated_tokens(x_BTD1, s_BTD2, scale), weight_OD, bias_O)
+
+
+def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
+    """``cat([x, scale * s], -1)``, written out."""
     if isinstance(scale, Tensor) and scale.dim() == 2:
         scale = scale.unsqueeze(-1)
-    scaled_BTD2 = s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)
-    return F.linear(torch.cat([x_BTD1, scaled_BTD2], dim=-1), weight_OD, bias_O)
+    return torch.cat([x_BTD1, s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)], dim=-1)
 
 
 def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
