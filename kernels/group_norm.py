@@ -18,7 +18,7 @@ from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
 from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 
@@ -43,7 +43,7 @@ def group_norm_ref(
     weight, bias, gain, shift = (None if p is None else p.to(x.dtype) for p in (weight, bias, gain, shift))
     over_space = (..., *[None] * (x.dim() - 2))
     if x.numel() > 0:
-        y = F.group_norm(x, groups, weight, bias, eps)
+        y = F.group_norm(x.contiguous() if in_transform() else x, groups, weight, bias, eps)
     else:  # which torch refuses to normalise
         y = x if weight is None or bias is None else x * weight[over_space] + bias[over_space]
     if gain is not None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
+from scalelong.kernels.backend import in_transform
 from scalelong.kernels.group_norm import Scale
 from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, run_block
@@ -374,7 +375,7 @@ class UNet(Backbone):
         """
         emb = self._embed(x_BCHW, t_B, y_B)
         h_BCHW = self.input_blocks[0](x_BCHW, emb)
-        if self.channels_last:
+        if self.channels_last and not in_transform():  # vmap knows no layouts
             h_BCHW = h_BCHW.contiguous(memory_format=torch.channels_last)
         skips = [h_BCHW]
         for stage in self.input_blocks[1:]:  # type: ignore[index]

@@ -44,7 +44,7 @@ def unet(config: UNetConfig, mode: str = "ls", position: Any = "before-norm") ->
     model = _drawn(UNet(config, skip_scale=make_skip_scale(mode, KAPPA, position)))
     labels = torch.tensor([1, 5]) if config.num_classes else None
     batch = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), labels
-    plain = published_unet.as_published(model, channels_last=True)
+    plain = published_unet.as_published(model)
     return Pair(model, _apart(plain), lambda network: _called(network, *batch))
 
 
