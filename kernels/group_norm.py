@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
-from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
+from scalelong.kernels.arguments import as_argument, check_scale, check_skip, described, none_as_empty
 from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
@@ -137,6 +137,8 @@ def skip_group_norm(
         h, s = h.to(dtype), s.to(dtype)
     _check_norm("skip_group_norm", h, s, groups, weight, bias, shift, gain, eps, act)
     float_scale = 1.0
+    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+        scale = as_argument(scale, h)
     if isinstance(scale, Tensor):
         scale = check_scale("skip_group_norm", scale, h, s)
     elif scale is not None:

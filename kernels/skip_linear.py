@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import skip_linear_gemm, skip_linear_triton
-from scalelong.kernels.arguments import described, none_as_empty
+from scalelong.kernels.arguments import as_argument, described, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
@@ -74,6 +74,8 @@ def projected(
     x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None, *, channels_last: bool
 ) -> Tensor:
     """What ``skip_linear`` computes, unchecked; or, ``channels_last``, on images (N, C, *) that lie in that layout."""
+    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+        scale = as_argument(scale, x)
     is_tensor = isinstance(scale, Tensor)
     tensors = _Tensors(x, s, scale if is_tensor else None, weight, bias)
     float_scale = 1.0 if scale is None or is_tensor else float(scale)

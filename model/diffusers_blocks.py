@@ -100,9 +100,10 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
     long_skip: LongSkip | None = None
 
     def forward(  # type: ignore[override]
-        self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None
+        self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None, scale: Scale = None
     ) -> Tensor:
-        input_tensor, skip, scale = self.inputs(input_tensor, skip)
+        if skip is None:
+            input_tensor, skip, scale = self.parted(input_tensor)
         h = self.norm_and_activation(self.norm1, input_tensor, skip, scale)
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
@@ -125,13 +126,11 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         # By type first: the Skip blocks have one of NumPy, on which torch.compile cannot branch.
         return y if type(factor) in (int, float) and factor == 1 else y / factor
 
-    def inputs(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None, Scale]:
-        """Hidden stream, long skip and its factor, also out of their concatenation."""
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor | None, Scale]:
+        """Hidden stream, long skip and its factor, out of their concatenation."""
         long_skip = self.long_skip
         if long_skip is None or long_skip.input == "scaled":
-            return x, skip, None
-        if skip is not None:
-            return x, skip, long_skip.scale(skip)
+            return x, None, None
         if long_skip.input == "concatenated":
             long_skip.input = "taken"
         channels_last, hidden = is_channels_last(x), long_skip.hidden_channels
@@ -172,16 +171,21 @@ def decoded(
     checkpointed = torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False)
     factors = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")} if freeu else {}
     for k, residual_block in enumerate(block.resnets):
-        skip = skips[-1 - k]
+        skip: Any = skips[-1 - k]
+        long_skip: LongSkip = block.skips.long_skips[k]
         if freeu and all(factors.values()):
             h, skip = apply_freeu(block.resolution_idx, h, skip, **factors)
-        if not is_called_by_class(residual_block, ResnetBlock2D):
-            residual_block = partial(called_as_it_is, residual_block, block.skips.long_skips[k])
         # Positional, and no tensor inside a container: so every way of checkpointing sees them.
-        if checkpointed:
-            h = block._gradient_checkpointing_func(residual_block, h, temb, skip)
+        if is_called_by_class(residual_block, ResnetBlock2D):
+            # The factor is an argument: blocks that are compiled one by one share a graph.
+            arguments = h, temb, skip, long_skip.scale(skip)
         else:
-            h = residual_block(h, temb, skip)
+            residual_block = partial(called_as_it_is, residual_block, long_skip)
+            arguments = h, temb, skip
+        if checkpointed:
+            h = block._gradient_checkpointing_func(residual_block, *arguments)
+        else:
+            h = residual_block(*arguments)
         h = attend(k, h)
     return h
 

@@ -20,7 +20,7 @@ def is_called_by_class(module: nn.Module, kind: type[nn.Module]) -> bool:
     """
     return (
         isinstance(module, kind)
-        and getattr(module.forward, "__func__", None) is kind.forward
+        and has_method_of(module, "forward", kind)
         and not (module._backward_pre_hooks or module._backward_hooks)
         and not (module._forward_pre_hooks and _watch(module._forward_pre_hooks.values()))
         and not (module._forward_hooks and _watch(module._forward_hooks.values()))
@@ -34,4 +34,11 @@ def _watch(hooks: Iterable[object]) -> bool:
 
 def has_forward_of_class(module: nn.Module) -> bool:
     """Also where it stands in the instance once more, as accelerate's hooks leave it when they go."""
-    return "forward" not in vars(module) or getattr(module.forward, "__func__", None) is type(module).forward
+    return has_method_of(module, "forward", type(module))
+
+
+def has_method_of(module: nn.Module, name: str, kind: type[nn.Module]) -> bool:
+    """Whether ``module.name`` is the method of ``kind``, replaced neither in a class between nor in the instance."""
+    # Not by getattr on the bound method: torch.compile finds no __func__ there.
+    own, method = vars(module).get(name), getattr(kind, name)
+    return getattr(type(module), name) is method and (own is None or getattr(own, "__func__", None) is method)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from scalelong.kernels.conv3x3 import conv3x3
 from scalelong.kernels.group_norm import Scale, concatenated, group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
-from scalelong.model.layer_calls import is_called_by_class
+from scalelong.model.layer_calls import has_method_of, is_called_by_class
 from scalelong.model.skip_scale import SkipPosition
 
 
@@ -69,7 +69,7 @@ def keeps_sides(conv: nn.Conv2d, size: int) -> bool:
     """Whether it is a convolution of that size, padded with zeros so that it keeps the sides, and nothing else."""
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     expected = ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
-    return shape == expected and getattr(conv._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
+    return shape == expected and has_method_of(conv, "_conv_forward", nn.Conv2d)
 
 
 def skip_gain(scale: Tensor | float, h: Tensor, s: Tensor) -> Tensor:
