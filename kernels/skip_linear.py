@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels import skip_linear_gemm, skip_linear_triton
 from scalelong.kernels.arguments import as_argument, described, none_as_empty
@@ -40,7 +41,7 @@ def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Ten
 
 def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
     """``cat([x, scale * s], -1)``, written out."""
-    if isinstance(scale, Tensor) and scale.dim() == 2:
+    if isinstance(scale, Tensor) and 1 < scale.dim() < s_BTD2.dim():
         scale = scale.unsqueeze(-1)
     return torch.cat([x_BTD1, s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)], dim=-1)
 
@@ -49,9 +50,10 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     """``linear(cat([x, scale * s], -1), weight, bias)``.
 
     Args:
-        x: (B, T, D1), the hidden stream.
-        s: (B, T, D2), the long skip.
-        scale: None for 1, a float, a scalar tensor, one factor a token (B, T) or (B, T, 1), or one a channel (D2,).
+        x: (*, D1), the hidden stream, with any leading dimensions, for tokens (B, T).
+        s: (*, D2), the long skip.
+        scale: None for 1, a float, a tensor of one element () or (1,), one factor a channel (D2,), or one a token, (*)
+            or (*, 1). Where the leading dimensions are one, and as many as D2, a factor a token must be (*, 1).
         weight: (O, D1 + D2).
         bias: (O,) or None.
 
@@ -59,15 +61,26 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     autocast each may have its own, and the product is in autocast's, as torch's linear has it.
 
     Returns:
-        (B, T, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
+        (*, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them.
     """
     _check(x, s, scale, weight, bias)
-    if get_backend(x) == "reference":
+    if isinstance(scale, Tensor):
+        scale = _scalar_or_by_dimension(scale, s)
+    if get_backend(x) == "reference" or any(map(is_traceable_wrapper_subclass, (x, s, weight))):
         return skip_linear_ref(x, s, scale, weight, bias)
     return projected(x, s, scale, weight, bias, channels_last=False)
+
+
+def _scalar_or_by_dimension(scale: Tensor, s: Tensor) -> Tensor:
+    """() for one factor, (D2,) for one a channel, (*, 1) of more than one dimension for one a token."""
+    if scale.dim() == 0 or (scale.shape == s.shape[-1:] and scale.numel() != 1):
+        return scale
+    if scale.numel() == 1 and scale.dim() == 1:
+        return scale.reshape(())
+    return scale if scale.dim() > 1 else scale[:, None]
 
 
 def projected(
@@ -294,9 +307,10 @@ torch.library.register_autograd(
 
 
 def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 3 or s.dim() != 3 or x.shape[:2] != s.shape[:2]:
+    if x.dim() < 1 or x.shape[:-1] != s.shape[:-1] or s.dim() < 1:
         raise ValueError(
-            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), got {tuple(x.shape)} and {tuple(s.shape)}"
+            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), or have other leading dimensions that are equal, "
+            f"got {tuple(x.shape)} and {tuple(s.shape)}"
         )
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] + s.shape[-1]:
         raise ValueError(
@@ -312,10 +326,10 @@ def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
         if not fits or tensor.device != x.device:
             raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
     if isinstance(scale, Tensor):
-        B, T, D2 = s.shape
-        if tuple(scale.shape) not in ((), (B, T), (B, T, 1), (D2,)):
+        *leading, D2 = s.shape
+        if tuple(scale.shape) not in ((), (1,), tuple(leading), (*leading, 1), (D2,)):
             raise ValueError(
-                f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {(B, T)}, {(B, T, 1)}, {(D2,)}"
+                f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {tuple(leading)}, {(*leading, 1)}, {(D2,)}"
             )
         if scale.device != x.device or not scale.is_floating_point():
             raise ValueError(f"skip_linear: scale is {described(scale)}, but x is {described(x)}")

@@ -178,10 +178,10 @@ def decoded(
         # Positional, and no tensor inside a container: so every way of checkpointing sees them.
         if is_called_by_class(residual_block, ResnetBlock2D):
             # The factor is an argument: blocks that are compiled one by one share a graph.
-            arguments = h, temb, skip, long_skip.scale(skip)
+            arguments: tuple[Any, ...] = (h, temb, skip, long_skip.scale(skip))
         else:
             residual_block = partial(called_as_it_is, residual_block, long_skip)
-            arguments = h, temb, skip
+            arguments = (h, temb, skip)
         if checkpointed:
             h = block._gradient_checkpointing_func(residual_block, *arguments)
         else:
