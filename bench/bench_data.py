@@ -27,11 +27,14 @@ from torch.utils.data import DataLoader, Dataset
 from scalelong.bench.compare import DEVICE
 from scalelong.bench.record import Row, environment
 from scalelong.bench.timing import Timing, gb_per_s, measure
-from scalelong.train.data import ImageFolder, Source, decode_image, resize_and_crop
-from scalelong.train.data_latents import LatentFolder, read_latents
-from scalelong.train.data_order import BatchPlan, Order
-from scalelong.train.data_pillow import read_with_pillow
-from scalelong.train.data_sound import SoundImages
+from scalelong.train.data.batches import read_latents
+from scalelong.train.data.image_folder import ImageFolder
+from scalelong.train.data.images import decode_image, resize_and_crop
+from scalelong.train.data.latents import LatentFolder
+from scalelong.train.data.order import BatchPlan, Order
+from scalelong.train.data.pillow import read_with_pillow
+from scalelong.train.data.source import ImageSource
+from scalelong.train.data.stand_ins import SoundImages
 
 BATCH, IMG_SIZE, NUM_IMAGES = 64, 256, 512
 # Workers deliver in bursts: one batch takes no time, the next takes that of two.
@@ -43,7 +46,7 @@ NUM_LATENTS, LATENT = 8192, (4, 32, 32)
 class Decoded(Dataset):
     """What the worker processes of a DataLoader do: the same pixels as the trainer's light reader."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: ImageSource):
         self.source = source
 
     def __len__(self) -> int:
@@ -71,7 +74,7 @@ def read(source: SoundImages, reader: str) -> Iterator[torch.Tensor]:
     order, plan = Order(0, len(source)), BatchPlan(0, BATCH)
     if reader == "pillow":
         return read_with_pillow(source, order, plan, img_size=IMG_SIZE, flip=True, num_threads=NUM_WORKERS)
-    from scalelong.train.data_dali import read_with_dali
+    from scalelong.train.data.dali import read_with_dali
 
     how = {"img_size": IMG_SIZE, "flip": True, "num_threads": NUM_WORKERS}
     return read_with_dali(source, order, plan, **how, device=torch.device(DEVICE))

@@ -36,7 +36,7 @@ from scalelong.bench.issue_model import LAUNCH_US, LEAST_US, NUM_MULTIPROCESSORS
 from scalelong.bench.machine_code import REGISTERS, machine_code
 from scalelong.bench.memory_traffic import L2, LEAST_BYTES
 from scalelong.bench.shapes import GROUPS, SKIP_CONCATS, SkipConcat
-from scalelong.bench.warp_path import WarpPath
+from scalelong.bench.warp_path import LaunchTotals, WarpPath
 
 UNORDERED = {"loop_ordering_after_fusion": False}
 UNINDEXED = {**UNORDERED, "loop_reindexing_after_fusion": False}
@@ -169,7 +169,7 @@ def modelled_launches(code: str, folder: Path) -> Iterator[ModelledLaunch | None
 
 def _candidates(
     autotuner: Any, parameters: list[int | None], sizes: dict[str, int]
-) -> list[tuple[KernelFigures, int, float]]:
+) -> list[tuple[KernelFigures, int, LaunchTotals]]:
     """Of each configuration, and of those with half the block that Inductor adds where registers leave room for few."""
     found = [_candidate(autotuner, config, parameters, sizes) for config in autotuner.configs]
     if autotuner.heuristic_type != HeuristicType.REDUCTION:
@@ -187,7 +187,7 @@ def _candidates(
 
 def _candidate(
     autotuner: Any, config: Any, parameters: list[int | None], sizes: dict[str, int]
-) -> tuple[KernelFigures, int, float]:
+) -> tuple[KernelFigures, int, LaunchTotals]:
     meta = autotuner._create_compile_meta(config)
     options = autotuner._create_compile_options(config, meta)
     source = ASTSource(autotuner.fn, meta["signature"], meta["constants"], meta["configs"][0])
@@ -195,8 +195,8 @@ def _candidate(
     code = machine_code(compiled, 90)
     blocks = {axis: config.kwargs.get(f"{axis.upper()}BLOCK", 1) for axis in "xyz"}
     grid = tuple(math.ceil(sizes.get(axis, 1) / block) for axis, block in blocks.items())
-    count = WarpPath(code).instructions_of_a_launch(parameters, grid)
-    return KernelFigures.of(autotuner.fn.__name__, code, compiled.asm["ttir"]), math.prod(grid), count
+    totals = WarpPath(code).totals_of_a_launch(parameters, grid)
+    return KernelFigures.of(autotuner.fn.__name__, code, compiled.asm["ttir"]), math.prod(grid), totals
 
 
 def _autotuner(source: str, folder: Path) -> Any:
@@ -228,7 +228,7 @@ def rows(concat: SkipConcat, layout: str, name: str) -> Iterator[Row]:
                 options=name,
                 num_launches=len(launches),
                 passes=round(sum(x.traffic.in_use + x.traffic.second_reads for x in large) / (2 * num_elements), 2),
-                instructions_per_element=round(32 * sum(x.num_instructions for x in large) / num_elements, 1),
+                instructions_per_element=round(32 * sum(x.totals.instructions for x in large) / num_elements, 1),
                 modelled_us=round(sum(x.us for x in large) + (len(launches) - len(large)) * (LAUNCH_US + LEAST_US), 1),
             )
 

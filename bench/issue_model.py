@@ -18,7 +18,7 @@ from scalelong.bench.machine_code import MachineCode, machine_code
 from scalelong.bench.memory_traffic import L2, LEAST_BYTES, Access, Traffic, accesses
 from scalelong.bench.shapes import GROUPS, SkipConcat
 from scalelong.bench.summary import NUM_PASSES
-from scalelong.bench.warp_path import WarpPath
+from scalelong.bench.warp_path import LaunchTotals, WarpPath
 
 NUM_MULTIPROCESSORS = 132
 WARPS_AT_ONCE = 4  # that issue an instruction in a cycle of an SM
@@ -38,8 +38,6 @@ class KernelFigures:
     registers: int
     stack_bytes: int
     num_programs_on_an_sm: int
-    load_widths: Counter[int]  # bytes a thread, and how many instructions move so many
-    store_widths: Counter[int]
     accesses: tuple[Access, ...]
     goes_backwards: bool  # its programs, from the end of the tensors to their start
 
@@ -51,8 +49,6 @@ class KernelFigures:
             registers=code.registers,
             stack_bytes=code.stack_bytes,
             num_programs_on_an_sm=code.num_programs_on_an_sm,
-            load_widths=code.widths("load"),
-            store_widths=code.widths("store"),
             accesses=tuple(accesses(ttir)),
             goes_backwards="tt.get_num_programs" in ttir,
         )
@@ -66,12 +62,12 @@ class KernelFigures:
 class ModelledLaunch:
     kernel: KernelFigures
     num_programs: int
-    num_instructions: float  # issued by all warps
+    totals: LaunchTotals
     traffic: Traffic
 
     @property
     def issue_us(self) -> float:
-        return self.num_instructions / (NUM_MULTIPROCESSORS * WARPS_AT_ONCE * CYCLES_PER_US * ISSUE_RATE)
+        return self.totals.instructions / (NUM_MULTIPROCESSORS * WARPS_AT_ONCE * CYCLES_PER_US * ISSUE_RATE)
 
     @property
     def memory_us(self) -> float:
@@ -139,13 +135,13 @@ class ModelledCase:
     @property
     def instructions_per_element(self) -> float:
         """Of a thread."""
-        return 32 * sum(launch.num_instructions for launch in self.launches) / self.case.num_elements
+        return 32 * sum(launch.totals.instructions for launch in self.launches) / self.case.num_elements
 
     @cached_property
     def main_kernels(self) -> list[KernelFigures]:
         """Those that read or write activations: all but the small ones between and after them."""
         large = {x.kernel.name: x.kernel for x in self.launches if x.traffic.in_use >= LEAST_BYTES}
-        most = max(self.launches, key=lambda x: x.num_instructions).kernel
+        most = max(self.launches, key=lambda x: x.totals.instructions).kernel
         return list(large.values()) or [most]
 
 
@@ -164,9 +160,9 @@ def modelled(cases: Sequence[Case], num_workers: int = 1) -> list[ModelledCase]:
         with get_context("spawn").Pool(num_workers) as pool:
             results = pool.map(_figures, tasks, chunksize=1)
     found = {
-        (key, *place): (kernel, count)
-        for (key, places), (kernel, counts) in zip(uses.items(), results, strict=True)
-        for place, count in zip(places, counts, strict=True)
+        (key, *place): (kernel, of_launch)
+        for (key, places), (kernel, totals) in zip(uses.items(), results, strict=True)
+        for place, of_launch in zip(places, totals, strict=True)
     }
     return [
         _modelled_case(
@@ -176,34 +172,35 @@ def modelled(cases: Sequence[Case], num_workers: int = 1) -> list[ModelledCase]:
     ]
 
 
-def _figures(task: Sequence[tuple[Case, int]]) -> tuple[KernelFigures, list[tuple[float, float]]]:
-    """Of a kernel, and how many instructions each of its launches issues and how many bytes it loads."""
+def _figures(task: Sequence[tuple[Case, int]]) -> tuple[KernelFigures, list[LaunchTotals]]:
+    """Of a kernel and of each of its launches."""
     launches = [(case.launches()[index], case.arch) for case, index in task]
     launch, arch = launches[0]
     compiled = launch.compile(arch)
     code = machine_code(compiled, arch)
     path = WarpPath(code)
-    counts = [path.totals_of_a_launch(x.parameters(arch), x.num_programs) for x, arch in launches]
-    return KernelFigures.of(launch.name, code, compiled.asm["ttir"]), counts
+    totals = [path.totals_of_a_launch(x.parameters(arch), x.num_programs) for x, arch in launches]
+    return KernelFigures.of(launch.name, code, compiled.asm["ttir"]), totals
 
 
 def _modelled_case(
     case: Case,
     launches: Sequence[Launch],
     keys: Sequence[str],
-    figures: Sequence[tuple[KernelFigures, tuple[float, float]]],
+    figures: Sequence[tuple[KernelFigures, LaunchTotals]],
 ) -> ModelledCase:
     """Launches of one kernel are steps through the batch, each of a part of it."""
     l2, modelled = L2(), []
     num_programs, steps = Counter[str](), Counter[str]()
     for launch, key in zip(launches, keys, strict=True):
         num_programs[key] += launch.num_programs
-    for launch, key, (kernel, (count, loaded)) in zip(launches, keys, figures, strict=True):
+    for launch, key, (kernel, totals) in zip(launches, keys, figures, strict=True):
         part = launch.num_programs / num_programs[key]
         tensors = _tensors(launch, case, steps[key], part)
-        traffic = l2.launch(kernel.accesses, tensors, loaded=loaded, backwards=kernel.goes_backwards)
+        loaded, backwards = totals.loaded_in_vectors, kernel.goes_backwards
+        traffic = l2.launch(kernel.accesses, tensors, loaded=loaded, backwards=backwards)
         steps[key] += 1
-        modelled.append(ModelledLaunch(kernel, launch.num_programs, count, traffic))
+        modelled.append(ModelledLaunch(kernel, launch.num_programs, totals, traffic))
     return ModelledCase(case, tuple(modelled))
 
 

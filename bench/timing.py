@@ -22,7 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from scalelong.bench.replay import Called, Flush, Function, Milliseconds, Replayed, Setup, Timed, make_flush
-from scalelong.train.host_memory import keep_freed_memory
+from scalelong.train.hosts.host_memory import keep_freed_memory
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

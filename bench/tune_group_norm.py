@@ -30,7 +30,7 @@ from scalelong.kernels import group_norm_tilings as tilings
 from scalelong.kernels import group_norm_triton
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.group_norm_tilings import Flat, FlatTiling, SplitTiling, Table, Tiles, WholeTiling
-from scalelong.kernels.plans import Plans
+from scalelong.kernels.launches import Kept
 
 # Compilation takes most of the time: about a second for each kernel of a candidate.
 FLAT = tuple(Flat(warps, 12, registers) for warps, registers in product((1, 2, 4, 8, 16), (None, 128)))
@@ -111,14 +111,14 @@ def forced(key: Key, candidate: Candidate) -> Iterator[None]:
         whole=entry if form == "whole" and isinstance(entry, Tiles) else None,
         split=entry if form == "split" and isinstance(entry, Tiles) else tilings.TABLES[key].split,
     )
-    before = (tilings.TABLES, tilings.MIN_FILL, group_norm_triton._PLANS)
+    before = (tilings.TABLES, tilings.MIN_FILL, group_norm_triton._plans)
     tilings.TABLES, tilings.MIN_FILL = {**tilings.TABLES, key: table}, 0.0
-    group_norm_triton._PLANS = Plans()
+    group_norm_triton._plans = Kept()
     tilings.choose_tiling.cache_clear()
     try:
         yield
     finally:
-        tilings.TABLES, tilings.MIN_FILL, group_norm_triton._PLANS = before
+        tilings.TABLES, tilings.MIN_FILL, group_norm_triton._plans = before
         tilings.choose_tiling.cache_clear()
 
 

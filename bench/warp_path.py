@@ -9,10 +9,9 @@ whose own guard is false takes its issue slot all the same, and counts.
 import math
 import struct
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
-from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from scalelong.bench.machine_code import Instruction, MachineCode
 from scalelong.bench.sass import WORD, State, Step, Values
@@ -21,6 +20,7 @@ PARAMETERS_AT = {80: 0x160, 90: 0x210}  # in constant bank 0
 GRID_AT = 0xC
 MAX_STEPS = 10_000_000
 NUM_SAMPLES = 4
+VECTOR_BYTES = 8  # that an instruction moves for a thread, and more
 _LEAPS = ("BRA", "EXIT", "CALL", "RET")
 
 
@@ -61,19 +61,37 @@ class WarpPath:
 
     def instructions_of_a_launch(self, parameters: Sequence[Any], grid: int | tuple[int, ...]) -> float:
         """That all its warps issue, from a few programs spread over the grid."""
-        return self.totals_of_a_launch(parameters, grid)[0]
+        return self.totals_of_a_launch(parameters, grid).instructions
 
-    def totals_of_a_launch(self, parameters: Sequence[Any], grid: int | tuple[int, ...]) -> tuple[float, float]:
-        """The instructions that all its warps issue, and the bytes that its vector loads ask for."""
+    def totals_of_a_launch(self, parameters: Sequence[Any], grid: int | tuple[int, ...]) -> "LaunchTotals":
+        """Of all its warps, from a few programs spread over the grid."""
         num_programs = grid if isinstance(grid, int) else math.prod(grid)
         programs = {(2 * i + 1) * num_programs // (2 * NUM_SAMPLES) for i in range(NUM_SAMPLES)}
-        counts = [self.executions(parameters, program, grid) for program in programs]
-        num_warps = num_programs * self.code.num_warps
-        bytes_of_a_thread = {
-            i: x.bytes_moved for i, x in enumerate(self.code.instructions) if x.kind == "load" and x.bytes_moved >= 8
-        }
-        loaded = fmean(sum(size * count[i] for i, size in bytes_of_a_thread.items()) for count in counts)
-        return num_warps * fmean(count.total() for count in counts), 32 * num_warps * loaded
+        counts = sum((self.executions(parameters, program, grid) for program in programs), Counter[int]())
+        num_warps = num_programs * self.code.num_warps / len(programs)
+        moved: Counter[tuple[str, int]] = Counter()
+        for i, x in enumerate(self.code.instructions):
+            if x.kind in ("load", "store"):
+                moved[x.kind, x.bytes_moved] += 32 * x.bytes_moved * counts[i]
+        return LaunchTotals(num_warps * counts.total(), {key: num_warps * n for key, n in moved.items()})
+
+
+class LaunchTotals(NamedTuple):
+    """What the warps of a launch do."""
+
+    instructions: float
+    moved: Mapping[tuple[str, int], float]
+    """Bytes that they ask for, by "load" or "store" and by how many of them an instruction moves for a thread."""
+
+    @property
+    def loaded_in_vectors(self) -> float:
+        return sum(n for (kind, width), n in self.moved.items() if kind == "load" and width >= VECTOR_BYTES)
+
+    def part_in_vectors(self, kind: str) -> float:
+        """1.0 where nothing is moved."""
+        widths = {width: n for (of, width), n in self.moved.items() if of == kind}
+        vectors = sum(n for width, n in widths.items() if width >= VECTOR_BYTES)
+        return vectors / sum(widths.values()) if widths else 1.0
 
 
 def _state_at_start(code: MachineCode, parameters: Sequence[Any], program: int, grid: int | tuple[int, ...]) -> State:

@@ -191,7 +191,9 @@ def _backward(
     dstream = None if dstream is None else dstream.contiguous()
     _LAUNCHERS[backend].backward(dstream, dy.contiguous(), dense, mean, rstd, gradients)
     large, small = gradients[:2], zip(gradients[2:], kept[2:], strict=True)
-    return Gradients(*large, *(None if grad is None or p is None else grad.to(p.dtype) for grad, p in small))
+    return Gradients(
+        *large, *(grad if grad is None or p is None or p.dtype == grad.dtype else grad.to(p.dtype) for grad, p in small)
+    )
 
 
 def _gradients_of_reference(
@@ -241,26 +243,24 @@ def _shares_gradient(kept: Inputs, branch_dtype: torch.dtype | None) -> bool:
 
 def _empty_outputs(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     x = inputs.x
+    stream = None if inputs.branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    num_rows = math.prod(x.shape[:-1])
-    stream = None if inputs.branch is None else x.new_empty(x.shape)
-    return Outputs(
-        stream,
-        x.new_empty(x.shape, dtype=dtype),
-        x.new_empty(num_rows, dtype=statistics),
-        x.new_empty(num_rows, dtype=statistics),
-    )
+    mean = torch.empty(math.prod(x.shape[:-1]), dtype=statistics, device=x.device)
+    return Outputs(stream, y, mean, torch.empty_like(mean))
 
 
 def _empty_gradients(
     kept: Inputs, branch_dtype: torch.dtype | None, wanted: tuple[bool, ...], dtype: torch.dtype | None
 ) -> Gradients:
     """Of the parameters in ``dtype``, or in their own."""
-    stream, shares = kept.x, _shares_gradient(kept, branch_dtype)
-    dx = stream.new_empty(stream.shape) if wanted[0] or (wanted[1] and shares) else None
-    dbranch = stream.new_empty(stream.shape, dtype=branch_dtype) if wanted[1] and not shares else None
+    stream, dense, dbranch = kept.x, torch.contiguous_format, None
+    shares = wanted[1] and _shares_gradient(kept, branch_dtype)
+    dx = torch.empty_like(stream, memory_format=dense) if wanted[0] or shares else None
+    if wanted[1] and not shares:
+        dbranch = torch.empty_like(stream, dtype=branch_dtype, memory_format=dense)
     parameters = (
-        p.new_empty(p.shape, dtype=dtype or p.dtype) if is_wanted and p is not None else None
+        torch.empty_like(p, dtype=dtype or p.dtype, memory_format=dense) if is_wanted and p is not None else None
         for p, is_wanted in zip(kept[2:], wanted[2:], strict=True)
     )
     return Gradients(dx, dbranch, *parameters)
@@ -371,17 +371,17 @@ def _check(inputs: Inputs, eps: float) -> None:
         raise ValueError(f"add_layer_norm: needs a floating x of (..., D), got {described(x)}")
     if branch is None and gate is not None:
         raise ValueError(f"add_layer_norm: gate {tuple(gate.shape)} without a branch")
-    D, leading = x.shape[-1], x.shape[:-1]
-    of_sample = (leading[0] if leading else None, D)
-    shapes = (x.shape, (D,), (D,), of_sample, of_sample, of_sample)
-    for name, p, shape in zip(Inputs._fields[1:], inputs[1:], shapes, strict=True):
-        if p is None:
-            continue
-        if tuple(p.shape) != tuple(shape):
-            raise ValueError(
-                f"add_layer_norm: {name} has shape {tuple(p.shape)}, but x {tuple(x.shape)} needs {tuple(shape)}"
-            )
-        if p.device != x.device or not p.is_floating_point():
+    shape = x.shape
+    of_row = shape[-1:]
+    of_sample = (*shape[:1], *of_row) if len(shape) > 1 else None
+    expected = (shape, of_row, of_row, of_sample, of_sample, of_sample)
+    for name, p, wanted in zip(Inputs._fields[1:], inputs[1:], expected, strict=True):
+        if p is not None and (p.shape != wanted or p.device != x.device or not p.is_floating_point()):
+            if p.shape != wanted:
+                fits = "more dimensions" if wanted is None else tuple(wanted)
+                raise ValueError(
+                    f"add_layer_norm: {name} has shape {tuple(p.shape)}, but x {tuple(shape)} needs {fits}"
+                )
             raise ValueError(f"add_layer_norm: {name} is {described(p)}, but x is {described(x)}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"add_layer_norm: eps must be a finite number from 0 up, got {eps}")

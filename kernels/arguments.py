@@ -21,7 +21,7 @@ def as_argument(scale: float, like: Tensor) -> Tensor | float:
     A float argument is a constant of the graph, so that decoder blocks that are compiled one by one, each with a factor
     of its own, would be a graph each. A factor that is known stays a float, which a kernel takes for nothing.
     """
-    if torch.fx.experimental.symbolic_shapes.has_static_value(scale):
+    if torch.fx.experimental.symbolic_shapes.has_static_value(scale):  # type: ignore[attr-defined]
         return float(scale)
     return torch.full((), scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 

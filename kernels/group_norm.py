@@ -9,6 +9,7 @@ Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensi
 """
 
 import math
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from scalelong.kernels.arguments import as_argument, check_scale, check_skip, de
 from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
+from scalelong.kernels.launches import Kept, signature
 
 Scale = Tensor | float | None
 
@@ -98,8 +100,7 @@ def group_norm(
     Raises:
         ValueError: arguments that do not fit, naming their shapes.
     """
-    _check_norm("group_norm", x, None, groups, weight, bias, shift, gain, eps, act)
-    return _run(Tensors(x, None, None, weight, bias, gain, shift), Options(1.0, groups, eps, act))
+    return _run("group_norm", Tensors(x, None, None, weight, bias, gain, shift), Options(1.0, groups, eps, act))
 
 
 def skip_group_norm(
@@ -135,25 +136,52 @@ def skip_group_norm(
     if h.dtype != s.dtype and torch.is_autocast_enabled(h.device.type):
         dtype = torch.promote_types(h.dtype, s.dtype)
         h, s = h.to(dtype), s.to(dtype)
-    _check_norm("skip_group_norm", h, s, groups, weight, bias, shift, gain, eps, act)
     float_scale = 1.0
     if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
         scale = as_argument(scale, h)
     if isinstance(scale, Tensor):
-        scale = check_scale("skip_group_norm", scale, h, s)
+        scale = scale.reshape(()) if scale.shape == (1,) else scale
     elif scale is not None:
         scale, float_scale = None, float(scale)
-    return _run(Tensors(h, s, scale, weight, bias, gain, shift), Options(float_scale, groups, eps, act))
+    tensors = Tensors(h, s, scale, weight, bias, gain, shift)
+    return _run("skip_group_norm", tensors, Options(float_scale, groups, eps, act))
 
 
-def _run(tensors: Tensors, options: Options) -> Tensor:
+def _run(op: str, tensors: Tensors, options: Options) -> Tensor:
     backend = get_backend(tensors.h)
     if backend == "reference":
+        _check_arguments(op, tensors, options)
         return _reference(options, *tensors)
     if torch.compiler.is_compiling():
+        _check_arguments(op, tensors, options)
         return torch.ops.scalelong.skip_group_norm(*tensors, *options)[0]
     # An eager call costs half as much without the Python that torch.library wraps around the operator.
-    return _SkipGroupNorm.apply(*tensors, options, backend)
+    return _SkipGroupNorm.apply(*tensors, _kind_of_call(op, tensors, options, backend))
+
+
+@dataclass(frozen=True, eq=False, slots=True)  # compared as an object, as the key of a plan
+class _Kind:
+    """What calls share whose options, backend and ``signature`` of each tensor are the same."""
+
+    options: Options
+    backend: str
+    channels_last: bool
+    y_shape: torch.Size
+    y_stride: tuple[int, ...]
+
+
+_KINDS: Kept[_Kind] = Kept()
+
+
+def _kind_of_call(op: str, tensors: Tensors, options: Options, backend: str) -> _Kind:
+    """Raises ValueError where the arguments do not fit; those of a kind that has been seen need no check."""
+    key = (*map(signature, tensors), options, backend)
+    kind = _KINDS.get(key)
+    if kind is None:
+        _check_arguments(op, tensors, options)
+        y, _, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
+        kind = _KINDS.keep(key, _Kind(options, backend, is_channels_last(tensors.h), y.shape, y.stride()))
+    return kind
 
 
 def _reference(options: Options, *tensors: Tensor | None) -> Tensor:
@@ -166,10 +194,9 @@ def _reference(options: Options, *tensors: Tensor | None) -> Tensor:
 class _SkipGroupNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, options, backend = arguments
-        y, mean, rstd = _forward(Tensors(*tensors), options, backend)
+        *tensors, ctx.kind = arguments
+        y, mean, rstd = _forward(Tensors(*tensors), ctx.kind)
         ctx.save_for_backward(*tensors, mean, rstd)
-        ctx.options, ctx.backend = options, backend
         return y
 
     @staticmethod
@@ -177,24 +204,24 @@ class _SkipGroupNorm(torch.autograd.Function):
         *tensors, mean, rstd = ctx.saved_tensors
         wanted = Wanted(*ctx.needs_input_grad[:7])
         if torch.is_grad_enabled():  # with create_graph=True
-            return *differentiable_gradients(partial(_reference, ctx.options), tensors, wanted, dy), None, None
-        return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.options, ctx.backend, wanted), None, None
+            return *differentiable_gradients(partial(_reference, ctx.kind.options), tensors, wanted, dy), None
+        return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.kind, wanted), None
 
 
-def _forward(tensors: Tensors, options: Options, backend: str) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(tensors: Tensors, kind: _Kind) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and rstd of each group, (N, G), in fp32 (fp64 for fp64)."""
-    h, s = tensors.h, tensors.s
-    y, mean, rstd = _empty_outputs(h, s, options.groups)
+    h, options = tensors.h, kind.options
+    y = torch.empty_strided(kind.y_shape, kind.y_stride, dtype=h.dtype, device=h.device)
+    mean, rstd = _empty_statistics(h, options.groups)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
-    if backend == "reference":
-        x = concatenated(h, s, options.float_scale if tensors.scale is None else tensors.scale)
+    if kind.backend == "reference":
+        x = concatenated(h, tensors.s, options.float_scale if tensors.scale is None else tensors.scale)
         x = x.to(mean.dtype).unflatten(1, (options.groups, -1)).flatten(2)
         var, mean = torch.var_mean(x, dim=2, correction=0)
         return y.copy_(_reference(options, *tensors)), mean, (var + options.eps).rsqrt()
-    channels_last = is_channels_last(h)
-    tensors = _in_layout(tensors, channels_last)
-    _LAUNCHERS[backend].forward(tensors, options, channels_last, y, mean, rstd)
+    tensors = _in_layout(tensors, kind.channels_last)
+    _LAUNCHERS[kind.backend].forward(tensors, options, kind.channels_last, y, mean, rstd, kind)
     return y, mean, rstd
 
 
@@ -209,8 +236,7 @@ def _backward(
     tensors: Tensors,
     mean: Tensor,
     rstd: Tensor,
-    options: Options,
-    backend: str,
+    kind: _Kind,
     wanted: Wanted,
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors; None for what is None or not wanted."""
@@ -218,12 +244,18 @@ def _backward(
         return tuple(
             torch.zeros_like(x) if x is not None and want else None for x, want in zip(tensors, wanted, strict=True)
         )
-    if backend == "reference":
-        return _backward_of_reference(dy, tensors, options, wanted)
-    channels_last = is_channels_last(tensors.h)
-    dy, tensors = as_layout(dy, channels_last), _in_layout(tensors, channels_last)
-    dh, ds, *grads = _LAUNCHERS[backend].backward(dy, tensors, mean, rstd, options, channels_last, wanted)
-    return dh, ds, *map(_as_gradient, grads, tensors[2:])
+    if kind.backend == "reference":
+        return _backward_of_reference(dy, tensors, kind.options, wanted)
+    dy, tensors = as_layout(dy, kind.channels_last), _in_layout(tensors, kind.channels_last)
+    backward = _LAUNCHERS[kind.backend].backward
+    dh, ds, dscale, *grads = backward(dy, tensors, mean, rstd, kind.options, kind.channels_last, wanted, kind)
+    if dscale is not None:
+        dscale = _as_gradient(dscale, tensors.scale)  # type: ignore[arg-type]
+    return dh, ds, dscale, *map(_in_dtype_of, tensors[3:], grads)
+
+
+def _in_dtype_of(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
+    return grad if x is None or grad is None or grad.dtype == x.dtype else grad.to(x.dtype)
 
 
 def _backward_of_reference(dy: Tensor, tensors: Tensors, options: Options, wanted: Wanted) -> tuple[Tensor | None, ...]:
@@ -238,10 +270,8 @@ def _backward_of_reference(dy: Tensor, tensors: Tensors, options: Options, wante
     return tuple(grads.get(name) for name in Tensors._fields)
 
 
-def _as_gradient(grad: Tensor | None, x: Tensor | None) -> Tensor | None:
+def _as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     """Of the shape and dtype of x; sums where x was broadcast."""
-    if x is None or grad is None:
-        return None
     if grad.shape != x.shape:
         grad = grad.sum() if x.dim() == 0 else grad.sum_to_size(x.shape)
     return grad.to(x.dtype)
@@ -262,19 +292,32 @@ def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Te
     order = (0, *range(2, h.dim()), 1) if is_channels_last(h) else tuple(range(h.dim()))
     # No view of something else: who gets it may change it in place.
     y = torch.empty_permuted((N, C, *spatial), order, dtype=h.dtype, device=h.device)
+    return y, *_empty_statistics(h, groups)
+
+
+def _empty_statistics(h: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    mean = h.new_empty((N, groups), dtype=dtype)
-    return y, mean, torch.empty_like(mean)
+    # torch.empty takes twice the time to read its arguments.
+    mean = torch.empty_strided((h.shape[0], groups), (groups, 1), dtype=dtype, device=h.device)
+    return mean, torch.empty_like(mean)
 
 
 def is_channels_last(x: Tensor) -> bool:
     """Dense with the channels innermost; a tensor that is contiguous as well counts as contiguous."""
-    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+    return x.dim() > 2 and not x.is_contiguous() and _has_channels_innermost(x)
+
+
+def _has_channels_innermost(x: Tensor) -> bool:
+    if x.dim() == 4:  # for which torch knows it
+        return x.is_contiguous(memory_format=torch.channels_last)
+    return x.movedim(1, -1).is_contiguous()
 
 
 def as_layout(x: Tensor, channels_last: bool) -> Tensor:
     """x itself where it has that layout already."""
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x.contiguous()
+    if not channels_last:
+        return x.contiguous()
+    return x if _has_channels_innermost(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 _ARGUMENTS = (
@@ -296,13 +339,14 @@ torch.library.define(
 @torch.library.impl("scalelong::skip_group_norm", "default")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, options = Tensors(*arguments[:7]), Options(*arguments[7:])
-    return _forward(tensors, options, get_backend(tensors.h))
+    return _forward(tensors, _kind_of_call("skip_group_norm", tensors, options, get_backend(tensors.h)))
 
 
 @torch.library.impl("scalelong::skip_group_norm_backward", "default")
 def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, (mean, rstd), options, wanted = _of_backward(*arguments)
-    grads = _backward(dy, tensors, mean, rstd, options, get_backend(tensors.h), wanted)
+    kind = _kind_of_call("skip_group_norm", tensors, options, get_backend(tensors.h))
+    grads = _backward(dy, tensors, mean, rstd, kind, wanted)
     return none_as_empty(grads, dy)
 
 
@@ -360,6 +404,13 @@ torch.library.register_autograd("scalelong::skip_group_norm", _backward_of_opera
 torch.library.register_autograd(
     "scalelong::skip_group_norm_backward", _backward_of_backward, setup_context=_setup_second_context
 )
+
+
+def _check_arguments(op: str, tensors: Tensors, options: Options) -> None:
+    h, s, scale, weight, bias, gain, shift = tensors
+    _check_norm(op, h, s, options.groups, weight, bias, shift, gain, options.eps, options.act)
+    if s is not None and scale is not None:
+        check_scale(op, scale, h, s)
 
 
 def _check_norm(

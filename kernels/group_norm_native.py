@@ -8,7 +8,9 @@ from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 _ACTS = {None: 0, "silu": 1, "gelu": 2}  # enum class Act in kernels/native/group_norm.h
 
 
-def forward(tensors: Tensors, options: Options, channels_last: bool, y: Tensor, mean: Tensor, rstd: Tensor) -> None:
+def forward(
+    tensors: Tensors, options: Options, channels_last: bool, y: Tensor, mean: Tensor, rstd: Tensor, kind: object = None
+) -> None:
     """Fills y, and mean and rstd of (N, G)."""
     h, s, *parameters = tensors
     scale, weight, bias, gain, shift = map(_floats, parameters)
@@ -19,7 +21,14 @@ def forward(tensors: Tensors, options: Options, channels_last: bool, y: Tensor, 
 
 
 def backward(
-    dy: Tensor, tensors: Tensors, mean: Tensor, rstd: Tensor, options: Options, channels_last: bool, wanted: Wanted
+    dy: Tensor,
+    tensors: Tensors,
+    mean: Tensor,
+    rstd: Tensor,
+    options: Options,
+    channels_last: bool,
+    wanted: Wanted,
+    kind: object = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are wanted: of h and s, and of scale, weight, bias, gain and shift in fp32."""
     h, s, *parameters = tensors

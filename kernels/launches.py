@@ -17,8 +17,6 @@ from scalelong.kernels.triton_device import current_device
 
 T = TypeVar("T")
 
-_TENSOR = object()
-
 
 class Launch(NamedTuple):
     """One launch of a kernel, with all that Triton needs for it."""
@@ -57,14 +55,28 @@ class Prepared:
     """A launch to repeat, on the device that was current when it was prepared and on any stream that is."""
 
     def __init__(self, launch: Launch, compiled: Any) -> None:
-        arguments = _mapped(lambda x: _TENSOR if isinstance(x, Tensor) else x, launch.arguments)
-        self._launch = launch._replace(arguments=arguments)
         # A compiled kernel is given its constants too, and leaves them out.
-        constants = (launch.constants[name] for name in launch.kernel.arg_names[len(arguments) :])
-        self._arguments = [*arguments, *constants]
-        self._slots = [(i, x) for i, x in enumerate(arguments) if x is _TENSOR or isinstance(x, tuple)]
+        constants = (launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :])
+        self._leaves: list[Any] = []
+        self._tensors: list[int] = []  # places among the leaves
+        self._tuples: list[tuple[int, int, Any]] = []  # first leaf, number of members, how to make it; inner ones first
+        self._flatten(launch.arguments)
+        self._leaves += constants
+        self._num_arguments = len(launch.arguments)
+        self._launch = launch._replace(arguments=())
         self._grid = (*launch.grid, 1, 1)[:3]
         self._keep(compiled)
+
+    def _flatten(self, arguments: tuple[Any, ...]) -> None:
+        for x in arguments:
+            if isinstance(x, tuple):
+                self._tuples.insert(0, (len(self._leaves), len(x), getattr(x, "_make", tuple)))
+                self._flatten(x)
+                continue
+            if isinstance(x, Tensor):
+                self._tensors.append(len(self._leaves))
+                x = None
+            self._leaves.append(x)
 
     @property
     def takes_addresses(self) -> bool:
@@ -73,18 +85,21 @@ class Prepared:
 
     def __call__(self, *pointers: Tensor | int) -> None:
         """Launches it with these tensors, in the order in which they occur, or, faster, with their addresses."""
-        arguments, rest = self._arguments.copy(), iter(pointers)
-        for i, slot in self._slots:
-            arguments[i] = next(rest) if slot is _TENSOR else _mapped(lambda x: next(rest) if x is _TENSOR else x, slot)
+        arguments = self._leaves.copy()
+        for i, pointer in zip(self._tensors, pointers, strict=True):
+            arguments[i] = pointer
+        for first, length, make in self._tuples:
+            arguments[first : first + length] = [make(arguments[first : first + length])]
         if (compiled := self._compiled) is None:
-            own = tuple(arguments[: len(self._launch.arguments)])
+            own = tuple(arguments[: self._num_arguments])
             return self._keep(self._launch._replace(arguments=own).through_triton())
         active: Any = driver.active
         if active.get_current_device() != self._device:
             with torch.cuda.device(self._device):
                 return self(*pointers)
         stream = active.get_current_stream(self._device)
-        enter, leave, metadata = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook, None
+        runtime, metadata = knobs.runtime, None
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
         if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a chain of hooks may be empty
             metadata = compiled.launch_metadata(self._grid, stream, *arguments)
         else:
@@ -96,6 +111,7 @@ class Prepared:
         if self._compiled is not None:
             active: Any = driver.active
             self._run, self._device = self._compiled.run, active.get_current_device()
+            self._tuples = [(first, length, tuple) for first, length, _ in self._tuples]  # it knows no names
 
 
 class Kept(Generic[T]):
@@ -133,8 +149,3 @@ class Plans(Kept[Prepared]):
             prepared = prepare(make())
         if prepared.takes_addresses:
             self.keep(key, prepared)
-
-
-def _mapped(f: Any, values: tuple[Any, ...]) -> Any:
-    mapped = [_mapped(f, x) if isinstance(x, tuple) else f(x) for x in values]
-    return type(values)(*mapped) if hasattr(values, "_fields") else tuple(mapped)

@@ -33,7 +33,10 @@ class Plan:
         self.launches = tuple(launches)
         self.outputs = tuple(outputs)
         self.workspace = workspace
-        self._slots = [tuple(_slots_of(launch.arguments)) for launch in self.launches]
+        # The places of its tensors, and bytes from where they start: all with offsets are in fp32.
+        self._offsets = [
+            [(slot.tensor, 4 * slot.offset) for slot in _slots_of(launch.arguments)] for launch in self.launches
+        ]
         self._prepared: list[Prepared] | None = None
 
     def run(self, tensors: Sequence[Tensor | None]) -> None:
@@ -43,9 +46,8 @@ class Plan:
             if all(x.takes_addresses for x in prepared):  # neither interpreted nor only recorded
                 self._prepared = prepared
             return
-        addresses = [0 if x is None else x.data_ptr() for x in tensors]
-        for prepared, slots in zip(self._prepared, self._slots, strict=True):
-            prepared(*[addresses[slot.tensor] + 4 * slot.offset for slot in slots])
+        for prepared, offsets in zip(self._prepared, self._offsets, strict=True):
+            prepared(*[tensors[i].data_ptr() + offset for i, offset in offsets])  # type: ignore[union-attr]
 
 
 def _slots_of(arguments: tuple[Any, ...]) -> Iterator[Slot]:

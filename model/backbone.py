@@ -59,7 +59,7 @@ class Backbone(nn.Module):
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads what ``save_pretrained`` or ``python -m scalelong.train.export`` wrote.
+        """Reads what ``save_pretrained`` or ``scalelong export`` wrote.
 
         Raises:
             FileNotFoundError: the folder lacks one of the two files.

@@ -7,7 +7,7 @@ from pathlib import Path
 from running import small_config
 
 from scalelong.train import checkpoint, loop
-from scalelong.train.processes import leave_processes
+from scalelong.train.hosts.processes import leave_processes
 
 run, total_images = Path(sys.argv[1]), int(sys.argv[2])
 sha256, start_run = checkpoint._sha256, loop.start_run
@@ -19,10 +19,10 @@ def told_sha256(path: Path) -> str:
     return sha256(path)
 
 
-def told_start(config, processes, found, source, plan):
+def told_start(start):
     checkpoint._sha256 = sha256
-    print("goes on at", found.name, flush=True)
-    return start_run(config, processes, found, source, plan)
+    print("goes on at", start.checkpoint.name, flush=True)
+    return start_run(start)
 
 
 checkpoint._sha256, loop.start_run = told_sha256, told_start

@@ -6,6 +6,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from scalelong.train.data.source import ImageSource, open_source
+
+
+def open_images(path: Path, num_classes: int, **how: str) -> ImageSource:
+    source = open_source(str(path), num_classes, **how)
+    assert source.holds == "images"
+    return source
+
 
 def random_pixels(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
     shape = (height, width) if channels == 1 else (height, width, channels)

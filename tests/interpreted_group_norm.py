@@ -36,7 +36,7 @@ EVEN = Case(num_hidden=24, num_skip=8, spatial=(8, 8), groups=2)
 
 @pytest.fixture(autouse=True)
 def _triton_with_uninitialised_memory_full_of_nan(monkeypatch):
-    monkeypatch.setattr(group_norm_triton, "_PLANS", Kept())
+    monkeypatch.setattr(group_norm_triton, "_plans", Kept())
     torch.use_deterministic_algorithms(True)
     with use_backend("triton"):
         yield

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from scalelong.train import checkpoint
-from scalelong.train.command_line import run_command
 from scalelong.train.config import config_from_dict
+from scalelong.train.errors import run_command
 from scalelong.train.loop import train
 
 FILE_OPERATIONS = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree"}

@@ -17,8 +17,9 @@ from PIL import Image
 from programs import start_python
 from running import log_rows, rank_variables, small_config
 
-from scalelong.train.checkpoint import MANIFEST, checkpoints_folder, find_problem, list_checkpoints
+from scalelong.train.checkpoint import MANIFEST, find_problem, list_checkpoints
 from scalelong.train.config import DataConfig, TrainConfig, config_to_dict
+from scalelong.train.run_folder import checkpoints_folder
 
 STEP = 8
 SECONDS_OF_A_RUN = 120

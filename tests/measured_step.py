@@ -10,11 +10,11 @@ import torch
 
 from scalelong.bench.timing import peak_bytes
 from scalelong.model.architectures import make_backbone
-from scalelong.train import engine as ds
 from scalelong.train.config import config_from_dict
-from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
-from scalelong.train.ema import Ema
-from scalelong.train.processes import join_processes, leave_processes
+from scalelong.train.hosts.processes import join_processes, leave_processes
+from scalelong.train.objective import PROCESSES, noise_prediction_loss
+from scalelong.train.zero import engine as zero
+from scalelong.train.zero.averages import Ema
 
 config, micro_batch = config_from_dict(json.loads(sys.argv[1])), int(sys.argv[2])
 processes = join_processes()
@@ -23,19 +23,19 @@ kept = []
 
 def build_and_step() -> None:
     model = make_backbone(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
-    engine = ds.make_engine(model, config, processes, micro_batch)
+    engine = zero.make_engine(model, config, processes, micro_batch)
     ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
     kept.extend((engine, ema))
     side, channels = config.model.img_size, config.model.in_channels
     for step in range(1, 4):
-        ds.set_learning_rate(engine, 1e-4)
+        zero.set_learning_rate(engine, 1e-4)
         for _ in range(config.accumulation_steps):
             images = torch.randn(micro_batch, channels, side, side)
             labels = torch.zeros(micro_batch, dtype=torch.long) if config.model.num_classes else None
             noise, times = torch.randn_like(images), torch.rand(micro_batch)
             loss = noise_prediction_loss(engine, PROCESSES[config.objective], images, noise, times, labels)
             engine.backward(loss)
-            ds.take_step(engine) if engine.is_gradient_accumulation_boundary() else engine.step()
+            zero.take_step(engine) if engine.is_gradient_accumulation_boundary() else engine.step()
         ema.update(step)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from programs import start_own_process, start_python
 
 from scalelong.train.config import TrainConfig
-from scalelong.train.presets import PRESETS
+from scalelong.train.recipes import RECIPES
 
 SMALL = [
     *("--model.width", "32"),
@@ -24,7 +24,7 @@ SMALL = [
 
 def small_config(run: Path, **changes) -> TrainConfig:
     """What the flags in SMALL make of the embedded default."""
-    base = PRESETS["digits-uvit"]
+    base = RECIPES["digits-uvit"]
     small = replace(
         base,
         run=run,

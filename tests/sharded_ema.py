@@ -7,38 +7,37 @@ import torch
 from running import small_config
 
 from scalelong.model.architectures import make_backbone
-from scalelong.train import engine as ds
-from scalelong.train.ema import FIXED_DECAY, Ema
-from scalelong.train.ema_profile import share_of_newest
-from scalelong.train.processes import join_processes, leave_processes
+from scalelong.train.hosts.processes import join_processes, leave_processes
+from scalelong.train.zero import engine as zero
+from scalelong.train.zero.averages import FIXED_DECAY, Ema, share_of_newest
 
 stage = int(sys.argv[1])
 processes = join_processes()
 config = small_config(Path("unused"), zero_stage=stage)
 torch.manual_seed(0)
-engine = ds.make_engine(make_backbone(config.model), config, processes, micro_batch=4)
+engine = zero.make_engine(make_backbone(config.model), config, processes, micro_batch=4)
 ema = Ema(engine, decay=0.9, stds=(0.05, 0.1))
-expected = {name: dict(ds.whole_weights(engine)) for name in ema.averages}
+expected = {name: dict(zero.whole_weights(engine)) for name in ema.averages}
 expected = {name: {k: v.clone() for k, v in whole.items()} for name, whole in expected.items()}
-ds.set_learning_rate(engine, 1e-2)
+zero.set_learning_rate(engine, 1e-2)
 for step in range(1, 6):
     loss = engine(torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)).square().mean()
     engine.backward(loss)
-    ds.take_step(engine)
+    zero.take_step(engine)
     ema.update(step)
-    weights = dict(ds.whole_weights(engine))
+    weights = dict(zero.whole_weights(engine))
     for name, whole in expected.items():
         share = 1 - 0.9 if name == FIXED_DECAY else share_of_newest(ema.exponents[name], step)
         for key, value in whole.items():
             value.lerp_(weights[key], share)
 
 for name, whole in expected.items():
-    gathered = dict(ds.whole_tensors(engine, ema.averages[name]))
+    gathered = dict(zero.whole_tensors(engine, ema.averages[name]))
     assert gathered.keys() == whole.keys()
     assert all(torch.equal(gathered[key], whole[key]) for key in whole), name
     assert not torch.equal(gathered["pos_embed"], weights["pos_embed"]), "the weights stood still"
     ema.restore(name, gathered)
-    restored = dict(ds.whole_tensors(engine, ema.averages[name]))
+    restored = dict(zero.whole_tensors(engine, ema.averages[name]))
     assert all(torch.equal(restored[key], whole[key]) for key in whole), name
 held = [sum(shard.numel() for shard in average) for average in ema.averages.values()]
 if processes.is_main:

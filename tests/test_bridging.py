@@ -12,8 +12,8 @@ pytest.importorskip("deepspeed")
 
 from running import SMALL, log_rows, losses, run_on_ranks, small_config, train_on_ranks
 
-from scalelong.train.checkpoint import averages_folder
 from scalelong.train.loop import train
+from scalelong.train.run_folder import averages_folder
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,6 @@ pytest.importorskip("deepspeed")
 
 from scalelong.train.checkpoint import (
     MANIFEST,
-    checkpoints_folder,
     find_problem,
     list_checkpoints,
     newest_checkpoint,
@@ -21,6 +20,7 @@ from scalelong.train.checkpoint import (
     read_tensors,
 )
 from scalelong.train.errors import UserError
+from scalelong.train.run_folder import checkpoints_folder
 
 FILES = ("ema.safetensors", "model.safetensors", "optimizer.safetensors", "state.json")
 STATE = {"images_seen": 64, "step": 2, "optimizer_steps": 2, "data_fingerprint": "f", "grad_scaler": None}

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from images import open_images
 
-from scalelong.train.data import decode_image, open_source
-from scalelong.train.data_cifar10 import CLASSES, Cifar10
+from scalelong.train.data.cifar10 import CLASSES, Cifar10
+from scalelong.train.data.images import decode_image
 from scalelong.train.errors import UserError
 
 NAMES = [*(f"data_batch_{n}" for n in range(1, 6)), "test_batch"]
@@ -62,7 +63,7 @@ FORMS = {
 def test_every_form_gives_the_same_images_and_labels(form, tmp_path):
     path = FORMS[form](tmp_path)
     for split, numbers in (("train", range(5)), ("test", [5])):
-        source = open_source(str(path), 10, split=split)
+        source = open_images(path, 10, split=split)
         expected = [pixels_and_labels(n) for n in numbers]
         pixels = np.concatenate([pixels for pixels, _ in expected]).transpose(0, 2, 3, 1)
         assert len(source) == len(pixels)

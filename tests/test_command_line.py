@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from scalelong import __main__ as cli
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES
-from scalelong.train import cli
-from scalelong.train.__main__ import parse_train_arguments
-from scalelong.train.command_line import EXIT_USER_ERROR, run_command
+from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
-from scalelong.train.errors import RankError, UserError
-from scalelong.train.presets import DESCRIPTIONS, PRESETS
+from scalelong.train.errors import EXIT_USER_ERROR, RankError, UserError, run_command
+from scalelong.train.loop import command_to_resume
+from scalelong.train.recipes import RECIPES
+from scalelong.train.usage import DESCRIPTIONS
 
 FLAT_FLAGS = {
     "--run": ("elsewhere/run", Path("elsewhere/run")),
@@ -28,7 +29,7 @@ FLAT_FLAGS = {
     "--zero-stage": ("3", 3),
     "--precision": ("fp16", "fp16"),
 }
-each_preset = pytest.mark.parametrize("preset", PRESETS)
+each_preset = pytest.mark.parametrize("preset", RECIPES)
 
 
 def one_line_error(*argv: str) -> str:
@@ -41,22 +42,22 @@ def one_line_error(*argv: str) -> str:
 
 @each_preset
 def test_a_preset_alone_is_itself(preset):
-    assert parse_train_arguments([preset]) == PRESETS[preset]
+    assert parse_train_arguments([preset]) == RECIPES[preset]
 
 
 @each_preset
 @pytest.mark.parametrize("flag", FLAT_FLAGS)
 def test_a_flat_flag_changes_its_field_and_no_other(preset, flag):
     text, value = FLAT_FLAGS[flag]
-    expected = replace(PRESETS[preset], **{flag[2:].replace("-", "_"): value})
+    expected = replace(RECIPES[preset], **{flag[2:].replace("-", "_"): value})
     assert parse_train_arguments([preset, flag, text]) == expected
 
 
 def test_flags_combine_in_any_order():
     forwards = [f"{flag}={text}" for flag, (text, _) in FLAT_FLAGS.items()]
     changes = {flag[2:].replace("-", "_"): value for flag, (_, value) in FLAT_FLAGS.items()}
-    assert parse_train_arguments(["digits-uvit", *forwards]) == replace(PRESETS["digits-uvit"], **changes)
-    assert parse_train_arguments(["digits-uvit", *forwards[::-1]]) == replace(PRESETS["digits-uvit"], **changes)
+    assert parse_train_arguments(["digits-uvit", *forwards]) == replace(RECIPES["digits-uvit"], **changes)
+    assert parse_train_arguments(["digits-uvit", *forwards[::-1]]) == replace(RECIPES["digits-uvit"], **changes)
 
 
 @pytest.mark.parametrize("flag", ["--total_images", "--total-images"])
@@ -76,7 +77,7 @@ def test_underscores_and_hyphens_are_the_same(flag):
     ],
 )
 def test_nested_flags_reach_their_part(flag, text, part, name, value):
-    base = PRESETS["digits-uvit"]
+    base = RECIPES["digits-uvit"]
     expected = replace(base, **{part: replace(getattr(base, part), **{name: value})})
     assert parse_train_arguments(["digits-uvit", flag, text]) == expected
 
@@ -100,7 +101,7 @@ def test_the_launchers_flag_is_accepted_wherever_it_stands(added):
 @pytest.mark.parametrize("argv", [["no-such-preset"], [], ["--seed", "1"]])
 def test_without_a_known_preset_all_are_listed(argv):
     message = one_line_error(*argv)
-    assert all(preset in message for preset in PRESETS)
+    assert all(preset in message for preset in RECIPES)
 
 
 def test_a_misspelt_preset_is_suggested():
@@ -180,7 +181,7 @@ def help_of(capsys, *argv: str) -> str:
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_lists_the_presets_with_a_word_on_each(flag, capsys):
     shown = help_of(capsys, flag)
-    assert all(f"{preset} " in shown and DESCRIPTIONS[preset] in shown for preset in PRESETS)
+    assert all(f"{preset} " in shown and DESCRIPTIONS[preset] in shown for preset in RECIPES)
 
 
 @each_preset
@@ -193,7 +194,7 @@ def test_help_of_a_preset_says_something_of_every_flag_and_its_value(preset, cap
         assert entry, entries[flag]
         described, default = entry.groups()
         assert len(described.split()) >= 3, f"{flag}: {described!r}"
-        assert default == str(getattr(PRESETS[preset], flag[2:].replace("-", "_")))
+        assert default == str(getattr(RECIPES[preset], flag[2:].replace("-", "_")))
 
 
 def exit_of(main) -> object:
@@ -243,6 +244,20 @@ def test_the_console_script_names_an_unknown_command(capsys, monkeypatch):
     assert capsys.readouterr().err.startswith("error: unknown command 'tarin'; there are train, launch, sample")
 
 
+@pytest.mark.parametrize(
+    ("argv", "expected"),
+    [
+        (["/x/scalelong/train/__main__.py", "digits-uvit"], "python -m scalelong.train digits-uvit"),
+        (["/x/scalelong/__main__.py", "train", "digits-uvit"], "python -m scalelong train digits-uvit"),
+        (["/x/bin/scalelong", "train", "digits-uvit", "--run", "a b"], "scalelong train digits-uvit --run 'a b'"),
+        (["/x/my_script.py", "--local_rank=0", "digits-uvit"], "my_script.py digits-uvit"),
+    ],
+)
+def test_the_command_that_resumes_is_the_one_that_was_given(argv, expected, monkeypatch):
+    monkeypatch.setattr(sys, "argv", argv)
+    assert command_to_resume() == expected
+
+
 @pytest.mark.parametrize("command", ["sample", "evaluate", "export"])
 def test_the_other_commands_miss_a_run_in_one_line(command, tmp_path, capsys, monkeypatch):
     arguments = [str(tmp_path / "no-run")] + (["--out", str(tmp_path / "out")] if command == "export" else [])
@@ -253,13 +268,13 @@ def test_the_other_commands_miss_a_run_in_one_line(command, tmp_path, capsys, mo
 
 @each_preset
 def test_a_configuration_survives_json(preset):
-    config = replace(PRESETS[preset], skip_scale="ls-separate", run=Path("a/b"))
+    config = replace(RECIPES[preset], skip_scale="ls-separate", run=Path("a/b"))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
 @pytest.mark.parametrize("part", [None, "model", "optimizer", "data", "sample"])
 def test_a_field_of_another_version_is_named(part):
-    values = config_to_dict(PRESETS["digits-uvit"])
+    values = config_to_dict(RECIPES["digits-uvit"])
     (values if part is None else values[part])["from_the_future"] = 1
     with pytest.raises(UserError, match=r"config\.json.*from_the_future") as caught:
         config_from_dict(values)
@@ -279,7 +294,7 @@ def test_a_field_of_another_version_is_named(part):
     ids=" ".join,
 )
 def test_bookkeeping_may_differ(flags):
-    assert config_differences(PRESETS["digits-uvit"], parse_train_arguments(["digits-uvit", *flags])) == []
+    assert config_differences(RECIPES["digits-uvit"], parse_train_arguments(["digits-uvit", *flags])) == []
 
 
 @pytest.mark.parametrize(
@@ -296,7 +311,7 @@ def test_bookkeeping_may_differ(flags):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_difference_in_what_is_computed_is_named_as_flags(flags, difference):
-    assert config_differences(PRESETS["digits-uvit"], parse_train_arguments(["digits-uvit", *flags])) == [difference]
+    assert config_differences(RECIPES["digits-uvit"], parse_train_arguments(["digits-uvit", *flags])) == [difference]
 
 
 def test_every_field_of_a_configuration_is_compared_or_marked_as_bookkeeping():

@@ -17,11 +17,19 @@ from images import BROKEN, encode, random_pixels, write_image
 from PIL import Image
 from programs import environment
 
-from scalelong.train import data_digits
-from scalelong.train.bad_samples import BadSamples, append_bad_samples, read_bad_samples
-from scalelong.train.data import ImageFolder, decode_image, open_source, resize_and_crop
-from scalelong.train.data_digits import cache_folder, digits_folder
-from scalelong.train.data_sound import BadImage, SoundImages, spread_indices
+from scalelong.train.data import digits as digits_module
+from scalelong.train.data.digits import cache_folder, digits_folder
+from scalelong.train.data.image_folder import ImageFolder
+from scalelong.train.data.images import decode_image, resize_and_crop
+from scalelong.train.data.source import open_source
+from scalelong.train.data.stand_ins import (
+    BadImage,
+    BadSamples,
+    SoundImages,
+    append_bad_samples,
+    read_bad_samples,
+    spread_indices,
+)
 from scalelong.train.errors import UserError
 
 # Machines that are shared stall for longer than Hypothesis waits.
@@ -217,24 +225,24 @@ def test_the_digits_are_written_once(digits, monkeypatch):
 
 
 def test_processes_that_start_together_get_one_whole_copy(tmp_path):
-    code = "from scalelong.train.data_digits import digits_folder; f = digits_folder(); print(len([*f.rglob('*.png')]))"
+    code = "from scalelong.train.data.digits import digits_folder; f = digits_folder(); print(len([*f.rglob('*.png')]))"
     env = {**environment(), "SCALELONG_CACHE": str(tmp_path)}
     both = [subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True) for _ in "ab"]
     assert [(process.communicate(timeout=60)[0], process.returncode) for process in both] == [("1797\n", 0)] * 2
-    assert [path.name for path in tmp_path.iterdir()] == [data_digits.VERSION]
+    assert [path.name for path in tmp_path.iterdir()] == [digits_module.VERSION]
 
 
 def test_a_process_that_comes_second_takes_the_first_ones_copy(digits, tmp_path, monkeypatch):
     monkeypatch.setenv("SCALELONG_CACHE", str(tmp_path))
-    target = tmp_path / data_digits.VERSION
+    target = tmp_path / digits_module.VERSION
 
     def overtaken(staging: Path) -> None:
         (staging / "train").mkdir()
         shutil.copytree(digits, target)
 
-    monkeypatch.setattr(data_digits, "_write_digits", overtaken)
+    monkeypatch.setattr(digits_module, "_write_digits", overtaken)
     assert digits_folder() == target
-    assert [path.name for path in tmp_path.iterdir()] == [data_digits.VERSION]
+    assert [path.name for path in tmp_path.iterdir()] == [digits_module.VERSION]
     assert len(ImageFolder(target / "test")) == len(ImageFolder(digits / "test"))
 
 
@@ -254,7 +262,7 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path, monkeypatch):
         (staging / "half").write_text("")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(data_digits, "_write_digits", full)
+    monkeypatch.setattr(digits_module, "_write_digits", full)
     with pytest.raises(UserError, match="No space left on device"):
         digits_folder()
     assert list(tmp_path.iterdir()) == []

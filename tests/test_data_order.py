@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from scalelong.train import data_order
-from scalelong.train.data_order import BatchPlan, Order, Stream, draw_noise, draw_samples, generator
+from scalelong.train.data import order as data_order
+from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples, generator
 
 # Machines that are shared stall for longer than Hypothesis waits.
 unhurried = settings(deadline=None)

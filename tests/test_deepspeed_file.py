@@ -12,9 +12,9 @@ pytest.importorskip("deepspeed")
 
 from running import SMALL, losses, run_command, small_config
 
-from scalelong.train.engine import deepspeed_config
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
+from scalelong.train.zero.engine import deepspeed_config
 
 STEP = 32
 

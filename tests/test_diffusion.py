@@ -8,7 +8,7 @@ import torch
 from scipy.integrate import quad
 from torch import Tensor
 
-from scalelong.train.diffusion import PROCESSES, VPSDE, ScaledLinear, add_noise, noise_prediction_loss
+from scalelong.train.objective import PROCESSES, VPSDE, ScaledLinear, add_noise, noise_prediction_loss
 
 LARGEST_U = float(np.nextafter(np.float32(1), np.float32(0)))
 COSINE = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2

@@ -15,11 +15,13 @@ pytest.importorskip("deepspeed")
 from running import run_on_ranks, small_config
 
 from scalelong.model.uvit import UViT
-from scalelong.train.checkpoint import _sha256, averages_folder
-from scalelong.train.ema_posthoc import main, posthoc_average
-from scalelong.train.ema_profile import LARGEST_STD, Profile, compose, exponent_of_std, share_of_newest
+from scalelong.train.checkpoint import _sha256
+from scalelong.train.commands.ema_posthoc import main, posthoc_average
+from scalelong.train.config import LARGEST_STD
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
+from scalelong.train.run_folder import averages_folder
+from scalelong.train.zero.averages import Profile, compose, exponent_of_std, share_of_newest
 
 
 def discrete_profile(profile: Profile, num_steps: int) -> np.ndarray:

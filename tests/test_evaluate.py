@@ -8,10 +8,10 @@ import pytest
 from images import random_pixels, write_image
 from scipy.linalg import sqrtm
 
+from scalelong.train.commands.evaluate import Judge, RealImages, frechet_distance, read_real_images
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import UserError
-from scalelong.train.evaluate import Judge, RealImages, frechet_distance, read_real_images
-from scalelong.train.presets import PRESETS
+from scalelong.train.recipes import RECIPES
 
 rng = np.random.default_rng(0)
 
@@ -61,7 +61,7 @@ def test_the_distance_is_symmetric_and_survives_features_that_never_vary():
 def real(tmp_path_factory) -> RealImages:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SCALELONG_CACHE", str(tmp_path_factory.mktemp("cache")))
-        return read_real_images(PRESETS["digits-uvit"], 10_000)
+        return read_real_images(RECIPES["digits-uvit"], 10_000)
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +104,7 @@ def test_images_of_one_class_have_no_accuracy():
 
 
 def folder_config(root: Path):
-    base = PRESETS["digits-uvit"]
+    base = RECIPES["digits-uvit"]
     model = replace(base.model, num_classes=2, img_size=8)
     return replace(
         base, model=model, label_drop=0.0, sample=replace(base.sample, guidance=0.0), data=DataConfig(path=str(root))

@@ -11,10 +11,10 @@ from PIL import Image
 from test_mutated_images import InMemory, mutated_files
 from torch import Tensor
 
-from scalelong.train.data_loader import choose_reader
-from scalelong.train.data_order import BatchPlan, Order
-from scalelong.train.data_pillow import read_with_pillow
-from scalelong.train.data_sound import SoundImages
+from scalelong.train.data.batches import choose_reader
+from scalelong.train.data.order import BatchPlan, Order
+from scalelong.train.data.pillow import read_with_pillow
+from scalelong.train.data.stand_ins import SoundImages
 
 pytestmark = [
     pytest.mark.gpu,
@@ -36,7 +36,7 @@ def photographs() -> list[bytes]:
 
 
 def with_nvjpeg(images: SoundImages, first: int = 0) -> Iterator[Tensor]:
-    from scalelong.train.data_dali import read_with_dali
+    from scalelong.train.data.dali import read_with_dali
 
     plan = BatchPlan(first, BATCH)
     return read_with_dali(images, Order(0, len(images)), plan, **HOW, device=torch.device("cuda", 0))

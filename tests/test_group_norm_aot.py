@@ -86,7 +86,7 @@ def force_entry(monkeypatch: pytest.MonkeyPatch, key: tuple[str, bool], form: st
 
 def force(monkeypatch: pytest.MonkeyPatch, choose: Any) -> None:
     monkeypatch.setattr(group_norm_triton, "choose_tiling", choose)
-    monkeypatch.setattr(group_norm_triton, "_PLANS", Kept())
+    monkeypatch.setattr(group_norm_triton, "_plans", Kept())
 
 
 def positions_that_fill(form: str, entry: Flat | Tiles, itemsize: int, D: int) -> int:

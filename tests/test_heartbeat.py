@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch.distributed import TCPStore
 
-from scalelong.train import heartbeat
-from scalelong.train.heartbeat import Heartbeat
-from scalelong.train.processes import Processes
+from scalelong.train.hosts import heartbeat
+from scalelong.train.hosts.heartbeat import Heartbeat
+from scalelong.train.hosts.processes import Processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 

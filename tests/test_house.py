@@ -2,9 +2,11 @@
 
 import ast
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from importlib.util import resolve_name
 from pathlib import Path
 
@@ -14,6 +16,21 @@ import scalelong
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
+FLOORS_OF_TRAIN = (
+    {"errors", "monitor", "objective", "usage", "write_whole"},
+    {"config"},
+    {"guard", "recipes", "run_folder", "schedule"},
+    {"command_line", "report"},
+    {"data", "hosts"},
+    {"zero"},
+    {"checkpoint"},
+    {"checks"},
+    {"run"},
+    {"sampling"},
+    {"loop"},
+    {"commands", "__main__"},
+)
+"""The files and rooms of train/, from the ground up: none imports what stands above it, or beside it."""
 FILES = [path for floor in FLOORS for path in sorted((ROOT / floor).rglob("*.py"))]
 
 
@@ -37,6 +54,9 @@ def modules_loaded_by(statement: str) -> set[str]:
 
 
 each_file = pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+each_file_of_train = pytest.mark.parametrize(
+    "path", sorted((ROOT / "train").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT))
+)
 
 
 def test_every_lower_floor_has_files_to_check():
@@ -59,6 +79,46 @@ def test_imports_point_down(path):
     floor = FLOORS.index(path.relative_to(ROOT).parts[0])
     above = FLOORS[floor + 1 :]
     assert [name for name in imports_of(path) if name.startswith("scalelong.") and name.split(".")[1] in above] == []
+
+
+def train_places(path: Path) -> set[str]:
+    """The files and rooms of train/ that one of its files imports, inside functions too, other than its own."""
+    names = {name.split(".")[2] for name in imports_of(path) if name.startswith("scalelong.train.")}
+    return names - {path.relative_to(ROOT / "train").parts[0].removesuffix(".py")}
+
+
+def test_every_file_and_room_of_train_has_a_floor():
+    places = {path.relative_to(ROOT / "train").parts[0].removesuffix(".py") for path in (ROOT / "train").rglob("*.py")}
+    assert sorted(places) == sorted(place for floor in FLOORS_OF_TRAIN for place in floor)
+
+
+def test_the_documented_floors_are_these():
+    _, table = (ROOT / "docs" / "architecture.md").read_text().split("## Its floors")
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", table, re.MULTILINE)
+    documented = {int(number): set(re.findall(r"`(\w+)/?`", places)) for number, places in rows}
+    assert documented == dict(enumerate(FLOORS_OF_TRAIN, start=1))
+
+
+@each_file_of_train
+def test_train_imports_point_down(path):
+    floor_of = {place: number for number, floor in enumerate(FLOORS_OF_TRAIN) for place in floor}
+    mine = floor_of[path.relative_to(ROOT / "train").parts[0].removesuffix(".py")]
+    assert [place for place in train_places(path) if floor_of[place] >= mine] == []
+
+
+@pytest.mark.parametrize("room", sorted({path.parent.name for path in (ROOT / "train").glob("*/*.py")}))
+def test_files_of_a_room_do_not_import_in_a_circle(room):
+    files = {f"scalelong.train.{room}.{path.stem}": path for path in (ROOT / "train" / room).glob("*.py")}
+    imports = {
+        name: {n for n in files for found in imports_of(path) if found == n or found.startswith(n + ".")}
+        for name, path in files.items()
+    }
+    assert list(TopologicalSorter(imports).static_order())  # raises CycleError
+
+
+@each_file_of_train
+def test_files_of_train_are_read_in_a_sitting(path):
+    assert len(path.read_text().splitlines()) <= 350
 
 
 @each_file
@@ -88,6 +148,15 @@ def test_the_package_alone_does_not_load_torch():
     loaded = modules_loaded_by("import scalelong; scalelong.__version__")
     assert "scalelong" in loaded
     assert "torch" not in loaded
+
+
+@pytest.mark.parametrize("line", [["scalelong", "--help"], ["scalelong", "train", "--help"], ["scalelong.train", "-h"]])
+def test_help_does_not_load_torch(line):
+    module, *arguments = line
+    code = f"import runpy, sys; sys.argv = ['', *{arguments}]; runpy.run_module({module!r}, run_name='__main__')"
+    loaded = modules_loaded_by(f"exec({code!r})")
+    assert "scalelong.train.errors" in loaded
+    assert not loaded & {"torch", "tyro", "numpy"}
 
 
 def test_public_names_are_reachable_from_the_package():

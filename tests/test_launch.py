@@ -15,13 +15,12 @@ pytest.importorskip("deepspeed")
 from programs import start_own_process
 from running import SMALL, free_port, losses, run_command, run_on_ranks, small_config
 
-from scalelong.train import preflight
 from scalelong.train.checkpoint import list_checkpoints
-from scalelong.train.errors import UserError
-from scalelong.train.launch import Job, LaunchConfig, command_line, find_hosts, split_arguments
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
+from scalelong.train.hosts import preflight
+from scalelong.train.hosts.launch import Job, LaunchConfig, command_line, find_hosts, split_arguments
+from scalelong.train.hosts.preflight import check_environment_file, check_hosts, read_hostfile, stale_locks
 from scalelong.train.loop import train
-from scalelong.train.preflight import check_environment_file, check_hosts, read_hostfile, stale_locks
-from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
 STEP = 32
 SECONDS_TO_END = 60
@@ -183,7 +182,7 @@ def test_processes_that_a_killed_launcher_leaves_behind_are_ended(capfd):
     ],
 )
 def test_bad_input_gets_one_line(options, words):
-    done = run_command(*options, module="scalelong.train.launch")
+    done = run_command("launch", *options, module="scalelong")
     assert done.returncode == 2
     (line,) = done.stderr.strip().splitlines()
     assert line.startswith("error: ")
@@ -197,7 +196,7 @@ def training(run: Path, steps: int) -> list[object]:
 
 def start_two(*arguments: object) -> subprocess.Popen[str]:
     options = ["--num-accelerators", 2, "--master-port", free_port()]
-    return start_own_process("-m", "scalelong.train.launch", *options, *arguments, variables={"DS_ACCELERATOR": "cpu"})
+    return start_own_process("-m", "scalelong", "launch", *options, *arguments, variables={"DS_ACCELERATOR": "cpu"})
 
 
 def training_processes(run: Path) -> list[psutil.Process]:

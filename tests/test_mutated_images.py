@@ -11,11 +11,11 @@ import torch
 from images import encode, random_pixels
 from PIL import Image
 
-from scalelong.train.data import decode_image
-from scalelong.train.data_loader import choose_reader
-from scalelong.train.data_order import BatchPlan, Order
-from scalelong.train.data_pillow import read_with_pillow
-from scalelong.train.data_sound import IMAGE_ERRORS, SoundImages, check_image
+from scalelong.train.data.batches import choose_reader
+from scalelong.train.data.images import decode_image
+from scalelong.train.data.order import BatchPlan, Order
+from scalelong.train.data.pillow import read_with_pillow
+from scalelong.train.data.stand_ins import IMAGE_ERRORS, SoundImages, check_image
 
 SIZE = 16
 NUM_FILES = 10_000
@@ -138,7 +138,7 @@ def test_each_mutated_file_is_shown_or_accounted_for(reader):
     if reader == "pillow":
         batches = read_with_pillow(images, order, BatchPlan(0, batch), **how)
     else:
-        from scalelong.train.data_dali import read_with_dali
+        from scalelong.train.data.dali import read_with_dali
 
         batches = read_with_dali(images, order, BatchPlan(0, batch), **how, device=torch.device("cpu"))
     shown = torch.cat(list(islice(batches, count // batch)))

@@ -10,16 +10,16 @@ pytest.importorskip("deepspeed")
 
 from running import run_on_ranks, small_config
 
+from scalelong.train.commands.plan import find_need, largest_need, main, measure_network, sent_bytes
 from scalelong.train.config import TrainConfig, config_to_dict
 from scalelong.train.errors import UserError
-from scalelong.train.plan import find_need, largest_need, main, measure_network, sent_bytes
-from scalelong.train.presets import PRESETS
+from scalelong.train.recipes import RECIPES
 
 
 def network_of(kind: str) -> TrainConfig:
     base = small_config(Path("unused"))
     if kind == "unet":
-        return replace(PRESETS["digits-unet"], run=base.run)
+        return replace(RECIPES["digits-unet"], run=base.run)
     if kind == "weights":
         return replace(base, model=replace(base.model, width=512, num_heads=8, depth=4))
     return replace(base, model=replace(base.model, img_size=32, width=192, num_heads=6, depth=4))

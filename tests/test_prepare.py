@@ -8,13 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import BROKEN, encode, random_pixels, write_image
+from images import BROKEN, encode, open_images, random_pixels, write_image
 from PIL import Image
 
-from scalelong.train import prepare as prepare_module
-from scalelong.train.data import ImageFolder, decode_image, open_source
+from scalelong.train.commands.prepare import PrepareArguments, Work, main, prepare
+from scalelong.train.commands.shard_writers import ImageWriter
+from scalelong.train.data.image_folder import ImageFolder
+from scalelong.train.data.images import crop_face, decode_image, halve_and_crop
+from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
-from scalelong.train.prepare import PrepareArguments, crop_face, halve_and_crop, main, prepare
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def files_of(out: Path) -> dict[str, bytes]:
 
 def test_shards_hold_the_sound_images_with_their_labels_as_they_were(folder, tmp_path):
     out = prepare(arguments(folder, tmp_path / "out"))
-    source, before = open_source(str(out), 2), ImageFolder(folder)
+    source, before = open_images(out, 2), ImageFolder(folder)
     sound = [i for i in range(len(before)) if before.key(i).endswith(".jpg")]
     assert source.class_names == ["cat", "dog"]
     assert [source.read(i) for i in range(len(source))] == [before.read(i) for i in sound]
@@ -61,13 +63,13 @@ def test_bad_images_are_listed_with_their_reasons(folder, tmp_path):
 
 @pytest.mark.parametrize("crop", ["plain", "adm"])
 def test_images_are_cropped_to_squares_of_the_size(folder, tmp_path, crop):
-    source = open_source(str(prepare(arguments(folder, tmp_path / "out", size=8, crop=crop))), 2)
+    source = open_images(prepare(arguments(folder, tmp_path / "out", size=8, crop=crop)), 2)
     assert {decode_image(source.read(i), 3).size for i in range(len(source))} == {(8, 8)}
 
 
 def test_grey_images_stay_grey(tmp_path):
     write_image(tmp_path / "in" / "0.png", random_pixels(9, 9, 1))
-    source = open_source(str(prepare(arguments(tmp_path / "in", tmp_path / "out", size=4, labels=False))), 0)
+    source = open_images(prepare(arguments(tmp_path / "in", tmp_path / "out", size=4, labels=False)), 0)
     with Image.open(io.BytesIO(source.read(0))) as image:
         assert image.mode == "L"
 
@@ -80,7 +82,7 @@ class StoppedError(Exception):
 def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp_path, monkeypatch, stop_after):
     expected = files_of(prepare(arguments(folder, tmp_path / "straight", size=8)))
     asked = arguments(folder, tmp_path / "out", size=8)
-    calls, encoded = [], prepare_module.Work._encoded
+    calls, encoded = [], ImageWriter.encoded
 
     def stopping(self, index):
         calls.append(index)
@@ -88,13 +90,13 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp
             raise StoppedError
         return encoded(self, index)
 
-    monkeypatch.setattr(prepare_module.Work, "_encoded", stopping)
+    monkeypatch.setattr(ImageWriter, "encoded", stopping)
     with pytest.raises(StoppedError):
         prepare(asked)
     with pytest.raises(UserError, match="is not prepared to its end"):
         open_source(str(asked.out), 2)
     done_before = {path: path.stat().st_mtime_ns for path in asked.out.glob("*.tar")}  # type: ignore[union-attr]
-    monkeypatch.setattr(prepare_module.Work, "_encoded", encoded)
+    monkeypatch.setattr(ImageWriter, "encoded", encoded)
     assert files_of(prepare(asked)).keys() == expected.keys()
     for name, data in files_of(asked.out).items():  # type: ignore[arg-type]
         assert data == expected[name] or name.endswith(".npz")
@@ -103,7 +105,7 @@ def test_an_interrupted_command_goes_on_and_ends_with_the_same_files(folder, tmp
 
 
 def test_a_begun_folder_asked_for_otherwise_is_refused(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module.Work, "finish", lambda self, shards: None)
+    monkeypatch.setattr(Work, "finish", lambda self, shards: None)
     prepare(arguments(folder, tmp_path / "out", size=8))
     with pytest.raises(UserError, match="begun with another size, crop"):
         prepare(arguments(folder, tmp_path / "out", size=16, crop="adm"))
@@ -126,7 +128,7 @@ def test_shards_can_be_made_of_shards_and_of_the_digits(folder, tmp_path, monkey
     first = prepare(arguments(folder, tmp_path / "first"))
     second = prepare(arguments(first, tmp_path / "second", images_per_shard=100))
     assert len(list(second.glob("*.tar"))) == 1
-    a, b = open_source(str(first), 2), open_source(str(second), 2)
+    a, b = open_images(first, 2), open_images(second, 2)
     assert [a.read(i) for i in range(len(a))] == [b.read(i) for i in range(len(b))]
     monkeypatch.setenv("SCALELONG_CACHE", str(tmp_path / "cache"))
     digits = prepare(arguments("digits", tmp_path / "digits", split="test", images_per_shard=1000))

@@ -10,8 +10,8 @@ import time
 import pytest
 from programs import environment
 
+from scalelong.train.data.read_ahead import BATCHES_AHEAD, ReadAhead
 from scalelong.train.errors import RankError
-from scalelong.train.read_ahead import BATCHES_AHEAD, ReadAhead
 
 
 def threads() -> list[threading.Thread]:
@@ -79,7 +79,7 @@ def test_the_thread_ends_with_its_object():
 def test_a_program_that_fails_ends_all_the_same():
     code = (
         "import itertools\n"
-        "from scalelong.train.read_ahead import ReadAhead\n"
+        "from scalelong.train.data.read_ahead import ReadAhead\n"
         "ahead = ReadAhead(itertools.count())\n"
         "next(ahead)\n"
         "raise SystemExit(7)\n"

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from scalelong.train.config import DataConfig, ReaderName, TrainConfig
-from scalelong.train.data import ImageFolder, Source
-from scalelong.train.data_loader import Batch, choose_reader, prepare_source, read_batches
-from scalelong.train.data_order import BatchPlan, Order, draw_noise, draw_samples
-from scalelong.train.data_pillow import read_with_pillow
-from scalelong.train.data_sound import SoundImages
+from scalelong.train.data.batches import Batch, choose_reader, prepare_source, read_batches
+from scalelong.train.data.image_folder import ImageFolder
+from scalelong.train.data.order import BatchPlan, Order, draw_noise, draw_samples
+from scalelong.train.data.pillow import read_with_pillow
+from scalelong.train.data.source import ImageSource
+from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import RankError, UserError
-from scalelong.train.presets import PRESETS
+from scalelong.train.recipes import RECIPES
 
 HAS_DALI = choose_reader("auto") == "dali"
 needs_dali = pytest.mark.skipif(not HAS_DALI, reason="NVIDIA DALI is not installed")
@@ -33,7 +34,7 @@ SIZE = 8
 
 def read(
     reader: str,
-    source: Source,
+    source: ImageSource,
     plan: BatchPlan,
     *,
     seed: int = 0,
@@ -47,12 +48,12 @@ def read(
     order = Order(seed, len(source))
     if reader == "pillow":
         return read_with_pillow(images, order, plan, **how)
-    from scalelong.train.data_dali import read_with_dali
+    from scalelong.train.data.dali import read_with_dali
 
     return read_with_dali(images, order, plan, **how, device=CPU)
 
 
-def read_all(reader: str, source: Source, num_images: int, batch_size: int = 8, **how) -> Tensor:
+def read_all(reader: str, source: ImageSource, num_images: int, batch_size: int = 8, **how) -> Tensor:
     """The images at positions 0 .. num_images - 1."""
     batches = read(reader, source, BatchPlan(0, batch_size), **how)
     return torch.cat(list(islice(batches, -(-num_images // batch_size))))[:num_images]
@@ -295,15 +296,15 @@ def test_an_image_that_dali_alone_refuses_costs_no_batch(numbered, tmp_path, dam
 
 
 def config_for(reader: ReaderName, num_classes: int = 2, **changes) -> TrainConfig:
-    model = replace(PRESETS["digits-uvit"].model, num_classes=num_classes)
-    quiet = replace(PRESETS["digits-uvit"].sample, guidance=0.0)
+    model = replace(RECIPES["digits-uvit"].model, num_classes=num_classes)
+    quiet = replace(RECIPES["digits-uvit"].sample, guidance=0.0)
     changes = {"label_drop": 0.0, "seed": 3, **changes}
     return replace(
-        PRESETS["digits-uvit"], model=model, sample=quiet, data=DataConfig(reader=reader, flip=True), **changes
+        RECIPES["digits-uvit"], model=model, sample=quiet, data=DataConfig(reader=reader, flip=True), **changes
     )
 
 
-def first_batches(config: TrainConfig, source: Source, plan: BatchPlan, count: int) -> list[Batch]:
+def first_batches(config: TrainConfig, source: ImageSource, plan: BatchPlan, count: int) -> list[Batch]:
     batches = read_batches(config, prepare_source(config, source), plan, num_threads=2, device=CPU)
     return list(islice(batches, count))
 
@@ -312,8 +313,8 @@ def first_batches(config: TrainConfig, source: Source, plan: BatchPlan, count: i
 def test_labels_belong_to_their_images(reader, numbered):
     for batch in first_batches(config_for(reader), numbered, BatchPlan(0, 8), 4):
         numbers, _ = numbers_of(batch.images_BCHW)
-        assert batch.labels_B is not None
-        assert batch.labels_B.tolist() == [n // 10 for n in numbers]
+        assert batch.condition is not None
+        assert batch.condition.tolist() == [n // 10 for n in numbers]
 
 
 @each_reader
@@ -322,15 +323,15 @@ def test_labels_are_dropped_as_drawn_to_the_null_label(reader, numbered):
     (batch,) = first_batches(config, numbered, BatchPlan(100, 40), 1)
     dropped = draw_samples(config.seed, range(100, 140)).drops_label(0.4)
     numbers, _ = numbers_of(batch.images_BCHW)
-    assert batch.labels_B is not None
-    assert batch.labels_B.tolist() == [2 if drop else n // 10 for n, drop in zip(numbers, dropped, strict=True)]
+    assert batch.condition is not None
+    assert batch.condition.tolist() == [2 if drop else n // 10 for n, drop in zip(numbers, dropped, strict=True)]
     assert 0 < dropped.sum() < 40
 
 
 @each_reader
 def test_a_model_without_labels_gets_none(reader, numbered):
     (batch,) = first_batches(config_for(reader, num_classes=0), numbered, BatchPlan(0, 4), 1)
-    assert batch.labels_B is None
+    assert batch.condition is None
 
 
 @each_reader

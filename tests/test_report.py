@@ -13,9 +13,9 @@ from rich.console import Console
 
 from scalelong.train import report
 from scalelong.train.errors import RankError, UserError
-from scalelong.train.processes import Processes
+from scalelong.train.hosts.processes import Processes
+from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.report import QuietReport, Report
-from scalelong.train.signals import StopSignals
 
 pytest.importorskip("tensorboard")
 

@@ -14,20 +14,13 @@ from torch import Tensor
 
 from scalelong.model.backbone import Backbone
 from scalelong.model.presets import UVIT_PRESETS
-from scalelong.train import sample
 from scalelong.train.config import SAMPLER_NAMES
-from scalelong.train.diffusion import PROCESSES, Process
 from scalelong.train.errors import UserError
-from scalelong.train.sample import (
-    default_labels,
-    denoise,
-    generate,
-    grid_columns,
-    guided,
-    make_scheduler,
-    save_grid,
-    to_uint8,
-)
+from scalelong.train.objective import PROCESSES, Process
+from scalelong.train.sampling import generate as generate_module
+from scalelong.train.sampling.generate import default_labels, generate, guided, to_uint8
+from scalelong.train.sampling.grid import grid_columns, save_grid
+from scalelong.train.sampling.samplers import denoise, make_scheduler
 
 pytest.importorskip("diffusers")
 
@@ -193,8 +186,8 @@ def test_guidance_moves_away_from_the_unconditional_prediction(strength):
 @pytest.mark.parametrize(("labels", "strength", "passes"), [([1, 5], 0.0, 2), ([1, 5], 1.0, 4), (None, 1.0, 2)])
 def test_only_guidance_doubles_the_batch(labels, strength, passes):
     model = LabelModel()
-    labels_B = None if labels is None else torch.tensor(labels)
-    guided(cast(Backbone, model), labels_B, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
+    condition = None if labels is None else torch.tensor(labels)
+    guided(cast(Backbone, model), condition, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
     ((x_BCHW, t_B, _),) = model.calls
     assert x_BCHW.shape == (passes, 1, 2, 2)
     assert t_B.tolist() == [3.0] * passes
@@ -214,7 +207,7 @@ class ToyNetwork:
         return (x_BCHW - shift) * 0.9
 
 
-SETTINGS = {"num_images": 7, "null_label": 9, "steps": 4, "guidance": 0.5, "seed": 3, "sampler": "ddim"}
+SETTINGS = {"num_images": 7, "null_condition": 9, "steps": 4, "guidance": 0.5, "seed": 3, "sampler": "ddim"}
 
 
 def generate_toys(**changes) -> np.ndarray:
@@ -251,7 +244,7 @@ def test_images_depend_on_seed_number_and_label():
 )
 def test_noise_added_on_the_way_depends_on_the_seed(sampler, monkeypatch):
     # The same start for all seeds, so that only the noise of the sampler can tell them apart.
-    monkeypatch.setattr(sample, "draw_noise", lambda seed, n, shape, stream: np.zeros(shape, dtype=np.float32))
+    monkeypatch.setattr(generate_module, "draw_noise", lambda seed, n, shape, stream: np.zeros(shape, dtype=np.float32))
     assert not np.array_equal(generate_toys(sampler=sampler, seed=1), generate_toys(sampler=sampler, seed=2))
 
 

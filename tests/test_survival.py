@@ -36,9 +36,8 @@ from killing import (
 from soak import soak
 
 from scalelong.train.checkpoint import list_checkpoints
-from scalelong.train.command_line import EXIT_USER_ERROR
 from scalelong.train.config import TrainConfig
-from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, EXIT_USER_ERROR
 
 pytestmark = pytest.mark.slow
 

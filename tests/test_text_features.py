@@ -15,16 +15,16 @@ from images import random_pixels, write_image
 from safetensors.numpy import load_file, save_file
 
 from scalelong.model.presets import UVIT_PRESETS
+from scalelong.train.commands.prepare import PrepareArguments, Work, main, prepare
 from scalelong.train.config import DataConfig, TrainConfig
-from scalelong.train.data import open_source
-from scalelong.train.data_features import FeatureFolder, read_array
-from scalelong.train.data_latents import LatentFolder
-from scalelong.train.data_loader import Batch, prepare_source, read_batches
-from scalelong.train.data_order import BatchPlan, Order, draw_samples
+from scalelong.train.data.batches import Batch, prepare_source, read_batches
+from scalelong.train.data.latents import LatentFolder
+from scalelong.train.data.mscoco_features import FeatureFolder, read_array
+from scalelong.train.data.order import BatchPlan, Order, draw_samples
+from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
-from scalelong.train.prepare import PrepareArguments, Work, main, prepare
-from scalelong.train.presets import PRESETS
-from scalelong.train.sample import default_texts, guided
+from scalelong.train.recipes import RECIPES
+from scalelong.train.sampling.generate import default_texts, guided
 
 CPU = torch.device("cpu")
 SHAPE, TOKENS, FEATURES = (4, 4, 4), 3, 6
@@ -72,7 +72,7 @@ MODEL = replace(MODEL, context_tokens=TOKENS, context_dim=FEATURES)
 
 
 def config_for(path: Path, **changes) -> TrainConfig:
-    base = PRESETS["mscoco-uvit-s2"]
+    base = RECIPES["mscoco-uvit-s2"]
     changes = {"model": MODEL, "seed": 3, "label_drop": 0.3, **changes}
     return replace(base, data=DataConfig(path=str(path), check_images=0), **changes)
 
@@ -87,11 +87,11 @@ def read(config: TrainConfig, plan: BatchPlan, count: int) -> list[Batch]:
 
 def captions_of(batch: Batch) -> torch.Tensor:
     """The number that fills each text of a batch."""
-    assert batch.labels_B is not None
-    assert batch.labels_B.dtype == torch.float32
-    assert batch.labels_B.shape[1:] == (TOKENS, FEATURES)
-    assert (batch.labels_B == batch.labels_B[:, :1, :1]).all()
-    return batch.labels_B[:, 0, 0]
+    assert batch.condition is not None
+    assert batch.condition.dtype == torch.float32
+    assert batch.condition.shape[1:] == (TOKENS, FEATURES)
+    assert (batch.condition == batch.condition[:, :1, :1]).all()
+    return batch.condition[:, 0, 0]
 
 
 def test_the_other_draws_are_as_they_were_before_there_was_one_for_captions():
@@ -127,8 +127,8 @@ def test_labels_may_stand_beside_texts_and_serve_a_model_with_classes(tmp_path):
     root = write_folder(tmp_path / "latents", labels=True)
     model = replace(MODEL, context_tokens=0, num_classes=8)
     (batch,) = read(config_for(root, model=model), BatchPlan(0, 12), 1)
-    assert batch.labels_B is not None
-    assert batch.labels_B.shape == (12,)
+    assert batch.condition is not None
+    assert batch.condition.shape == (12,)
     assert len(read(config_for(root), BatchPlan(0, 4), 1)) == 1
 
 
@@ -145,7 +145,7 @@ def test_a_position_takes_the_caption_of_its_draw_or_the_empty_one(folder):
 
 
 def test_nothing_is_dropped_unless_asked(folder):
-    quiet = replace(PRESETS["mscoco-uvit-s2"].sample, guidance=0.0)
+    quiet = replace(RECIPES["mscoco-uvit-s2"].sample, guidance=0.0)
     (batch,) = read(config_for(folder, label_drop=0.0, sample=quiet), BatchPlan(0, 40), 1)
     assert (captions_of(batch) >= 0).all()
 
@@ -274,7 +274,7 @@ def test_a_plain_array_of_another_length_is_named(tmp_path):
 
 def test_without_an_empty_context_a_run_may_train_that_drops_nothing(folder):
     (folder / "empty_context.npy").unlink()
-    quiet = replace(PRESETS["mscoco-uvit-s2"].sample, guidance=0.0)
+    quiet = replace(RECIPES["mscoco-uvit-s2"].sample, guidance=0.0)
     assert len(read(config_for(folder, label_drop=0.0, sample=quiet), BatchPlan(0, 4), 1)) == 1
 
 
@@ -312,7 +312,7 @@ def test_a_configuration_with_text_has_neither_classes_nor_a_null_label(folder):
 
 @pytest.mark.parametrize("name", ["mscoco-uvit-s2", "mscoco-uvit-s2-deep"])
 def test_the_presets_are_the_published_recipe(name):
-    config = PRESETS[name]
+    config = RECIPES[name]
     assert (config.total_images, config.images_per_step, config.label_drop) == (256_000_000, 256, 0.1)
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (2e-4, 0.9, 0.9)
@@ -383,7 +383,7 @@ def test_a_resumed_run_has_the_bits_of_an_undisturbed_one(finished, tmp_path):
 
 @pytest.mark.slow
 def test_samples_are_drawn_for_captions_of_the_data_with_and_without_guidance(finished, tmp_path, capsys):
-    from scalelong.train.sample import main as sample
+    from scalelong.train.commands.sample import main as sample
 
     grids = []
     for guidance in ("0", "1", "1"):
@@ -399,9 +399,9 @@ def test_samples_are_drawn_for_captions_of_the_data_with_and_without_guidance(fi
 @pytest.mark.slow
 def test_the_other_commands_say_in_one_line_what_is_not_for_text(finished, tmp_path, monkeypatch):
     from scalelong.model.uvit import UViT
-    from scalelong.train.evaluate import main as evaluate
-    from scalelong.train.export import main as export
-    from scalelong.train.sample import main as sample
+    from scalelong.train.commands.evaluate import main as evaluate
+    from scalelong.train.commands.export import main as export
+    from scalelong.train.commands.sample import main as sample
 
     with pytest.raises(UserError, match="both scores are of images alone, not of latents or text"):
         evaluate([str(finished.run)])
@@ -421,9 +421,9 @@ def test_the_other_commands_say_in_one_line_what_is_not_for_text(finished, tmp_p
 
 def test_a_plan_counts_the_text():
     pytest.importorskip("deepspeed")
-    from scalelong.train.plan import simulate
+    from scalelong.train.commands.plan import simulate
 
-    config = replace(PRESETS["mscoco-uvit-s2"], model=MODEL, precision="fp32")
+    config = replace(RECIPES["mscoco-uvit-s2"], model=MODEL, precision="fp32")
     longer = replace(config, model=replace(MODEL, context_tokens=4 * TOKENS))
     assert simulate(longer, 2, keeps_gradients=True) > simulate(config, 2, keeps_gradients=True)
 

@@ -20,9 +20,9 @@ from running import SMALL, launch, log_rows, losses, run_command, small_config, 
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES
 from scalelong.model.uvit import UViT
 from scalelong.train.config import DataConfig
-from scalelong.train.errors import UserError
-from scalelong.train.loop import passes, train
-from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
+from scalelong.train.loop import train
+from scalelong.train.zero import engine as zero
 
 pytestmark = pytest.mark.slow
 
@@ -131,20 +131,18 @@ def test_mixed_precision_trains_and_resumes_exactly(tmp_path, precision, stage):
 
 
 def test_an_overflow_in_fp16_lowers_the_loss_scale(tmp_path):
-    from scalelong.train import loop
-
-    original = loop.ds.make_engine
+    original = zero.make_engine
 
     def overflowing(*arguments):
         engine = original(*arguments)
-        scaler = loop.ds._grad_scaler(engine)
+        scaler = zero._grad_scaler(engine)
         assert scaler is not None
         scaler.load_state_dict({**scaler.state_dict(), "scale": 2.0**30})
         return engine
 
     for stage in (0, 2, 3):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(loop.ds, "make_engine", overflowing)
+            patch.setattr(zero, "make_engine", overflowing)
             run = tmp_path / str(stage)
             train(small_config(run, precision="fp16", zero_stage=stage, total_images=12 * STEP))
         scales = [row["loss_scale"] for row in log_rows(run)]
@@ -272,26 +270,21 @@ def test_an_own_folder_of_colour_images_trains(tmp_path):
 
 def test_sample_export_and_evaluate_work_on_a_run(straight, tmp_path):
     done = run_command(
-        straight, "--num-images", 6, "--label", 3, 5, "--out", tmp_path / "g.png", module="scalelong.train.sample"
+        "sample", straight, "--num-images", 6, "--label", 3, 5, "--out", tmp_path / "g.png", module="scalelong"
     )
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "g.png").size[0] == 2 * (48 + 2) + 2
 
-    done = run_command(straight, "--out", tmp_path / "exported", module="scalelong.train.export")
+    done = run_command("export", straight, "--out", tmp_path / "exported", module="scalelong")
     assert done.returncode == 0, done.stderr
     model = UViT.from_pretrained(tmp_path / "exported")
     ema = load_file(straight / "checkpoints/640/ema.safetensors")
     assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
 
-    done = run_command(straight, "--num-images", 40, "--steps", 3, module="scalelong.train.evaluate")
+    done = run_command("evaluate", straight, "--num-images", 40, "--steps", 3, module="scalelong")
     assert done.returncode == 0, done.stderr
     scores = json.loads((straight / "evaluation.json").read_text())
     assert scores["real_accuracy"] > 0.97
     assert [s["guidance"] for s in scores["samples"]] == [1.0, 0.0]
     assert "label accuracy" in done.stdout
     (straight / "evaluation.json").unlink()
-
-
-def test_passes_counts_multiples_once():
-    assert [passes(a, a + 32, 100) for a in range(0, 224, 32)] == [False, False, False, True, False, False, True]
-    assert not passes(0, 32, 0)

@@ -162,7 +162,7 @@ def test_changed_data_is_noticed_on_resuming(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("run", "module", "arguments", "words"),
+    ("run", "command", "arguments", "words"),
     [
         (run_command, "sample", ["RUN", "--label", "12"], ["--label 12", "0 to 9"]),
         (run_as_own_process, "sample", ["nowhere"], ["nowhere is no run folder"]),
@@ -173,6 +173,6 @@ def test_changed_data_is_noticed_on_resuming(tmp_path):
         (run_as_own_process, "export", ["RUN", "--out", "RUN"], ["not empty"]),
     ],
 )
-def test_bad_input_to_the_other_commands(finished, run, module, arguments, words):
+def test_bad_input_to_the_other_commands(finished, run, command, arguments, words):
     arguments = [str(finished) if a == "RUN" else a for a in arguments]
-    expect_one_line_error(run(*arguments, module=f"scalelong.train.{module}"), *words)
+    expect_one_line_error(run(command, *arguments, module="scalelong"), *words)

@@ -13,11 +13,11 @@ pytest.importorskip("deepspeed")
 from running import log_rows, losses, train_on_ranks
 
 from scalelong.model.unet import UNet
+from scalelong.train.commands.export import main as export
 from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
-from scalelong.train.export import main as export
 from scalelong.train.loop import train
-from scalelong.train.presets import PRESETS
+from scalelong.train.recipes import RECIPES
 
 STEP = 16
 FLAGS = [
@@ -29,7 +29,7 @@ FLAGS = [
 
 def unet_config(run: Path, **changes) -> TrainConfig:
     """What FLAGS make of the preset."""
-    base = PRESETS["digits-unet"]
+    base = RECIPES["digits-unet"]
     model = replace(base.model, model_channels=8, num_groups=4, num_res_blocks=1)
     small = replace(
         base,
@@ -44,12 +44,12 @@ def unet_config(run: Path, **changes) -> TrainConfig:
 
 
 def test_a_configuration_survives_json(tmp_path):
-    for config in (PRESETS["digits-unet"], PRESETS["imagenet64-adm"], PRESETS["digits-uvit"]):
+    for config in (RECIPES["digits-unet"], RECIPES["imagenet64-adm"], RECIPES["digits-uvit"]):
         assert config_from_dict(config_to_dict(config)) == config
 
 
 def test_another_architecture_is_another_configuration():
-    difference = config_differences(PRESETS["digits-uvit"], replace(PRESETS["digits-unet"], run=Path("x")))
+    difference = config_differences(RECIPES["digits-uvit"], replace(RECIPES["digits-unet"], run=Path("x")))
     assert "--model UViT -> UNet" in difference
 
 
@@ -58,18 +58,18 @@ def test_another_architecture_is_another_configuration():
     [
         ({"checkpointing": 0.5}, "'none' or 'blocks'"),
         ({"skip_position": "inside"}, "before-norm or after-norm"),
-        ({"model": replace(PRESETS["digits-unet"].model, out_channels=2)}, "learned variance"),
+        ({"model": replace(RECIPES["digits-unet"].model, out_channels=2)}, "learned variance"),
     ],
     ids=str,
 )
 def test_what_a_unet_cannot_do_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        replace(PRESETS["digits-unet"], **changes)
+        replace(RECIPES["digits-unet"], **changes)
 
 
 def test_a_uvit_has_no_norm_to_scale_after():
     with pytest.raises(ValueError, match="no skip scale can stand after"):
-        replace(PRESETS["digits-uvit"], skip_position="after-norm")
+        replace(RECIPES["digits-uvit"], skip_position="after-norm")
 
 
 @pytest.mark.slow
@@ -96,7 +96,7 @@ def test_a_run_is_exported_and_another_architecture_refused(tmp_path):
     assert model.skip_scale.position == "after-norm"
     assert model(torch.randn(1, 1, 8, 8), torch.ones(1), torch.tensor([3])).isfinite().all()
     with pytest.raises(UserError, match="--model UNet -> UViT"):
-        train(replace(PRESETS["digits-uvit"], run=run))
+        train(replace(RECIPES["digits-uvit"], run=run))
 
 
 @pytest.mark.slow

@@ -17,8 +17,8 @@ from programs import environment
 from running import SMALL, losses, run_on_ranks, small_config
 
 from scalelong.train.checkpoint import list_checkpoints
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
 from scalelong.train.loop import train
-from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL
 
 pytestmark = pytest.mark.slow
 
@@ -91,7 +91,7 @@ def training(run: Path, stage: int, steps: int) -> list[object]:
 
 
 def launch_line(*arguments: object) -> list[object]:
-    return [sys.executable, "-m", "scalelong.train.launch", "--hostfile", "hosts", *arguments]
+    return [sys.executable, "-m", "scalelong", "launch", "--hostfile", "hosts", *arguments]
 
 
 # A launch on two hosts takes a minute of computing: ZeRO 1 is the next test's as well, 2 and 3 those of the harm.

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from images import encode, random_pixels
+from images import encode, open_images, random_pixels
 
-from scalelong.train.data import open_source
-from scalelong.train.data_sound import SoundImages
-from scalelong.train.data_webdataset import WebDataset, index_path
+from scalelong.train.commands.prepare import index_shards
+from scalelong.train.data.source import open_source
+from scalelong.train.data.stand_ins import SoundImages
+from scalelong.train.data.tar_shards import WebDataset, index_path
 from scalelong.train.errors import UserError
-from scalelong.train.prepare import index_shards
 
 
 def image_of(number: int) -> bytes:
@@ -47,7 +47,7 @@ def shards(tmp_path) -> Path:
 
 
 def test_images_are_read_by_number_across_shards(shards):
-    source = open_source(str(shards), 3)
+    source = open_images(shards, 3)
     assert len(source) == 15
     assert [source.read(i) for i in range(15)] == [image_of(i) for i in range(15)]
     assert [source.label(i) for i in range(15)] == [i % 3 for i in range(15)]
@@ -116,7 +116,7 @@ def pickled_index(root: Path) -> None:
 @pytest.mark.parametrize("harm", [no_index, grown, damaged_index, pickled_index])
 def test_a_shard_whose_index_does_not_serve_is_refused_with_the_command_that_makes_it(shards, harm):
     harm(shards)
-    with pytest.raises(UserError, match=rf"s-1\.tar .*python -m scalelong\.train\.prepare {shards}$") as caught:
+    with pytest.raises(UserError, match=rf"s-1\.tar .*scalelong prepare {shards}$") as caught:
         open_source(str(shards), 3)
     assert "\n" not in str(caught.value)
     index_shards(shards, "label")

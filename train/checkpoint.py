@@ -8,22 +8,27 @@ Averages of the weights that are kept for later, ``averages/<images_seen>/``, ar
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from scalelong.model.architectures import make_backbone
+from scalelong.model.backbone import Backbone
 from scalelong.model.checkpoint_file import write_tensors
-from scalelong.train import engine as ds
-from scalelong.train.ema import Ema
+from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
-from scalelong.train.processes import Processes
+from scalelong.train.hosts.processes import Processes
+from scalelong.train.run_folder import averages_folder, checkpoints_folder, read_config
+from scalelong.train.write_whole import sync
+from scalelong.train.zero import engine as zero
+from scalelong.train.zero.averages import Ema
 
 MANIFEST = "manifest.json"
 Tensors = Iterator[tuple[str, Tensor]]
@@ -40,10 +45,6 @@ class TrainState:
     optimizer_steps: int
     data_fingerprint: str
     grad_scaler: dict[str, Any] | None = None
-
-
-def checkpoints_folder(run: Path) -> Path:
-    return run / "checkpoints"
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -120,8 +121,8 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     Raises:
         UserError: it cannot be written, on a full disk say; earlier checkpoints stay as they are.
     """
-    averages = {name: ds.whole_tensors(engine, shards) for name, shards in ema.averages.items()}
-    tensors = {"model": ds.whole_weights(engine), **averages, "optimizer": ds.optimizer_state(engine)}
+    averages = {name: zero.whole_tensors(engine, shards) for name, shards in ema.averages.items()}
+    tensors = {"model": zero.whole_weights(engine), **averages, "optimizer": zero.optimizer_state(engine)}
     final = checkpoints_folder(run) / str(state.images_seen)
     problem = _write_on_main(final, asdict(state), tensors, processes)
     if problem:
@@ -132,17 +133,13 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     return final
 
 
-def averages_folder(run: Path) -> Path:
-    return run / "averages"
-
-
 def save_averages(run: Path, images_seen: int, step: int, engine, ema: Ema, processes: Processes) -> None:
     """Keeps the power-function averages as they stand, for ``ema_posthoc``. All ranks must call it.
 
     Raises:
         UserError: they cannot be written.
     """
-    tensors = {name: ds.whole_tensors(engine, ema.averages[name]) for name in ema.exponents}
+    tensors = {name: zero.whole_tensors(engine, ema.averages[name]) for name in ema.exponents}
     final = averages_folder(run) / str(images_seen)
     state = {"images_seen": images_seen, "step": step, "exponents": ema.exponents}
     problem = _write_on_main(final, state, tensors, processes)
@@ -179,14 +176,14 @@ def _write(final: Path, state: dict[str, Any], tensors: dict[str, Tensors]) -> s
         _write_json(staging / "state.json", state)
         hashes = {path.name: _sha256(path) for path in sorted(staging.iterdir())}
         for name in hashes:
-            _sync(staging / name)
+            sync(staging / name)
         _write_json(staging / MANIFEST, {"sha256": hashes})
-        _sync(staging / MANIFEST)
-        _sync(staging)
+        sync(staging / MANIFEST)
+        sync(staging)
         if final.exists():
             shutil.rmtree(final)
         staging.rename(final)
-        _sync(final.parent)
+        sync(final.parent)
     except (OSError, SafetensorError) as error:
         for _, iterator in remaining:
             _exhaust(iterator)
@@ -222,9 +219,28 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[Backbone, TrainConfig]:
+    """The model of a run in evaluation mode, on a GPU if there is one, and the run's configuration.
+
+    The weights are those of a checkpoint that is whole.
+
+    Args:
+        checkpoint: its images_seen; the newest whole one if not given.
+        weights: "ema" or "model".
+
+    Raises:
+        UserError: no such run or checkpoint, or a damaged one.
+    """
+    config = read_config(run)
+    if checkpoint is None:
+        folder = newest_checkpoint(run, warn=lambda message: print(f"warning: {message}"))
+        if folder is None:
+            raise UserError(f"{run} has no whole checkpoint yet")
+    else:
+        folder = checkpoints_folder(run) / str(checkpoint)
+        problem = find_problem(folder) if folder.is_dir() else "there is no such folder"
+        if problem:
+            raise UserError(f"cannot use the checkpoint {folder}: {problem}")
+    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
+    model.load_state_dict(read_tensors(folder, weights))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config

@@ -1,22 +1,24 @@
 """Command lines by tyro, with errors of one line."""
 
 import contextlib
+import difflib
 import io
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
-from scalelong.train.errors import RankError, UserError
-from scalelong.train.processes import is_main_process
+from scalelong.train.config import TrainConfig
+from scalelong.train.errors import UserError
+from scalelong.train.recipes import RECIPES
+from scalelong.train.usage import TRAIN_PROGRAM, usage
 
 T = TypeVar("T")
-EXIT_USER_ERROR = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,17 +104,32 @@ def without_local_rank(argv: list[str]) -> list[str]:
     return kept
 
 
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a command's main function; errors that a user can act on become one line and exit code 2."""
-    try:
-        main()
-    except UserError as error:
-        if is_main_process() or isinstance(error, RankError):
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:
-        # Whoever read our output, `| head` say, has seen enough; nothing may be flushed to them at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+def parse_train_arguments(argv: list[str]) -> TrainConfig:
+    """A preset, then flags that override its fields. The launcher's ``--local_rank`` is accepted and not needed.
+
+    Raises:
+        UserError: an unknown preset (the presets are listed) or field, or a value that does not fit.
+    """
+    argv = without_local_rank(argv)
+    if argv and argv[0] in ("-h", "--help"):
+        print(usage())
+        sys.exit(0)
+    name, flags = choose_recipe(argv, program=TRAIN_PROGRAM)
+    return parse(TrainConfig, flags, prog=f"{TRAIN_PROGRAM} {name}", default=RECIPES[name])
+
+
+def choose_recipe(argv: list[str], *, program: str) -> tuple[str, list[str]]:
+    """The preset's name, which comes first, and the flags behind it.
+
+    Raises:
+        UserError: none, or an unknown one; the presets are listed.
+    """
+    presets = ", ".join(RECIPES)
+    if not argv or argv[0].startswith("-"):
+        raise UserError(f"which preset? {program} PRESET [--field value ...]; presets: {presets}")
+    name, *flags = argv
+    if name not in RECIPES:
+        close = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"; perhaps you meant {close[0]}" if close else ""
+        raise UserError(f"unknown preset {name!r}{hint}; presets: {presets}")
+    return name, flags

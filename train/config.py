@@ -1,6 +1,7 @@
 """The configuration of a run: one frozen dataclass, every field of it a flag on the command line."""
 
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -14,15 +15,17 @@ from scalelong.model.architectures import (
 )
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.skip_scale import SkipPosition, SkipScale, SkipScaleName, make_skip_scale
-from scalelong.train.diffusion import NUM_TIMES
-from scalelong.train.ema_profile import LARGEST_STD
+from scalelong.model.uvit import UViTConfig
 from scalelong.train.errors import UserError
+from scalelong.train.objective import NUM_TIMES
 
 ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
 SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
+# Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
+LARGEST_STD = math.sqrt(1 / 12)
 
 
 def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
@@ -191,6 +194,14 @@ class TrainConfig:
     def null_label(self) -> int | None:
         """The label that stands for "no label", the last row of the embedding; None without guidance or labels."""
         return self.model.num_classes - 1 if self.label_drop and self.model.num_classes else None
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """(L, D) of the text features that the model takes; None for a model without text."""
+        model = self.model
+        if not (isinstance(model, UViTConfig) and model.context_tokens):
+            return None
+        return model.context_tokens, model.context_dim
 
     @property
     def num_data_classes(self) -> int:

@@ -1,39 +1,27 @@
 """The training loop: ``train`` is one visible function; what it calls stands below it."""
 
 import shlex
-import socket
 import sys
-import time
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
-from scalelong.train import engine as ds
-from scalelong.train.bad_samples import append_bad_samples
-from scalelong.train.checkpoint import (
-    TrainState,
-    find_problem,
-    list_checkpoints,
-    save_averages,
-    save_checkpoint,
-)
-from scalelong.train.command_line import without_local_rank
+from scalelong.train.checks import Start, check_before_training
+from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
-from scalelong.train.data import Source
-from scalelong.train.data_order import BatchPlan
-from scalelong.train.data_sound import SoundImages
-from scalelong.train.diffusion import PROCESSES, noise_prediction_loss
-from scalelong.train.errors import UserError
-from scalelong.train.grid import grid_path, make_grid
-from scalelong.train.heartbeat import Heartbeat
-from scalelong.train.preflight import check_versions, installed_versions
-from scalelong.train.processes import join_processes
-from scalelong.train.report import QuietReport, Report
-from scalelong.train.signals import EXIT_SAVED_AFTER_SIGNAL, StopSignals
-from scalelong.train.start import Run, check_before_training, check_images, describe, find_checkpoint, start_run
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
+from scalelong.train.hosts.heartbeat import Heartbeat
+from scalelong.train.hosts.processes import join_processes
+from scalelong.train.hosts.signals import StopSignals
+from scalelong.train.objective import PROCESSES, noise_prediction_loss
+from scalelong.train.report import Meter, QuietReport, Report
+from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
+from scalelong.train.run_folder import grid_path
+from scalelong.train.sampling.grid import make_grid
+from scalelong.train.schedule import learning_rate, what_is_due
+from scalelong.train.zero import engine as zero
+from scalelong.train.zero.engine import StepTaken
 
 
 def train(config: TrainConfig) -> int:
@@ -43,176 +31,103 @@ def train(config: TrainConfig) -> int:
         UserError: bad input, before anything is written; or a run that cannot go on, its last checkpoint intact.
     """
     processes = join_processes()
-    check_versions(processes.gather((socket.gethostname(), installed_versions())))
-    checkpoint = processes.on_main(lambda: find_checkpoint(config))
-    source, plan = processes.agree(lambda: check_before_training(config, processes, checkpoint))
-    if plan.first_position >= config.total_images:
-        if processes.is_main:
-            print(f"already trained to {plan.first_position:,} images; a larger --total-images goes on")
-            announce_results(config, plan.first_position)
+    start = check_before_training(config, processes)
+    if start.is_finished:
+        announce_finished(start)
         return 0
-    check_images(config, source, processes)
-    run = start_run(config, processes, checkpoint, source, plan)
+    run, meter = start_run(start), Meter()
     note_bad_samples(run)
-    unchecked_losses, seconds, images_timed = [], 0.0, 0
     with StopSignals() as signals, Heartbeat(processes), processes.agree(lambda: open_report(run)) as report:
         report.say(describe(run))
         while True:
-            step_began = time.perf_counter()
-            previous, now = run.images_seen, run.images_seen + config.images_per_step
-            last = now >= config.total_images
-            logs = last or config.images_per_log == 0 or passes(previous, now, config.images_per_log)
-            saves = last or passes(previous, now, config.images_per_checkpoint)
-
-            ds.set_learning_rate(run.engine, learning_rate(config, run.images_seen))
-            loss, is_finite, measured = train_step(run, measures=logs)
-            unchecked_losses.append(loss)
-            run.images_seen, run.step = now, run.step + 1
-            stops = processes.any(signals.received is not None)
-            counts = True
-            if logs or saves or stops or run.guard.watches or processes.device.type == "cpu":
-                # Elsewhere the loss is left on the GPU, so that no step waits for it.
-                losses, counts = check_losses(run, unchecked_losses, is_finite)
-                unchecked_losses.clear()
-            if counts:
-                run.ema.update(run.step)
-            else:
-                report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
-            if run.guard.asks_to_roll_back:
-                # Saved at once: a restart must not walk into the same steps again.
-                run, saves = roll_back(run, source, plan, report), True
-            seconds, images_timed = seconds + time.perf_counter() - step_began, images_timed + config.images_per_step
-
-            if logs:
+            due = what_is_due(config, run.images_seen)
+            with meter:
+                taken, measured = train_step(run, measures=due.log)
+                stops = processes.any(signals.received is not None)
+                if due.log or due.checkpoint or stops or run.looks_at_each_step:
+                    loss, counts = check_losses(run, taken)
+                else:
+                    counts = True  # left on the GPU, so that no step waits for it
+                if counts:
+                    run.ema.update(run.step)
+                else:
+                    report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
+                if run.guard.asks_to_roll_back:
+                    # Saved at once: a restart must not walk into the same steps again.
+                    run, due = roll_back(run, report), due._replace(checkpoint=True)
+            if due.log:
                 note_bad_samples(run)
-                report.log(
-                    {
-                        "images_seen": run.images_seen,
-                        "step": run.step,
-                        "loss": losses[-1],
-                        "images_per_second": images_timed / seconds,
-                        "data_wait": run.batches.take_seconds() / seconds,
-                        "bad_images": len(run.bad_samples),
-                        **measured,
-                    }
-                )
-                seconds, images_timed = 0.0, 0
-            if last or passes(previous, now, config.images_per_grid):
+                speed = meter.take(config.images_per_step, run.batches.take_seconds())
+                report.log(log_row(run, loss, speed, measured))
+            if due.grid:
                 make_grid(run)
-            if run.ema.exponents and (last or passes(previous, now, config.images_per_average)):
+            if due.averages:
                 # Before the checkpoint: a run that goes on from there has them all.
-                save_averages(config.run, run.images_seen, run.step, run.engine, run.ema, processes)
-            if saves or stops:
+                keep_averages(run)
+            if due.checkpoint or stops:
                 save(run)
-            if last or stops:
+            if due.last or stops:
                 break
-    if processes.is_main:
-        if last:
-            announce_results(config, run.images_seen)
-        else:
-            cause = signals.received or "a signal to another process"
-            print(f"{cause}: saved at {run.images_seen:,} images; to go on, run the same command again:")
-            # What a launcher was told is not known here.
-            print(f"  {'deepspeed ...' if processes.world_size > 1 else command_to_resume()}", flush=True)
-    return 0 if last else EXIT_SAVED_AFTER_SIGNAL
+    announce_end(run, signals.received, is_finished=due.last)
+    return 0 if due.last else EXIT_SAVED_AFTER_SIGNAL
 
 
-def train_step(run: Run, *, measures: bool) -> tuple[Tensor, bool, dict[str, float]]:
-    """One optimizer step over this rank's micro-batches.
+def train_step(run: Run, *, measures: bool) -> tuple[StepTaken, dict[str, float]]:
+    """One optimizer step over this rank's micro-batches, after which the run is one step further.
 
     Returns:
-        Their mean loss; whether the gradient was finite, so that the step was taken; what there is to log if asked for.
+        What came of it; and what there is to log, if asked for.
     """
     engine, config = run.engine, run.config
+    rate = learning_rate(config, run.images_seen)
+    zero.set_learning_rate(engine, rate)
     run.monitor.active = measures
-    losses, measured = [], {}
+    losses = []
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
         torch.manual_seed(batch.dropout_seed)
         loss = noise_prediction_loss(
-            engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.labels_B
+            engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition
         )
         losses.append(loss.detach())
-        engine.backward(ds.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
+        engine.backward(zero.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
-    # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
-    scale = ds.loss_scale(engine) if measures else 1.0
-    norm = ds.gradient_norm(engine) if measures and config.zero_stage == 0 else None
-    is_finite = ds.take_step(engine, only_finite=config.guard.skip_steps > 0)
-    if measures:
-        norm = ds.gradient_norm(engine) if norm is None else norm
-        rate = learning_rate(config, run.images_seen)
-        measured = {"grad_norm": norm / scale, "learning_rate": rate, **run.monitor.take()}
-        if config.precision == "fp16":
-            measured["loss_scale"] = scale
-        if config.guard.skip_steps:
-            measured["steps_left_out"] = run.guard.left_out
-    return torch.stack(losses).mean(), is_finite, measured
+    scale = zero.loss_scale(engine) if measures else 1.0
+    taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures)
+    run.unchecked_losses.append(torch.stack(losses).mean())
+    run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1
+    if taken.gradient_norm is None:
+        return taken, {}
+    measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **run.monitor.take()}
+    if config.precision == "fp16":
+        measured["loss_scale"] = scale
+    if config.guard.skip_steps:
+        measured["steps_left_out"] = run.guard.left_out
+    return taken, measured
 
 
-def check_losses(run: Run, losses: list[Tensor], is_finite: bool) -> tuple[list[float], bool]:
-    """The losses of the steps up to this one, averaged over all ranks, and whether this one counts.
+def check_losses(run: Run, taken: StepTaken) -> tuple[float, bool]:
+    """The loss of the last step, averaged over all ranks, and whether the step counts; looks at those before it too.
 
     Raises:
         UserError: one that is not finite and may not be left out, naming its step.
     """
-    mean = torch.stack(losses)
+    mean = torch.stack(run.unchecked_losses)
+    run.unchecked_losses.clear()
     if run.processes.world_size > 1:
         dist.all_reduce(mean)
         mean /= run.processes.world_size
     values, counts = mean.tolist(), True
     for step, value in enumerate(values, start=run.step - len(values) + 1):
-        counts = run.guard.admits(value, is_finite or step < run.step, step, run.config.images_per_step)
-    return values, counts
+        is_finite = taken.is_finite or step < run.step
+        counts = run.guard.admits(value, is_finite, step, run.config.images_per_step)
+    return values[-1], counts
 
 
-def roll_back(run: Run, source: Source, plan: BatchPlan, report: QuietReport) -> Run:
-    """The run with the weights of its last checkpoint before the loss became too high, at the same place in its data.
-
-    Raises:
-        UserError: there is no such checkpoint, or it has been done too often.
-    """
-    calm_until = run.guard.roll_back()
-    checkpoint = run.processes.agree(lambda: checkpoint_up_to(run.config, calm_until))
-    report.say(
-        f"the loss is above {run.config.guard.roll_back_factor:g} times its median since {calm_until:,} images: "
-        f"back to the weights of {checkpoint}; the images since then are left out"
-    )
-    run.engine.destroy()
-    fresh = start_run(run.config, run.processes, checkpoint, source, replace(plan, first_position=run.images_seen))
-    return replace(fresh, guard=run.guard, step=run.step)
-
-
-def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path:
-    for checkpoint in list_checkpoints(config.run):
-        if int(checkpoint.name) <= images_seen and find_problem(checkpoint) is None:
-            return checkpoint
-    raise UserError(f"the loss has diverged since {images_seen:,} images, and no checkpoint is as old as that")
-
-
-def learning_rate(config: TrainConfig, images_seen: int) -> float:
-    """Linear from 0 over the warm-up, then constant."""
-    warmup = config.optimizer.warmup_images
-    return config.optimizer.learning_rate * (min(images_seen / warmup, 1.0) if warmup else 1.0)
-
-
-def passes(previous: int, now: int, every: int) -> bool:
-    """Whether a multiple of ``every`` lies in (previous, now]; never for 0."""
-    return every > 0 and now // every > previous // every
-
-
-def note_bad_samples(run: Run) -> None:
-    """Lists the bad images that any rank has found, each once.
-
-    Raises:
-        UserError: there are more than ``data.max_bad_share`` allows, on all ranks alike.
-    """
-    found = run.source.take_found() if isinstance(run.source, SoundImages) else []
-    new = run.bad_samples.add(image for share in run.processes.gather(found) for image in share)
-    if run.processes.is_main:
-        append_bad_samples(run.config.run, new)
-    run.bad_samples.check_share()
+def log_row(run: Run, loss: float, speed: dict[str, float], measured: dict[str, float]) -> dict[str, float | int]:
+    row = {"images_seen": run.images_seen, "step": run.step, "loss": loss, **speed}
+    return {**row, "bad_images": len(run.bad_samples), **measured}
 
 
 def open_report(run: Run) -> QuietReport:
@@ -221,22 +136,36 @@ def open_report(run: Run) -> QuietReport:
     return Report(run.config.run, run.images_seen, run.config.total_images)
 
 
-def save(run: Run) -> None:
-    state = TrainState(
-        images_seen=run.images_seen,
-        step=run.step,
-        optimizer_steps=ds.optimizer_step_count(run.engine),
-        data_fingerprint=run.data_fingerprint,
-        grad_scaler=ds.scaler_state(run.engine),
-    )
-    save_checkpoint(run.config.run, state, run.engine, run.ema, run.processes, keep=run.config.keep_checkpoints)
+def announce_finished(start: Start) -> None:
+    """Of a run that was trained to its end before."""
+    if start.processes.is_main:
+        images_seen = start.plan.first_position
+        print(f"already trained to {images_seen:,} images; a larger --total-images goes on")
+        announce_results(start.config.run, images_seen)
 
 
-def announce_results(config: TrainConfig, images_seen: int) -> None:
-    print(f"run folder: {config.run}")
-    print(f"samples to look at: {grid_path(config, images_seen)}", flush=True)
+def announce_end(run: Run, signal: str | None, *, is_finished: bool) -> None:
+    """Where the results are, or how to go on."""
+    if not run.processes.is_main:
+        return
+    if is_finished:
+        announce_results(run.config.run, run.images_seen)
+        return
+    cause = signal or "a signal to another process"
+    print(f"{cause}: saved at {run.images_seen:,} images; to go on, run the same command again:")
+    # What a launcher was told is not known here.
+    print(f"  {'deepspeed ...' if run.processes.world_size > 1 else command_to_resume()}", flush=True)
+
+
+def announce_results(run: Path, images_seen: int) -> None:
+    print(f"run folder: {run}")
+    print(f"samples to look at: {grid_path(run, images_seen)}", flush=True)
 
 
 def command_to_resume() -> str:
-    program = "python -m scalelong.train" if Path(sys.argv[0]).name == "__main__.py" else Path(sys.argv[0]).name
-    return f"{program} {shlex.join(without_local_rank(sys.argv[1:]))}"
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        shown = TRAIN_PROGRAM if program.parent.name == "train" else "python -m scalelong"
+    else:
+        shown = program.name
+    return f"{shown} {shlex.join(without_local_rank(sys.argv[1:]))}"

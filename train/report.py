@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 import time
 from pathlib import Path
 
@@ -10,7 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from scalelong.train.errors import UserError
-from scalelong.train.processes import is_main_process
+from scalelong.train.run_folder import log_path, tensorboard_folder
+from scalelong.train.write_whole import write_whole
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -47,14 +47,14 @@ class Report(QuietReport):
         # Imported here: it costs a second, and only the main process reports.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._log_path = run / "log.jsonl"
+        self._log_path = log_path(run)
         self._first, self._total = images_seen, total_images
         self._line_time = 0.0
         self._bar: Progress | None = None
         try:
             _truncate_log(self._log_path, images_seen)
             self._log = self._log_path.open("a")
-            self._tensorboard = SummaryWriter(str(run / "tensorboard"), purge_step=images_seen + 1)
+            self._tensorboard = SummaryWriter(str(tensorboard_folder(run)), purge_step=images_seen + 1)
         except OSError as error:
             raise UserError(f"cannot write {self._log_path}: {error}") from error
 
@@ -115,10 +115,26 @@ class Report(QuietReport):
         )
 
 
-def warn(message: str) -> None:
-    """A line on standard error, once for all processes."""
-    if is_main_process():
-        print(f"warning: {message}", file=sys.stderr, flush=True)
+class Meter:
+    """How fast a run is, and how much of its time it waits for data; entered for each step, so that logs, grids and
+    checkpoints do not count."""
+
+    def __init__(self):
+        self._began = self._seconds = 0.0
+        self._steps = 0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self._seconds += time.perf_counter() - self._began
+        self._steps += 1
+
+    def take(self, images_per_step: int, seconds_waited: float) -> dict[str, float]:
+        """Images per second, and the share of the time waited for data, since the last call."""
+        seconds, steps = self._seconds, self._steps
+        self._seconds, self._steps = 0.0, 0
+        return {"images_per_second": steps * images_per_step / seconds, "data_wait": seconds_waited / seconds}
 
 
 def _clock(seconds: float) -> str:
@@ -139,6 +155,4 @@ def _truncate_log(path: Path, images_seen: int) -> None:
             continue
         if row["images_seen"] <= images_seen:
             kept.append(line + "\n")
-    staging = path.with_name(f".{path.name}.writing")
-    staging.write_text("".join(kept))
-    staging.rename(path)
+    write_whole(path, "".join(kept).encode())

@@ -1,15 +1,38 @@
-"""Reads run folders: the configuration, and the model of a checkpoint, without DeepSpeed."""
+"""What stands where in a run folder, and its configuration, which is written first."""
 
 import json
 from pathlib import Path
 
-import torch
-
-from scalelong.model.architectures import make_backbone
-from scalelong.model.backbone import Backbone
-from scalelong.train.checkpoint import checkpoints_folder, find_problem, newest_checkpoint, read_tensors
-from scalelong.train.config import TrainConfig, config_from_dict
+from scalelong.train.config import TrainConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
+from scalelong.train.write_whole import remove_left_over, write_whole
+
+
+def config_path(run: Path) -> Path:
+    return run / "config.json"
+
+
+def log_path(run: Path) -> Path:
+    return run / "log.jsonl"
+
+
+def tensorboard_folder(run: Path) -> Path:
+    return run / "tensorboard"
+
+
+def grid_path(run: Path, images_seen: int) -> Path:
+    """The samples that were drawn then, one picture."""
+    return run / "samples" / f"{images_seen}.png"
+
+
+def checkpoints_folder(run: Path) -> Path:
+    """Checkpoints, one folder each, called by their images_seen."""
+    return run / "checkpoints"
+
+
+def averages_folder(run: Path) -> Path:
+    """The power-function averages that were kept, one folder for each moment, called by its images_seen."""
+    return run / "averages"
 
 
 def read_config(run: Path) -> TrainConfig:
@@ -18,7 +41,7 @@ def read_config(run: Path) -> TrainConfig:
     Raises:
         UserError: no run folder, or one whose config.json cannot be read.
     """
-    path = run / "config.json"
+    path = config_path(run)
     if not path.is_file():
         raise UserError(f"{run} is no run folder: it has no config.json")
     try:
@@ -27,28 +50,15 @@ def read_config(run: Path) -> TrainConfig:
         raise UserError(f"{path} is damaged: {error}") from error
 
 
-def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[Backbone, TrainConfig]:
-    """The model of a run in evaluation mode, on a GPU if there is one, and the run's configuration.
-
-    The weights are those of a checkpoint that is whole.
-
-    Args:
-        checkpoint: its images_seen; the newest whole one if not given.
-        weights: "ema" or "model".
+def write_config(config: TrainConfig) -> None:
+    """Makes the run folder, if it is not there, with this configuration.
 
     Raises:
-        UserError: no such run or checkpoint, or a damaged one.
+        UserError: it cannot be written.
     """
-    config = read_config(run)
-    if checkpoint is None:
-        folder = newest_checkpoint(run, warn=lambda message: print(f"warning: {message}"))
-        if folder is None:
-            raise UserError(f"{run} has no whole checkpoint yet")
-    else:
-        folder = checkpoints_folder(run) / str(checkpoint)
-        problem = find_problem(folder) if folder.is_dir() else "there is no such folder"
-        if problem:
-            raise UserError(f"cannot use the checkpoint {folder}: {problem}")
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
-    model.load_state_dict(read_tensors(folder, weights))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config
+    try:
+        config.run.mkdir(parents=True, exist_ok=True)
+        write_whole(config_path(config.run), (json.dumps(config_to_dict(config), indent=2) + "\n").encode())
+        remove_left_over(config.run)
+    except OSError as error:
+        raise UserError(f"cannot write to the run folder {config.run}: {error.strerror}") from error

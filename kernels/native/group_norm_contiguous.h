@@ -4,6 +4,7 @@
 #pragma once
 
 #include "group_norm_parameters.h"
+#include "group_norm_rows.h"
 
 namespace scalelong::SCALELONG_ISA::contiguous {
 
@@ -35,30 +36,31 @@ inline void each_piece(int64_t P, const F& f) {
   for (int64_t p = 0; p < P; p += PIECE) f(p, P - p < PIECE ? P - p : PIECE);
 }
 
+// Sums of distances from an origin, of so few elements that single precision serves.
 struct Deviations {
-  double sum, squares;
+  Floats sums[4], squares[4];
+
+  double sum() const { return sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])); }
+  double sum_of_squares() const { return sum_of_lanes((squares[0] + squares[1]) + (squares[2] + squares[3])); }
 };
 
 template <class T>
-inline Deviations deviations_of(const T* x, int64_t size, float scale, float origin) {
-  Floats sums[4] = {}, squares[4] = {};
+inline void add_deviations(Deviations& to, const T* x, int64_t size, float scale, float origin) {
   int64_t i = 0;
   for (; i + 4 * WIDTH <= size; i += 4 * WIDTH) {
     prefetch<4>(x + i + AHEAD);
     for (int k = 0; k < 4; ++k) {
       const Floats distance = load(x + i + k * WIDTH) * scale - origin;
-      sums[k] += distance;
-      squares[k] += distance * distance;
+      to.sums[k] += distance;
+      to.squares[k] += distance * distance;
     }
   }
   for (; i < size; i += WIDTH) {
     const int64_t left = size - i < WIDTH ? size - i : WIDTH;
     const Floats distance = (load_first(x + i, left) * scale - origin) * first_lanes(left);
-    sums[0] += distance;
-    squares[0] += distance * distance;
+    to.sums[0] += distance;
+    to.squares[0] += distance * distance;
   }
-  return {sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])),
-          sum_of_lanes((squares[0] + squares[1]) + (squares[2] + squares[3]))};
 }
 
 struct Moments {
@@ -73,23 +75,34 @@ inline Moments moments_of(const GroupNorm& norm, int64_t n, int64_t first, int64
   const auto [x, scale] = row_of<T>(norm, n, first);
   const int64_t start = P < SAMPLE ? P : SAMPLE;
   const float rough = to_float(x[0]) * scale;
-  const float origin = float(rough + deviations_of(x, start, scale, rough).sum / double(start));
+  Deviations deviations{};
+  add_deviations(deviations, x, start, scale, rough);
+  const float origin = float(rough + deviations.sum() / double(start));
+  deviations = {};
   double sum = 0, squares = 0;
+  int64_t num_added = 0;
+  const auto flush = [&] {
+    sum += deviations.sum();
+    squares += deviations.sum_of_squares();
+    deviations = {};
+    num_added = 0;
+  };
   for (int64_t c = first; c < last; ++c) {
     const auto [x, scale] = row_of<T>(norm, n, c);
     each_piece(P, [&, x = x, scale = scale](int64_t p, int64_t size) {
-      const Deviations deviations = deviations_of(x + p, size, scale, origin);
-      sum += deviations.sum;
-      squares += deviations.squares;
+      if (num_added + size > PIECE) flush();
+      add_deviations(deviations, x + p, size, scale, origin);
+      num_added += size;
     });
   }
+  flush();
   const double count = double((last - first) * P), distance = sum / count;
   return {origin + distance, squares / count - distance * distance};
 }
 
 template <class T, class Activation, bool STREAM>
-inline void activate(const T* x, T* y, const T* next, int64_t size, float scale, float mean, float a, float b) {
-  const auto apply = [=](auto v) INLINED { return Activation::value((v * scale - mean) * a + b); };
+inline void activate(const T* x, T* y, const T* next, int64_t size, Transform<float> t) {
+  const auto apply = [=](auto v) INLINED { return Activation::value((v * t.scale - t.mean) * t.a + t.b); };
   int64_t i = 0;
   for (; i + TOGETHER * WIDTH <= size; i += TOGETHER * WIDTH) {
     prefetch<TOGETHER>(next + i);
@@ -99,46 +112,53 @@ inline void activate(const T* x, T* y, const T* next, int64_t size, float scale,
   if (i < size) store_first(y + i, apply(load_first(x + i, size - i)), size - i);
 }
 
+// Whether rows from c on, up to ``last``, are taken several at a time: all of h or all of s.
+inline bool takes_rows(const GroupNorm& norm, int64_t c, int64_t last) {
+  return norm.P <= MOST_POSITIONS && c + ROWS <= last && (c + ROWS <= norm.Ch || c >= norm.Ch);
+}
+
 template <class T, class Activation>
 void forward(const GroupNorm& norm, int64_t begin, int64_t end) {
   const int64_t P = norm.P, C = norm.Ch + norm.Cs, D = C / norm.G;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / norm.G, first = unit % norm.G * D;
-    const Moments moments = moments_of<T>(norm, n, first, first + D);
+    const int64_t n = unit / norm.G, first = unit % norm.G * D, last = first + D;
+    const Moments moments = moments_of<T>(norm, n, first, last);
     const float mean = float(moments.mean), rstd = float(1.0 / __builtin_sqrt(moments.variance + norm.eps));
     norm.mean[unit] = mean;
     norm.rstd[unit] = rstd;
-    for (int64_t c = first; c < first + D; ++c) {
-      const auto [x, scale] = row_of<T>(norm, n, c);
+    T* y = (T*)norm.y + (n * C + first) * P;
+    const bool streams = norm.streams && is_aligned(y, WIDTH * sizeof(T)) && is_aligned(y + P, WIDTH * sizeof(T));
+    const auto transform_of = [&](int64_t c, float scale) {
       const Affine affine = affine_of(norm, n, c);
-      T* y = (T*)norm.y + (n * C + c) * P;
-      const auto run =
-          norm.streams && is_aligned(y, WIDTH * sizeof(T)) ? activate<T, Activation, true> : activate<T, Activation, false>;
       // What the mean loses by rounding goes into the constant, where it costs nothing.
       const double a = double(affine.a) * rstd, b = affine.b - (moments.mean - mean) * a;
+      return Transform<float>{scale, mean, float(a * Activation::FACTOR), float(b * Activation::FACTOR)};
+    };
+    for (int64_t c = first; c < last;) {
+      const auto [x, scale] = row_of<T>(norm, n, c);
+      if (takes_rows(norm, c, last)) {
+        Transform<float> transforms[ROWS];
+        for (int k = 0; k < ROWS; ++k) transforms[k] = transform_of(c + k, scale_of(norm, n, c + k));
+        const auto run = streams ? activate_rows<T, Activation, true> : activate_rows<T, Activation, false>;
+        run(x, y, P, of_rows(transforms));
+        c += ROWS;
+        y += ROWS * P;
+        continue;
+      }
+      const auto run = streams ? activate<T, Activation, true> : activate<T, Activation, false>;
       // This is bound by arithmetic: meanwhile memory fetches the next group.
-      const T* next = unit + 1 < end ? row_of<T>(norm, c + D < C ? n : n + 1, (c + D) % C).x : x;
-      run(x, y, next, P, scale, mean, float(a * Activation::FACTOR), float(b * Activation::FACTOR));
+      const T* next = unit + 1 < end ? row_of<T>(norm, c + D < C ? n : n + 1, c + D < C ? c + D : c + D - C).x : x;
+      run(x, y, next, P, transform_of(c, scale));
+      ++c;
+      y += P;
     }
   }
   if (norm.streams) finish_streams();
 }
 
-// Sums over a row. The last three make the gradient of scale, which is what remains when large numbers cancel: they are
-// put together in double precision. xhat is still without rstd.
-struct Sums {
-  double dz, dz_xhat;
-  double x, x_xhat, x_dz;
-};
-
-// What turns x into the argument of the activation: (x * scale - mean) * a + b.
-struct Transform {
-  float scale, mean, a, b;
-};
-
 // dz = dy * act'(z), kept in ``scratch`` if there is one.
 template <class T, class Activation>
-inline void first_sweep(const T* x, const T* dy, float* scratch, int64_t size, Transform t, Sums& sums) {
+inline void first_sweep(const T* x, const T* dy, float* scratch, int64_t size, Transform<float> t, Sums& sums) {
   Floats sum = {}, sum_xhat = {};
   const auto step = [&]<int NUM>(const Pack<NUM>& v, const Pack<NUM>& d) INLINED {
     const auto xhat = v * t.scale - t.mean;
@@ -162,7 +182,7 @@ inline void first_sweep(const T* x, const T* dy, float* scratch, int64_t size, T
 }
 
 template <class T, class Activation, bool STREAM, bool DSCALE>
-inline void second_sweep(const T* x, const T* dy, const float* scratch, T* dx, int64_t size, Transform t, Gradient g,
+inline void second_sweep(const T* x, const T* dy, const float* scratch, T* dx, int64_t size, Transform<float> t, Gradient g,
                          Sums& sums) {
   Floats sum[2] = {}, sum_xhat[2] = {}, sum_dz[2] = {};
   const auto step = [&](int k, Floats v, Floats dz) {
@@ -197,54 +217,107 @@ inline void second_sweep(const T* x, const T* dy, const float* scratch, T* dx, i
   }
 }
 
+// One group of one image in backward.
+template <class T, class Activation>
+struct GroupOfImage {
+  const GroupNorm& norm;
+  int64_t n, first, last;  // channels
+  float mean, rstd;
+  float* scratch;
+
+  int64_t C() const { return norm.Ch + norm.Cs; }
+  const T* x(int64_t c) const { return row_of<T>(norm, n, c).x; }
+  const T* dy(int64_t c) const { return (const T*)norm.dy + (n * C() + c) * norm.P; }
+  T* dx(int64_t c) const {
+    return c < norm.Ch ? (T*)norm.dh + (n * norm.Ch + c) * norm.P : (T*)norm.ds + (n * norm.Cs + c - norm.Ch) * norm.P;
+  }
+  float* dz(int64_t c, int64_t p = 0) const { return scratch ? scratch + (c - first) * norm.P + p : nullptr; }
+  bool is_wanted(int64_t c) const { return (c < norm.Ch ? norm.dh : norm.ds) != nullptr; }
+  bool has_dscale(int64_t c) const { return norm.dscale && c >= norm.Ch; }
+
+  Transform<float> transform_of(int64_t c) const {
+    const Affine affine = affine_of(norm, n, c);
+    return {scale_of(norm, n, c), mean, affine.a * rstd * Activation::FACTOR, affine.b * Activation::FACTOR};
+  }
+  Transform<OfRows> transform_of_rows(int64_t c) const {
+    Transform<float> transforms[ROWS];
+    for (int k = 0; k < ROWS; ++k) transforms[k] = transform_of(c + k);
+    return of_rows(transforms);
+  }
+
+  // Keeps the sums of each row and returns those over the group.
+  GroupSums first_sweeps() const {
+    GroupSums group = {};
+    for (int64_t c = first; c < last;) {
+      Sums sums[ROWS] = {};
+      const int num_rows = takes_rows(norm, c, last) ? ROWS : 1;
+      if (num_rows == ROWS) {
+        first_sweep_of_rows<T, Activation>(x(c), dy(c), dz(c), norm.P, transform_of_rows(c), sums);
+      } else {
+        each_piece(norm.P, [&](int64_t p, int64_t size) {
+          first_sweep<T, Activation>(x(c) + p, dy(c) + p, dz(c, p), size, transform_of(c), sums[0]);
+        });
+      }
+      for (int k = 0; k < num_rows; ++k, ++c) keep_sums(c, sums[k], group);
+    }
+    divide(group, double((last - first) * norm.P));
+    return group;
+  }
+
+  void second_sweeps(const GroupSums& group) const {
+    for (int64_t c = first; c < last;) {
+      const int num_rows = takes_rows(norm, c, last) ? ROWS : 1;
+      if (is_wanted(c)) {
+        const bool streams = norm.streams && is_aligned(dx(c), WIDTH * sizeof(T)) &&
+                             (num_rows == 1 || is_aligned(dx(c + 1), WIDTH * sizeof(T)));
+        const auto run = streams         ? has_dscale(c) ? &GroupOfImage::second_sweep_of<true, true>
+                                                         : &GroupOfImage::second_sweep_of<true, false>
+                         : has_dscale(c) ? &GroupOfImage::second_sweep_of<false, true>
+                                         : &GroupOfImage::second_sweep_of<false, false>;
+        (this->*run)(c, num_rows, group);
+      }
+      c += num_rows;
+    }
+  }
+
+ private:
+  void keep_sums(int64_t c, const Sums& sums, GroupSums& group) const {
+    norm.sum_dz[n * C() + c] = float(sums.dz);
+    norm.sum_dz_xhat[n * C() + c] = float(sums.dz_xhat * rstd);
+    add_channel(group, affine_of(norm, n, c).a, sums.dz, sums.dz_xhat * rstd);
+  }
+
+  template <bool STREAM, bool DSCALE>
+  void second_sweep_of(int64_t c, int num_rows, const GroupSums& group) const {
+    Sums sums[ROWS] = {};
+    Gradient gradients[ROWS];
+    for (int k = 0; k < num_rows; ++k) {
+      gradients[k] = gradient_of(group, affine_of(norm, n, c + k).a, scale_of(norm, n, c + k), mean, rstd);
+    }
+    if (num_rows == ROWS) {
+      second_sweep_of_rows<T, Activation, STREAM, DSCALE>(x(c), dy(c), dz(c), dx(c), norm.P, transform_of_rows(c),
+                                                          of_rows(gradients), sums);
+    } else {
+      each_piece(norm.P, [&](int64_t p, int64_t size) {
+        second_sweep<T, Activation, STREAM, DSCALE>(x(c) + p, dy(c) + p, dz(c, p), dx(c) + p, size, transform_of(c),
+                                                    gradients[0], sums[0]);
+      });
+    }
+    for (int k = 0; DSCALE && k < num_rows; ++k) {
+      norm.dscale[n * norm.Cs + c + k - norm.Ch] =
+          dscale_of(group, affine_of(norm, n, c + k).a, rstd, sums[k].x, sums[k].x_xhat * rstd, sums[k].x_dz);
+    }
+  }
+};
+
 template <class T, class Activation>
 void backward(const GroupNorm& norm, int64_t begin, int64_t end, float* scratch) {
-  const int64_t P = norm.P, C = norm.Ch + norm.Cs, D = C / norm.G;
+  const int64_t D = (norm.Ch + norm.Cs) / norm.G;
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t n = unit / norm.G, first = unit % norm.G * D;
-    const float mean = norm.mean[unit], rstd = norm.rstd[unit];
-    const auto scratch_of = [&](int64_t c) { return scratch ? scratch + (c - first) * P : nullptr; };
-    const auto transform_of = [&](float scale, Affine affine) {
-      return Transform{scale, mean, affine.a * rstd * Activation::FACTOR, affine.b * Activation::FACTOR};
-    };
-    GroupSums group = {};
-    for (int64_t c = first; c < first + D; ++c) {
-      const auto [x, scale] = row_of<T>(norm, n, c);
-      const Affine affine = affine_of(norm, n, c);
-      const Transform transform = transform_of(scale, affine);
-      const T* dy = (const T*)norm.dy + (n * C + c) * P;
-      float* dz = scratch_of(c);
-      Sums sums = {};
-      each_piece(P, [&, x = x](int64_t p, int64_t size) {
-        first_sweep<T, Activation>(x + p, dy + p, dz ? dz + p : dz, size, transform, sums);
-      });
-      norm.sum_dz[n * C + c] = float(sums.dz);
-      norm.sum_dz_xhat[n * C + c] = float(sums.dz_xhat * rstd);
-      add_channel(group, affine.a, sums.dz, sums.dz_xhat * rstd);
-    }
-    divide(group, double(D * P));
-    for (int64_t c = first; c < first + D; ++c) {
-      if ((c < norm.Ch ? norm.dh : norm.ds) == nullptr) continue;
-      const auto [x, scale] = row_of<T>(norm, n, c);
-      const Affine affine = affine_of(norm, n, c);
-      const Transform transform = transform_of(scale, affine);
-      const Gradient gradient = gradient_of(group, affine.a, scale, mean, rstd);
-      const T* dy = (const T*)norm.dy + (n * C + c) * P;
-      T* dx = c < norm.Ch ? (T*)norm.dh + (n * norm.Ch + c) * P : (T*)norm.ds + (n * norm.Cs + c - norm.Ch) * P;
-      const float* dz = scratch_of(c);
-      const bool streams = norm.streams && is_aligned(dx, WIDTH * sizeof(T)), has_dscale = norm.dscale && c >= norm.Ch;
-      const auto run = streams      ? has_dscale ? second_sweep<T, Activation, true, true>
-                                                 : second_sweep<T, Activation, true, false>
-                       : has_dscale ? second_sweep<T, Activation, false, true>
-                                    : second_sweep<T, Activation, false, false>;
-      Sums sums = {};
-      each_piece(P, [&, x = x](int64_t p, int64_t size) {
-        run(x + p, dy + p, dz ? dz + p : dz, dx + p, size, transform, gradient, sums);
-      });
-      if (has_dscale) {
-        norm.dscale[n * norm.Cs + c - norm.Ch] = dscale_of(group, affine.a, rstd, sums.x, sums.x_xhat * rstd, sums.x_dz);
-      }
-    }
+    const int64_t first = unit % norm.G * D;
+    const GroupOfImage<T, Activation> group{norm,  unit / norm.G,   first,           first + D,
+                                            norm.mean[unit], norm.rstd[unit], scratch};
+    group.second_sweeps(group.first_sweeps());
   }
   if (norm.streams) finish_streams();
 }

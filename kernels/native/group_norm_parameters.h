@@ -34,9 +34,11 @@ inline void divide(GroupSums& group, double size) {
 }
 
 // scale * rstd * (a * dz - mean(a * dz) - xhat * mean(a * dz * xhat)) as dz * from_dz + (x * from_x + constant).
-struct Gradient {
-  float from_dz, from_x, constant;
+template <class V>
+struct GradientOf {
+  V from_dz, from_x, constant;
 };
+using Gradient = GradientOf<float>;
 
 inline Gradient gradient_of(const GroupSums& means, double a, double scale, double mean, double rstd) {
   const double from_xhat = -scale * rstd * means.dz_xhat;

@@ -106,7 +106,7 @@ inline void fill_coefficients(const AddLayerNorm& norm, int64_t b, float* a, flo
 
 // --- forward ---------------------------------------------------------------------------------------------------------
 
-// Fills ``kept`` with the stream in fp32, and the stream itself if there is a branch. Returns the sum over the row.
+// Fills ``kept``, if it is given, with the stream in fp32, and the stream itself if there is a branch. Returns the sum over the row.
 template <bool STREAM, class X, class Branch>
 INLINED inline double add(const X* x, const Branch* branch, const float* gate, X* stream, float* kept, int64_t D) {
   Floats sums[TOGETHER] = {};
@@ -117,10 +117,20 @@ INLINED inline double add(const X* x, const Branch* branch, const float* gate, X
       s = rounded(gate ? s + get(gate, d, size) * added : s + added, X{});
       put<STREAM>(stream, d, size, s);
     }
-    put(kept, d, size, s);
+    if (kept) put(kept, d, size, s);
     sums[k] += s;
   });
   return sum_of_all(sums);
+}
+
+// The stream in fp32 where it is found in the first cache as it was written; null elsewhere.
+template <bool STREAM>
+inline const float* in_cache(const float* stream) {
+  return STREAM ? nullptr : stream;
+}
+template <bool STREAM, class X>
+inline const float* in_cache(const X*) {
+  return nullptr;
 }
 
 struct Moments {
@@ -144,7 +154,7 @@ INLINED inline Moments moments_of(const float* row, double sum, int64_t D) {
 template <class X, class Branch, class Y, bool STREAM>
 void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
-  float *a = scratch, *c = scratch + D, *kept = scratch + 2 * D;
+  float *a = scratch, *c = scratch + D;
   for (int64_t unit = begin, b = -1; unit < end; ++unit) {
     const Rows rows = rows_of(norm, unit);
     if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
@@ -152,7 +162,10 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
     for (int64_t row = rows.first; row < rows.last; ++row) {
       const X* x = (const X*)norm.x + row * D;
       const Branch* branch = norm.branch ? (const Branch*)norm.branch + row * D : nullptr;
-      const double sum = add<STREAM>(x, branch, gate, branch ? (X*)norm.stream + row * D : nullptr, kept, D);
+      X* stream = branch ? (X*)norm.stream + row * D : nullptr;
+      const float* found = in_cache<STREAM>(branch ? stream : x);
+      const float* kept = found ? found : scratch + 2 * D;
+      const double sum = add<STREAM>(x, branch, gate, stream, found ? nullptr : scratch + 2 * D, D);
       const Moments moments = moments_of(kept, sum, D);
       const double rstd = 1.0 / __builtin_sqrt(moments.variance + norm.eps);
       const float mean = float(moments.mean), factor = float(rstd);
@@ -162,8 +175,10 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
       const float constant = float((mean - moments.mean) * rstd);
       Y* y = (Y*)norm.y + row * D;
       each_vector(D, [&](int64_t d, int64_t size) INLINED {
-        prefetch<1>(x + D + d);  // the next row, while this one is in the first cache
-        if (branch) prefetch<1>(branch + D + d);
+        if constexpr (STREAM) {  // the next row comes from memory, while this one is in the first cache
+          prefetch<1>(x + D + d);
+          if (branch) prefetch<1>(branch + D + d);
+        }
         const Floats xhat = (get(kept, d, size) - mean) * factor + constant;
         put<STREAM>(y, d, size, xhat * get(a, d, size) + get(c, d, size));
       });
@@ -185,7 +200,7 @@ struct Means {
   float dz, dz_xhat;
 };
 
-template <int NUM, class X, class Y>
+template <bool STREAM, int NUM, class X, class Y>
 INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float* a, float* sums, Means* means) {
   const int64_t D = norm.D;
   const X* stream = (const X*)norm.x + row * D;
@@ -197,7 +212,7 @@ INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float*
     const Floats factor = get(a, d, size);
     Floats dy_sum = sums ? get(sums, d, size) : Floats{}, dy_xhat_sum = sums ? get(sums + D, d, size) : Floats{};
     for (int r = 0; r < NUM; ++r) {
-      if (dstream) prefetch<1>(dstream + r * D + d);
+      if (STREAM && dstream) prefetch<1>(dstream + r * D + d);
       const Floats g = get(dy + r * D, d, size), xhat = (get(stream + r * D, d, size) - mean[r]) * rstd[r];
       const Floats g_xhat = g * xhat;
       dz_sums[r] += g * factor;
@@ -226,11 +241,14 @@ INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float
   Branch* dbranch = norm.dbranch ? (Branch*)norm.dbranch + at : nullptr;
   const float mean = norm.mean[row], rstd = norm.rstd[row];
   each_vector(D, [&](int64_t d, int64_t size) INLINED {
-    prefetch<1>(stream + AHEAD * D + d);
-    prefetch<1>(dy + AHEAD * D + d);
+    if constexpr (STREAM) {
+      prefetch<1>(stream + AHEAD * D + d);
+      prefetch<1>(dy + AHEAD * D + d);
+    }
     const Floats xhat = (get(stream, d, size) - mean) * rstd;
-    Floats gradient = (get(dy, d, size) * get(a, d, size) - means.dz - xhat * means.dz_xhat) * rstd;
-    if (dstream) gradient += get(dstream, d, size);
+    // One expression, contracted alike whatever else is wanted, so that no bit depends on that.
+    const Floats added = dstream ? get(dstream, d, size) : Floats{};
+    const Floats gradient = (get(dy, d, size) * get(a, d, size) - means.dz - xhat * means.dz_xhat) * rstd + added;
     if (dx) put<STREAM>(dx, d, size, gradient);
     if (dbranch) put<STREAM>(dbranch, d, size, gate ? gradient * get(gate, d, size) : gradient);
     if (dgate_sums) put(dgate_sums, d, size, get(dgate_sums, d, size) + gradient * get(branch, d, size));
@@ -253,7 +271,7 @@ void backward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* 
     int64_t row = rows.first;
     const auto run = [&]<int NUM>() INLINED {
       Means means[NUM];
-      sum_rows<NUM, X, Y>(norm, row, a, dy_sums, means);
+      sum_rows<STREAM, NUM, X, Y>(norm, row, a, dy_sums, means);
       for (int r = 0; writes && r < NUM; ++r) {
         write_row<STREAM, NUM, X, Branch, Y>(norm, row + r, a, gate, dgate_sums, means[r]);
       }

@@ -190,20 +190,23 @@ inline Floats first_lanes(int64_t n) {
   return index < Ints{} + int32_t(n) ? splat(1.0f) : Floats{};
 }
 
-// In double precision, by halves: each addition waits for the one before it.
+// In double precision, by halves: each addition waits for the one before it. Intrinsics where there are some, because
+// compilers make masked moves of shuffles whose lanes they do not see to be constant.
 inline double sum_of_lanes(Floats x) {
-  typedef float Half __attribute__((vector_size(2 * WIDTH)));
-  typedef double Doubles __attribute__((vector_size(4 * WIDTH)));
-  typedef int64_t Indices __attribute__((vector_size(4 * WIDTH)));
-  Half halves[2];
-  memcpy(halves, &x, sizeof x);
-  Doubles sum = __builtin_convertvector(halves[0], Doubles) + __builtin_convertvector(halves[1], Doubles);
-  for (int half = WIDTH / 4; half > 0; half /= 2) {
-    Indices others;
-    for (int i = 0; i < WIDTH / 2; ++i) others[i] = i ^ half;
-    sum += __builtin_shuffle(sum, others);
-  }
-  return sum[0];
+#if defined(__AVX512F__)
+  const __m512 v = (__m512)x;
+  const __m512d eight = _mm512_cvtps_pd(_mm512_castps512_ps256(v)) + _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1));
+  const __m256d sum = _mm512_castpd512_pd256(eight) + _mm512_extractf64x4_pd(eight, 1);
+#elif defined(__AVX2__)
+  const __m256 v = (__m256)x;
+  const __m256d sum = _mm256_cvtps_pd(_mm256_castps256_ps128(v)) + _mm256_cvtps_pd(_mm256_extractf128_ps(v, 1));
+#endif
+#if defined(__AVX2__)
+  const __m128d two = _mm256_castpd256_pd128(sum) + _mm256_extractf128_pd(sum, 1);
+  return two[0] + two[1];
+#else
+  return (double(x[0]) + x[2]) + (double(x[1]) + x[3]);
+#endif
 }
 
 // Orders what was written past the caches before all later writes: the thread that reads it may be told by one of those.

@@ -1,0 +1,127 @@
+"""Before the first step: all that can be wrong is found before anything is written."""
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from scalelong.train.config import TrainConfig, config_differences
+from scalelong.train.data.batches import choose_reader, num_reader_threads, prepare_source
+from scalelong.train.data.order import BatchPlan
+from scalelong.train.data.source import LatentSource, open_source
+from scalelong.train.data.stand_ins import BadSamples, SoundImages, spread_indices
+from scalelong.train.errors import UserError, warn
+from scalelong.train.hosts.preflight import check_versions, installed_versions
+from scalelong.train.hosts.processes import Processes, cores_per_process
+from scalelong.train.run_folder import config_path, read_config
+from scalelong.train.write_whole import is_staging
+from scalelong.train.zero import engine as zero
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where a run starts, or goes on, once nothing is wrong with it."""
+
+    config: TrainConfig
+    processes: Processes
+    checkpoint: Path | None
+    """What it resumes from; None for a new run."""
+    source: SoundImages | LatentSource
+    """What batches are read from."""
+    data_fingerprint: str
+    plan: BatchPlan
+    """Which part of the data this rank takes, from which position on."""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing is left to be trained."""
+        return self.plan.first_position >= self.config.total_images
+
+
+def check_before_training(config: TrainConfig, processes: Processes) -> Start:
+    """All that can be wrong: versions, the run folder, the input and, of a run that is not finished, the images.
+
+    Raises:
+        UserError: what is wrong, on every rank.
+    """
+    check_versions(processes.gather((socket.gethostname(), installed_versions())))
+    checkpoint = processes.on_main(lambda: find_checkpoint(config))
+    start = processes.agree(lambda: check_input(config, processes, checkpoint))
+    if not start.is_finished:
+        check_images(start)
+    return start
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The checkpoint to resume from; None for a new run. It is read whole to see that it is undamaged.
+
+    Raises:
+        UserError: the folder holds another run, or something else, or no checkpoint that is whole.
+    """
+    if not config.run.exists():
+        return None
+    if not config_path(config.run).is_file():
+        # Whoever was killed while starting has left the one, and no more.
+        if not config.run.is_dir() or not all(is_staging(path, "config.json") for path in config.run.iterdir()):
+            raise UserError(f"{config.run} exists and is no run folder; take another --run")
+        return None
+    differences = config_differences(read_config(config.run), config)
+    if differences:
+        raise UserError(
+            f"{config.run} was made with another configuration: {', '.join(differences)}; take another --run"
+        )
+    checkpoint = newest_checkpoint(config.run, warn)
+    if checkpoint is None and list_checkpoints(config.run):
+        raise UserError(f"{config.run} has no checkpoint that is whole; remove its checkpoints to start again")
+    return checkpoint
+
+
+def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | None) -> Start:
+    """Everything else that can be wrong with the input, on this rank.
+
+    Args:
+        checkpoint: what rank 0 resumes from.
+
+    Raises:
+        UserError: what is wrong.
+    """
+    choose_reader(config.data.reader)
+    if checkpoint is not None and not checkpoint.is_dir():
+        raise UserError(f"{socket.gethostname()} does not see {checkpoint}: all hosts must share the run folder")
+    state = read_state(checkpoint) if checkpoint is not None else None
+    try:
+        plan = BatchPlan(
+            first_position=state.images_seen if state is not None else 0,
+            images_per_step=config.images_per_step,
+            accumulation_steps=config.accumulation_steps,
+            rank=processes.rank,
+            world_size=processes.world_size,
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    zero.check_engine_config(config, plan.micro_batch)
+    source = open_source(config.data.path, config.num_data_classes)
+    fingerprint = source.fingerprint()
+    if state is not None and state.data_fingerprint != fingerprint:
+        raise UserError(
+            f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "
+            f"removed or changed); take another --run"
+        )
+    return Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)
+
+
+def check_images(start: Start) -> None:
+    """Each rank checks its share of ``data.check_images``.
+
+    Raises:
+        UserError: more of them are bad than ``data.max_bad_share`` allows, on any rank.
+    """
+    config, source, processes = start.config, start.source, start.processes
+    if source.holds == "latents":
+        return
+    total = min(config.data.check_images, len(source))
+    mine = spread_indices(len(source), total, rank=processes.rank, world_size=processes.world_size)
+    found = processes.agree(lambda: source.check(mine, num_reader_threads(config, cores_per_process())))
+    bad = BadSamples(total, config.data.max_bad_share)
+    bad.add(image for share in processes.gather(found) for image in share)
+    bad.check_share()

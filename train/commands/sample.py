@@ -1,0 +1,49 @@
+"""``scalelong sample RUN``: samples of a run as one picture."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalelong.train.command_line import parse
+from scalelong.train.errors import UserError
+from scalelong.train.objective import PROCESSES
+from scalelong.train.sampling.generate import default_texts, generate
+from scalelong.train.sampling.grid import grid_columns, save_grid
+from scalelong.train.sampling.load import SamplingArguments, load_sampling
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleArguments(SamplingArguments):
+    """Draw samples from a run and save them as one picture."""
+
+    out: Path = Path("grid.png")
+    """The PNG to write."""
+    num_images: int = 100
+    """How many."""
+    label: tuple[int, ...] = ()
+    """Which classes, in turn; all of them if not given."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command ``scalelong sample``."""
+    arguments = parse(SampleArguments, argv, prog="scalelong sample")
+    if arguments.num_images < 1:
+        raise UserError("--num-images must be at least 1")
+    sampling = load_sampling(arguments)
+    config = sampling.config
+    num_classes = config.num_data_classes
+    unknown = [label for label in arguments.label if not 0 <= label < num_classes]
+    if unknown:
+        known = f"0 to {num_classes - 1}" if num_classes else "none: it was trained without labels"
+        raise UserError(f"--label {unknown[0]}: the run's labels are {known}")
+    in_turn = arguments.label or range(num_classes)
+    labels = [in_turn[n % len(in_turn)] for n in range(arguments.num_images)] if in_turn else None
+    texts = sampling.texts
+    conditions = labels if texts is None else default_texts(arguments.num_images, texts)
+    process = PROCESSES[config.objective]
+    images = generate(sampling.model, process, conditions, num_images=arguments.num_images, **sampling.settings)
+    columns = grid_columns(arguments.num_images, len(set(labels)) if labels else 0)
+    try:
+        save_grid(images, arguments.out, columns=columns)
+    except OSError as error:
+        raise UserError(f"cannot write {arguments.out}: {error}") from error
+    print(f"{arguments.num_images} samples -> {arguments.out}")

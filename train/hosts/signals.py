@@ -1,0 +1,33 @@
+"""SIGTERM and Ctrl-C as a wish to save and stop, which the loop grants at the next step."""
+
+import signal
+import time
+from types import FrameType
+
+
+class StopSignals:
+    """While entered, remembers that a signal came. Ctrl-C again, two seconds later or more, interrupts at once.
+
+    A launcher passes the terminal's Ctrl-C on as SIGTERM; that second signal must not cut the saving short.
+    """
+
+    PATIENCE_SECONDS = 2.0
+
+    def __init__(self):
+        self.received: str | None = None
+        self._time = 0.0
+        self._previous = {}
+
+    def __enter__(self) -> "StopSignals":
+        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        if self.received is None:
+            self.received, self._time = signal.Signals(number).name, time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._time > self.PATIENCE_SECONDS:
+            raise KeyboardInterrupt

@@ -1,0 +1,37 @@
+"""The training processes of a launch on this host.
+
+``python -m scalelong.train.hosts.workers NUMBER LAUNCH_ID`` signals them. They are found by the launch's own identifier
+on their command line, so that other runs of this host are left alone.
+"""
+
+import signal
+import sys
+
+import psutil
+
+FLAG = "--launch-id="
+
+
+def workers_of(launch_id: str) -> list[psutil.Process]:
+    """The processes that train; the launchers that started them bear the identifier too, but no rank."""
+    found = []
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if FLAG + launch_id in line and any(argument.startswith("--local_rank=") for argument in line):
+            found.append(process)
+    return found
+
+
+def signal_workers(number: int, launch_id: str) -> int:
+    """Sends a signal to them; returns how many there were."""
+    workers = workers_of(launch_id)
+    for worker in workers:
+        try:
+            worker.send_signal(number)
+        except psutil.NoSuchProcess:
+            continue
+    return len(workers)
+
+
+if __name__ == "__main__":
+    print(signal_workers(signal.Signals(int(sys.argv[1])), sys.argv[2]))

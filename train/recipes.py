@@ -1,0 +1,121 @@
+"""Recipes of training: what the published ones fix, and the embedded defaults that a laptop finishes.
+
+They are those of U-ViT (https://github.com/baofff/U-ViT), DDPM (https://github.com/hojonathanho/diffusion) and
+ADM (arXiv:2105.05233, table 12) with the skips scaled; steps are given in images.
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scalelong.model.architectures import BackboneConfig
+from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
+from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from scalelong.train.usage import DESCRIPTIONS
+
+_DIGITS = TrainConfig(
+    run=Path("runs/digits-uvit"),
+    total_images=192_000,
+    images_per_step=64,
+    images_per_checkpoint=48_000,
+    images_per_grid=48_000,
+    images_per_average=4_800,
+    images_per_log=0,
+    label_drop=0.1,
+    model=UVIT_PRESETS["digits-uvit"],
+    optimizer=OptimizerConfig(learning_rate=1.5e-3, beta1=0.9, beta2=0.99, warmup_images=12_800, ema_decay=0.997),
+    data=DataConfig(path="digits"),
+    sample=SampleConfig(steps=30, guidance=1.0, num_images=100),
+)
+
+
+def _published(
+    name: str, model: BackboneConfig, *, batch: int, steps: int, learning_rate: float, beta2: float, warmup: int
+) -> TrainConfig:
+    """A pixel-space recipe of U-ViT; the data's folder has to be given with --data.path."""
+    return TrainConfig(
+        run=Path("runs") / name,
+        total_images=batch * steps,
+        images_per_step=batch,
+        images_per_checkpoint=batch * 10_000,
+        images_per_grid=batch * 5_000,
+        images_per_average=batch * 10_000,
+        images_per_log=batch * 100,
+        precision="bf16",
+        zero_stage=1,
+        model=model,
+        optimizer=OptimizerConfig(learning_rate=learning_rate, beta2=beta2, warmup_images=batch * warmup),
+        data=DataConfig(path="", flip=True),
+    )
+
+
+def _published_unet(
+    name: str, *, batch: int, steps: int, learning_rate: float, warmup: int, clip_grad_norm: float, objective: Any
+) -> TrainConfig:
+    """As ``_published`` for a UNet. A learned variance is left out: the network predicts the noise alone."""
+    model = replace(UNET_PRESETS[name], out_channels=0)
+    base = _published(name, model, batch=batch, steps=steps, learning_rate=learning_rate, beta2=0.999, warmup=warmup)
+    return replace(
+        base,
+        objective=objective,
+        optimizer=replace(base.optimizer, beta1=0.9, weight_decay=0.0, clip_grad_norm=clip_grad_norm),
+    )
+
+
+def _published_latent(name: str, *, label_drop: float, objective: Any, guidance: float, **recipe: Any) -> TrainConfig:
+    """As ``_published``, with guidance, on latents (``scalelong prepare --latents``)."""
+    base = _published(name, UVIT_PRESETS[name], **recipe)
+    sample = replace(base.sample, guidance=guidance)
+    return replace(base, label_drop=label_drop, objective=objective, sample=sample)
+
+
+def _published_text(name: str, **recipe: Any) -> TrainConfig:
+    """As ``_published_latent``, on text features too (``scalelong prepare`` of U-ViT's features)."""
+    base = _published_latent(name, **recipe)
+    return replace(base, optimizer=replace(base.optimizer, beta1=0.9), data=replace(base.data, flip=False))
+
+
+_IMAGENET64 = {"batch": 1024, "steps": 300_000, "learning_rate": 3e-4, "beta2": 0.99, "warmup": 5_000}
+_PUBLISHED: dict[str, Any] = {
+    "cifar10-uvit-s2": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.999, "warmup": 2_500},
+    "celeba64-uvit-s4": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.99, "warmup": 5_000},
+    "imagenet64-uvit-m4": _IMAGENET64,
+    "imagenet64-uvit-l4": _IMAGENET64,
+}
+# On the latents of Stable Diffusion's autoencoder. L trains on the VP-SDE, H on Stable Diffusion's schedule.
+_LATENT: dict[str, Any] = {"batch": 1024, "learning_rate": 2e-4, "beta2": 0.99, "warmup": 5_000}
+_LATENT_L: dict[str, Any] = {**_LATENT, "label_drop": 0.15, "objective": "vp-sde"}
+_LATENT_H: dict[str, Any] = {**_LATENT, "label_drop": 0.1, "objective": "scaled-linear"}
+_PUBLISHED_LATENT: dict[str, Any] = {
+    "imagenet256-uvit-l2": {**_LATENT_L, "steps": 300_000, "guidance": 0.4},
+    "imagenet256-uvit-h2": {**_LATENT_H, "steps": 500_000, "guidance": 0.4},
+    "imagenet512-uvit-l4": {**_LATENT_L, "steps": 500_000, "guidance": 0.7},
+    "imagenet512-uvit-h4": {**_LATENT_H, "steps": 500_000, "guidance": 0.7},
+}
+# On features of images and captions, which U-ViT trains without mirroring.
+_PUBLISHED_TEXT: dict[str, Any] = {
+    name: {**_LATENT_H, "batch": 256, "steps": 1_000_000, "beta2": 0.9, "guidance": 1.0}
+    for name in ("mscoco-uvit-s2", "mscoco-uvit-s2-deep")
+}
+_CIFAR10_DDPM = {"batch": 128, "steps": 800_000, "learning_rate": 2e-4, "warmup": 5_000, "clip_grad_norm": 1.0}
+_IMAGENET64_ADM = {"batch": 2048, "steps": 540_000, "learning_rate": 3e-4, "warmup": 0, "clip_grad_norm": 0.0}
+_PUBLISHED_UNETS: dict[str, Any] = {
+    "cifar10-ddpm-unet": {**_CIFAR10_DDPM, "objective": "linear"},
+    "imagenet64-adm": {**_IMAGENET64_ADM, "objective": "cosine"},
+}
+
+RECIPES: dict[str, TrainConfig] = {
+    "digits-uvit": _DIGITS,
+    **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},
+    **{name: _published_latent(name, **recipe) for name, recipe in _PUBLISHED_LATENT.items()},
+    **{name: _published_text(name, **recipe) for name, recipe in _PUBLISHED_TEXT.items()},
+    "digits-unet": replace(
+        _DIGITS,
+        run=Path("runs/digits-unet"),
+        model=UNET_PRESETS["digits-unet"],
+        optimizer=replace(_DIGITS.optimizer, weight_decay=0.0),
+    ),
+    **{name: _published_unet(name, **recipe) for name, recipe in _PUBLISHED_UNETS.items()},
+}
+
+assert RECIPES.keys() == DESCRIPTIONS.keys()

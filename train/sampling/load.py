@@ -1,0 +1,81 @@
+"""A run's model, and how to draw samples from it."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scalelong.model.backbone import Backbone
+from scalelong.train.checkpoint import load_model
+from scalelong.train.command_line import RunArguments
+from scalelong.train.config import SamplerName, TrainConfig
+from scalelong.train.data.batches import prepare_source
+from scalelong.train.data.source import LatentSource, open_source
+from scalelong.train.errors import UserError
+from scalelong.train.objective import NUM_TIMES
+from scalelong.train.sampling.autoencoder import to_pictures
+from scalelong.train.sampling.generate import null_condition_of, texts_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingArguments(RunArguments):
+    """What every command that draws samples takes."""
+
+    guidance: float | None = None
+    """s in eps_c + s (eps_c - eps_u); 0: none. The run's own if not given."""
+    sampler: SamplerName | None = None
+    """The run's own if not given."""
+    steps: int | None = None
+    """Network evaluations for each image. The run's own if not given."""
+    seed: int = 0
+    """Of the noise."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """A run's model and how to sample from it."""
+
+    model: Backbone
+    config: TrainConfig
+    settings: dict[str, Any]
+    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, seed, to_pictures."""
+    texts: LatentSource | None
+    """Where the captions are, of a run with text."""
+
+
+def load_sampling(arguments: SamplingArguments) -> Sampling:
+    """The model of a run, and its own settings where the command line gives no others.
+
+    Raises:
+        UserError: no such run or checkpoint, or settings that do not fit it, naming the flag.
+    """
+    if arguments.steps is not None and not 1 <= arguments.steps <= NUM_TIMES:
+        raise UserError(f"--steps must be in 1 .. {NUM_TIMES}, got {arguments.steps}")
+    if not 0 <= arguments.seed < 2**63:
+        raise UserError(f"--seed must be in 0 .. 2^63 - 1, got {arguments.seed}")
+    model, config = load_model(arguments.run, checkpoint=arguments.checkpoint, weights=arguments.weights)
+    guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
+    if guidance and not config.label_drop:
+        raise UserError("--guidance needs a run that was trained with --label-drop above 0")
+    texts = open_texts(config)
+    settings = {
+        "null_condition": null_condition_of(config, texts),
+        "sampler": arguments.sampler or config.sample.sampler,
+        "steps": arguments.steps or config.sample.steps,
+        "guidance": guidance,
+        "seed": arguments.seed,
+        "to_pictures": to_pictures(config),
+    }
+    return Sampling(model, config, settings, texts)
+
+
+def open_texts(config: TrainConfig) -> LatentSource | None:
+    """The source of a run whose model takes text; None for other runs.
+
+    Raises:
+        UserError: it is gone, or no longer what the model takes.
+    """
+    if config.context_shape is None:
+        return None
+    if not Path(config.data.path).is_dir():
+        raise UserError(f"samples are drawn for captions of the run's data, and {config.data.path} is gone")
+    return texts_of(config, prepare_source(config, open_source(config.data.path, config.num_data_classes)))

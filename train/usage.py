@@ -1,0 +1,38 @@
+"""What there is to train, in words: known without an import of torch."""
+
+TRAIN_PROGRAM = "python -m scalelong.train"
+DESCRIPTIONS = {
+    "digits-uvit": "the embedded handwritten digits (8x8), class-conditional with guidance; minutes on two CPU cores",
+    "cifar10-uvit-s2": "CIFAR-10 (32x32), unconditional, 44 M parameters",
+    "celeba64-uvit-s4": "CelebA (64x64), unconditional, 44 M parameters",
+    "imagenet64-uvit-m4": "ImageNet (64x64), class-conditional, 131 M parameters",
+    "imagenet64-uvit-l4": "ImageNet (64x64), class-conditional, 287 M parameters",
+    "imagenet256-uvit-l2": "ImageNet (latents of 256x256), class-conditional with guidance, 287 M parameters",
+    "imagenet256-uvit-h2": "ImageNet (latents of 256x256), class-conditional with guidance, 501 M parameters",
+    "imagenet512-uvit-l4": "ImageNet (latents of 512x512), class-conditional with guidance, 287 M parameters",
+    "imagenet512-uvit-h4": "ImageNet (latents of 512x512), class-conditional with guidance, 501 M parameters",
+    "mscoco-uvit-s2": "MS-COCO (latents of 256x256), conditioned on text with guidance, 45 M parameters",
+    "mscoco-uvit-s2-deep": "MS-COCO (latents of 256x256), conditioned on text with guidance, 58 M parameters",
+    "digits-unet": "the embedded digits by a convolutional UNet",
+    "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
+    "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
+}
+"""What each preset of the command line trains; recipes.py has the recipes."""
+
+
+def usage() -> str:
+    """The help of the command that trains."""
+    width = max(map(len, DESCRIPTIONS))
+    lines = [f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in DESCRIPTIONS]
+    return "\n".join(
+        [
+            f"usage: {TRAIN_PROGRAM} PRESET [--field value ...]",
+            "",
+            "Trains a diffusion model with scaled long skips. The same command resumes.",
+            "",
+            "presets:",
+            *lines,
+            "",
+            f"{TRAIN_PROGRAM} PRESET --help lists the fields of a preset and their values.",
+        ]
+    )
