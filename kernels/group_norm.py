@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
-from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.arguments import as_argument, check_scale, check_skip, described, none_as_empty
+from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept, signature
@@ -46,7 +46,7 @@ def group_norm_ref(
     weight, bias, gain, shift = (None if p is None else p.to(x.dtype) for p in (weight, bias, gain, shift))
     over_space = (..., *[None] * (x.dim() - 2))
     if x.numel() > 0:
-        y = F.group_norm(x, groups, weight, bias, eps)
+        y = F.group_norm(x.contiguous() if in_transform() else x, groups, weight, bias, eps)
     else:  # which torch refuses to normalise
         y = x if weight is None or bias is None else x * weight[over_space] + bias[over_space]
     if gain is not None:
@@ -138,6 +138,8 @@ def skip_group_norm(
         dtype = torch.promote_types(h.dtype, s.dtype)
         h, s = h.to(dtype), s.to(dtype)
     float_scale = 1.0
+    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+        scale = as_argument(scale, h)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()) if scale.shape == (1,) else scale
     elif scale is not None:

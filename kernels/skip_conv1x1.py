@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels.arguments import check_scale, check_skip, described
 from scalelong.kernels.backend import get_backend
@@ -50,7 +51,7 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
     if isinstance(scale, Tensor):
         scale = check_scale("skip_conv1x1", scale, h, s)
     backend = get_backend(h)
-    if backend == "reference":
+    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (h, s, weight))):
         return as_layout(skip_conv1x1_ref(h, s, scale, weight, bias), is_channels_last(h))
     N, Ch, *spatial = h.shape
     weight = weight.flatten(1)
@@ -107,6 +108,11 @@ def _scaled_weights(scale: Scale, weight_OC: Tensor, Ch: int) -> tuple[Tensor, T
 def _check(h: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if h.dim() < 3 or not h.is_floating_point():
         raise ValueError(f"skip_conv1x1: needs a floating (N, C, *) with spatial dimensions, got {described(h)}")
+    if weight.dim() == h.dim() + 1:
+        raise ValueError(
+            f"skip_conv1x1: h {tuple(h.shape)} has no batch: weight {tuple(weight.shape)} takes (N, C, *) with "
+            f"{weight.dim() - 2} spatial dimensions; h[None] and s[None] are a batch of one"
+        )
     check_skip("skip_conv1x1", h, s)
     C = h.shape[1] + s.shape[1]
     if weight.dim() not in (2, h.dim()) or weight.shape[1] != C or any(size != 1 for size in weight.shape[2:]):

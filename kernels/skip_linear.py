@@ -18,9 +18,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels import skip_linear_gemm, skip_linear_triton
-from scalelong.kernels.arguments import described, none_as_empty
+from scalelong.kernels.arguments import as_argument, described, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.launches import Kept, places, signature
@@ -38,19 +39,24 @@ IN_TRITON = {"16 bits": ("forward",), "fp32 operands": ("forward", "inputs", "we
 
 def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     """The specification, as published: scale the skip, concatenate, project."""
-    if isinstance(scale, Tensor) and scale.dim() == 2:
+    return F.linear(concatenated_tokens(x_BTD1, s_BTD2, scale), weight_OD, bias_O)
+
+
+def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
+    """``cat([x, scale * s], -1)``, written out."""
+    if isinstance(scale, Tensor) and 1 < scale.dim() < s_BTD2.dim():
         scale = scale.unsqueeze(-1)
-    scaled_BTD2 = s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)
-    return F.linear(torch.cat([x_BTD1, scaled_BTD2], dim=-1), weight_OD, bias_O)
+    return torch.cat([x_BTD1, s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)], dim=-1)
 
 
 def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(cat([x, scale * s], -1), weight, bias)``.
 
     Args:
-        x: (B, T, D1), the hidden stream.
-        s: (B, T, D2), the long skip.
-        scale: None for 1, a float, a scalar tensor, one factor a token (B, T) or (B, T, 1), or one a channel (D2,).
+        x: (*, D1), the hidden stream, with any leading dimensions, for tokens (B, T).
+        s: (*, D2), the long skip.
+        scale: None for 1, a float, a tensor of one element () or (1,), one factor a channel (D2,), or one a token, (*)
+            or (*, 1). Where the leading dimensions are one, and as many as D2, a factor a token must be (*, 1).
         weight: (O, D1 + D2).
         bias: (O,) or None.
 
@@ -58,13 +64,16 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     autocast each may have its own, and the product is in autocast's, as torch's linear has it.
 
     Returns:
-        (B, T, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
+        (*, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them.
     """
+    if isinstance(scale, Tensor) and scale.dim() == 1 and (scale.numel() == 1 or scale.shape != s.shape[-1:]):
+        _check(x, s, scale, weight, bias)  # before it has another shape
+        scale = scale.reshape(()) if scale.numel() == 1 else scale[:, None]
     backend = get_backend(x)
-    if backend == "reference":
+    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (x, s, weight))):
         _check(x, s, scale, weight, bias)
         return skip_linear_ref(x, s, scale, weight, bias)
     return projected(x, s, scale, weight, bias, channels_last=False, backend=backend, check=_check)
@@ -85,6 +94,8 @@ def projected(
 
     ``backend`` is that of x. ``check`` is called with the arguments where they are of a kind that it has not seen yet.
     """
+    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+        scale = as_argument(scale, x)
     is_tensor = isinstance(scale, Tensor)
     tensors = _Tensors(x, s, scale if is_tensor else None, weight, bias)
     float_scale = 1.0 if scale is None or is_tensor else float(scale)
@@ -395,9 +406,10 @@ torch.library.register_autograd(
 
 
 def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 3 or s.dim() != 3 or x.shape[:2] != s.shape[:2]:
+    if x.dim() < 1 or x.shape[:-1] != s.shape[:-1] or s.dim() < 1:
         raise ValueError(
-            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), got {tuple(x.shape)} and {tuple(s.shape)}"
+            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), or have other leading dimensions that are equal, "
+            f"got {tuple(x.shape)} and {tuple(s.shape)}"
         )
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] + s.shape[-1]:
         raise ValueError(
@@ -413,10 +425,10 @@ def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
         if not fits or tensor.device != x.device:
             raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
     if isinstance(scale, Tensor):
-        B, T, D2 = s.shape
-        if tuple(scale.shape) not in ((), (B, T), (B, T, 1), (D2,)):
+        *leading, D2 = s.shape
+        if tuple(scale.shape) not in ((), (1,), tuple(leading), (*leading, 1), (D2,)):
             raise ValueError(
-                f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {(B, T)}, {(B, T, 1)}, {(D2,)}"
+                f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {tuple(leading)}, {(*leading, 1)}, {(D2,)}"
             )
         if scale.device != x.device or not scale.is_floating_point():
             raise ValueError(f"skip_linear: scale is {described(scale)}, but x is {described(x)}")
