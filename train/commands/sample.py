@@ -40,10 +40,12 @@ def main(argv: list[str] | None = None) -> None:
     labels = [in_turn[n % len(in_turn)] for n in range(arguments.num_images)] if in_turn else None
     texts = sampling.texts
     conditions = labels if texts is None else default_texts(arguments.num_images, texts)
+    captions = []
+    if labels and texts is None:
+        names = read_class_names(config, must_find=bool(arguments.data.path))
+        captions = [names[label] for label in labels]
     process = PROCESSES[config.objective]
     images = generate(sampling.model, process, conditions, num_images=arguments.num_images, **sampling.settings)
-    names = read_class_names(config) if labels and texts is None else []
-    captions = [names[label] for label in labels or ()] if names else []
     columns = grid_columns(arguments.num_images, len(in_turn))
     try:
         save_grid(images, arguments.out, columns=columns, captions=captions)

@@ -98,10 +98,16 @@ def open_texts(config: TrainConfig) -> LatentSource | None:
     return texts_of(config, prepare_source(config, open_source(config.data.path, config.num_data_classes)))
 
 
-def read_class_names(config: TrainConfig) -> list[str]:
-    """Of the run's data; their numbers where it is gone."""
+def read_class_names(config: TrainConfig, *, must_find: bool) -> list[str]:
+    """Of the run's data; their numbers where it is gone.
+
+    Raises:
+        UserError: it is gone, if it must be found.
+    """
     try:
         names = open_source(config.data.path, config.num_data_classes).class_names
     except UserError:
+        if must_find:
+            raise
         names = []
     return names or [str(label) for label in range(config.num_data_classes)]
