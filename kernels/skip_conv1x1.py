@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels.arguments import check_scale, check_skip, described
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
 from scalelong.kernels.products import cast_by_autocast
 from scalelong.kernels.skip_linear import projected
@@ -52,7 +52,8 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
         scale = check_scale("skip_conv1x1", scale, h, s)
     backend = get_backend(h)
     if backend == "reference" or any(map(is_traceable_wrapper_subclass, (h, s, weight))):
-        return as_layout(skip_conv1x1_ref(h, s, scale, weight, bias), is_channels_last(h))
+        y = skip_conv1x1_ref(h, s, scale, weight, bias)
+        return y if in_transform() else as_layout(y, is_channels_last(h))  # vmap knows no layouts
     N, Ch, *spatial = h.shape
     weight = weight.flatten(1)
     channels_last = is_channels_last(h)

@@ -250,7 +250,7 @@ def _backward(dy: Tensor, tensors: _Tensors, kind: _Kind, needed: Sequence[bool]
                     dscale = dscale.sum() if scale.dim() == 0 else dscale.sum(dim=0)
                 dweight_s *= scale
         if bias is not None and needs_bias:
-            dbias = torch.sum(dy, tuple(range(dy.dim() - 1)), dtype=bias.dtype)
+            dbias = torch.sum(_matrix(dy), 0, dtype=bias.dtype)
     if scale is not None and dscale is not None:
         dscale = dscale.to(scale.dtype).view(scale.shape)
     return dx, ds, dscale, dweight if needs_weight else None, dbias
