@@ -5,7 +5,8 @@ import copy
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,16 @@ from scalelong.model.plain_layers import PLAIN_LAYERS, use_plain_layers
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 each_pair = pytest.mark.parametrize("pair", PAIRS)
+
+
+def each_of_both(name: str, values: Iterable[str]) -> pytest.MarkDecorator:
+    """Every value with every pair; ``make test`` takes a third of them, in which each occurs."""
+    values = list(values)
+    combinations = [
+        pytest.param(value, pair, marks=() if (i - j) % len(values) == 0 else pytest.mark.exhaustive)
+        for (i, value), (j, pair) in product(enumerate(values), enumerate(PAIRS))
+    ]
+    return pytest.mark.parametrize((name, "pair"), combinations)
 
 
 def make(pair: str) -> Pair:
@@ -73,8 +84,7 @@ ADAPTERS = {
 }
 
 
-@each_pair
-@pytest.mark.parametrize("adapter", ADAPTERS)
+@each_of_both("adapter", ADAPTERS)
 def test_adapters_of_every_layer_are_trained_and_count(adapter, pair):
     """LoRA, DoRA and LoHa on every linear layer and convolution at once, then each without the others."""
     peft = pytest.importorskip("peft")
@@ -169,8 +179,7 @@ def test_hooks_see_every_layer_exactly_as_often_as_in_the_plain_network(recomput
     assert leaves - {key.split(":")[0].split(" ")[0] for key in seen} <= {"time_proj"}
 
 
-@each_pair
-@pytest.mark.parametrize("kind", ["forward", "before", "backward"])
+@each_of_both("kind", ["forward", "before", "backward"])
 def test_a_hook_of_one_layer_sees_and_changes_what_it_would_in_the_plain_network(kind, pair):
     """One at a time, so that its neighbours run fused."""
     found = make(pair)
