@@ -20,9 +20,18 @@ class RankError(UserError):
     """A UserError that one process met alone, so that it has to say it itself; the launcher then ends the others."""
 
 
+_main_process = True
+
+
+def speak_as(rank: int) -> None:
+    """Says which of a run's processes this is: from now on the others than rank 0 leave to it what all have met."""
+    global _main_process
+    _main_process = rank == 0
+
+
 def is_main_process() -> bool:
-    """Rank 0, before any process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Rank 0, before any process group exists. Commands that run in one process are, whatever the environment says."""
+    return _main_process
 
 
 def warn(message: str) -> None:
