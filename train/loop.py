@@ -18,6 +18,7 @@ from scalelong.train.objective import PROCESSES, noise_prediction_loss
 from scalelong.train.report import Meter, QuietReport, Report
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
 from scalelong.train.run_folder import grid_path
+from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
 from scalelong.train.zero import engine as zero
@@ -31,10 +32,19 @@ def train(config: TrainConfig) -> int:
         UserError: bad input, before anything is written; or a run that cannot go on, its last checkpoint intact.
     """
     processes = join_processes()
-    start = check_before_training(config, processes)
-    if start.is_finished:
-        announce_finished(start)
-        return 0
+    with RunLock(config.run) as lock:
+        processes.agree(lambda: lock.take_if_there() if processes.is_main else None)
+        start = check_before_training(config, processes)
+        if start.is_finished:
+            announce_finished(start)
+            return 0
+        processes.agree(lambda: lock.take(is_new=start.checkpoint is None) if processes.is_main else None)
+        return train_on(start)
+
+
+def train_on(start: Start) -> int:
+    """Trains from a start, which nothing is wrong with, to the end or a signal; returns the exit code."""
+    config, processes = start.config, start.processes
     run, meter = start_run(start), Meter()
     note_bad_samples(run)
     with StopSignals() as signals, Heartbeat(processes), processes.agree(lambda: open_report(run)) as report:

@@ -12,6 +12,11 @@ def config_path(run: Path) -> Path:
     return run / "config.json"
 
 
+def lock_path(run: Path) -> Path:
+    """Locked by the start that trains there; the file stays when none does."""
+    return run / "lock"
+
+
 def log_path(run: Path) -> Path:
     return run / "log.jsonl"
 
