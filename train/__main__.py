@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from scalelong.train.errors import run_command, speak_as
+from scalelong.train.errors import dropped_if_nobody_reads, run_command, speak_as
 from scalelong.train.usage import usage
 
 SECONDS_BEHIND_THE_DEAD = 3.0
@@ -27,7 +27,8 @@ def main(argv: list[str] | None = None) -> None:
     from scalelong.train.loop import train
 
     try:
-        exit_code = train(config)
+        with dropped_if_nobody_reads():
+            exit_code = train(config)
     except RuntimeError as error:
         told = to_user_error(error)
         if told is None:

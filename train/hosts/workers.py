@@ -4,7 +4,6 @@
 on their command line, so that other runs of this host are left alone.
 """
 
-import signal
 import sys
 
 import psutil
@@ -23,7 +22,7 @@ def workers_of(launch_id: str) -> list[psutil.Process]:
 
 
 def signal_workers(number: int, launch_id: str) -> int:
-    """Sends a signal to them; returns how many there were."""
+    """Sends a signal to them, 0 for none; returns how many there were."""
     workers = workers_of(launch_id)
     for worker in workers:
         try:
@@ -34,4 +33,4 @@ def signal_workers(number: int, launch_id: str) -> int:
 
 
 if __name__ == "__main__":
-    print(signal_workers(signal.Signals(int(sys.argv[1])), sys.argv[2]))
+    print(signal_workers(int(sys.argv[1]), sys.argv[2]))
