@@ -1,6 +1,10 @@
 """What launchers put into the environment: who a process is, and what is refused in one line."""
 
+import re
+import socket
+
 import pytest
+import torch.distributed as dist
 
 pytest.importorskip("deepspeed")
 
@@ -9,6 +13,7 @@ from running import SMALL, free_port
 
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.environment import Place, find_place, first_host
+from scalelong.train.hosts.processes import to_user_error
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -142,8 +147,6 @@ def test_it_is_said_for_whom_rank_0_waits_and_who_never_came():
 
 
 def test_a_port_in_use_is_named_as_such():
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         program = start_python("-c", MEETING, 0, 2, port, 2)
@@ -164,3 +167,25 @@ def test_tasks_of_srun_train_together(tmp_path):
     assert [task.returncode for task in tasks] == [0, 0], outputs
     assert "2 x cpu" in outputs[0][0]
     assert outputs[1][0] == ""
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (dist.DistNetworkError("Connection reset by peer\nmore"), "lost contact .*(Connection reset by peer)"),
+        (
+            RuntimeError("[/pytorch/third_party/gloo/transport/tcp/pair.cc:547] Connection closed by peer"),
+            "lost contact",
+        ),
+        (
+            dist.DistNetworkError("The server socket has failed to listen: EADDRINUSE\nmore"),
+            "^the processes .*EADDRINUSE$",
+        ),
+        (dist.DistBackendError("Duplicate GPU detected\nmore"), "^the processes .*Duplicate GPU detected$"),
+    ],
+)
+def test_an_error_between_ranks_is_told_by_its_cause(error, words):
+    told = str(to_user_error(error))
+    assert re.search(words, told)
+    assert "\n" not in told
+    assert to_user_error(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

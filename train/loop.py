@@ -1,5 +1,6 @@
 """The training loop: ``train`` is one visible function; what it calls stands below it."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
 from scalelong.train.hosts.heartbeat import Heartbeat
 from scalelong.train.hosts.processes import join_processes
 from scalelong.train.hosts.signals import StopSignals
+from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import PROCESSES, noise_prediction_loss
 from scalelong.train.report import Meter, QuietReport, Report
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
@@ -163,8 +165,7 @@ def announce_end(run: Run, signal: str | None, *, is_finished: bool) -> None:
         return
     cause = signal or "a signal to another process"
     print(f"{cause}: saved at {run.images_seen:,} images; to go on, run the same command again:")
-    # What a launcher was told is not known here.
-    print(f"  {'deepspeed ...' if run.processes.world_size > 1 else command_to_resume()}", flush=True)
+    print(f"  {command_to_resume()}", flush=True)
 
 
 def announce_results(run: Path, images_seen: int) -> None:
@@ -173,6 +174,11 @@ def announce_results(run: Path, images_seen: int) -> None:
 
 
 def command_to_resume() -> str:
+    """The command that was given, to a launcher if there is one on this host."""
+    if GIVEN_COMMAND in os.environ:
+        return os.environ[GIVEN_COMMAND]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return command_of_launcher() or f"the launcher with ... {shlex.join(without_local_rank(sys.argv[1:]))}"
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         shown = TRAIN_PROGRAM if program.parent.name == "train" else "python -m scalelong"

@@ -7,6 +7,7 @@ to the training processes, which then save, and ends the whole job when a proces
 import os
 import re
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -24,7 +25,7 @@ from scalelong.train.hosts.environment import USUAL_PORT
 from scalelong.train.hosts.preflight import check_environment_file, check_hosts, read_hostfile
 from scalelong.train.hosts.signals import stop_signals
 from scalelong.train.hosts.watcher import signal_everywhere, watched
-from scalelong.train.hosts.workers import FLAG
+from scalelong.train.hosts.workers import FLAG, GIVEN_COMMAND
 from scalelong.train.recipes import RECIPES
 
 PROGRAM = "scalelong launch"
@@ -83,6 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     job = Job(
         command_line(config, hosts, launch_id, training),
         lambda number: signal_everywhere(over_hosts, config.ssh_port, number, launch_id),
+        given=shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)]),
     )
     with watched(over_hosts, config.ssh_port, launch_id), dropped_if_nobody_reads():
         exit_code = job.run()
@@ -146,6 +148,8 @@ class Job:
     line: list[str]
     signal_workers: Callable[[int], int]
     """Sends a signal to the training processes; says how many there were."""
+    given: str = PROGRAM
+    """The command that started all this."""
     causes: list[str] = field(default_factory=list)
     """Why processes ended, the most telling first."""
     ending_since: float | None = None
@@ -160,7 +164,7 @@ class Job:
         try:
             with subprocess.Popen(
                 self.line,
-                env={**os.environ, "PDSH_SSH_ARGS_APPEND": append},
+                env={**os.environ, GIVEN_COMMAND: self.given, "PDSH_SSH_ARGS_APPEND": append},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
