@@ -62,14 +62,15 @@ test-all: install
 	$(BIN)/python -m pytest -m "" $(ARGS)
 
 # By hand and before each release: the CUDA libraries of that wheel take gigabytes. Beside torch, triton, numpy and
-# safetensors there is only pytest. The interpreter of Triton 3.6 fails with numpy 2.4.
+# safetensors there is only what tests and benches need. The interpreter of Triton 3.6 fails with numpy 2.4.
 OLDEST ?= .venv-oldest
 OLDEST_TESTS := $(wildcard $(addprefix tests/test_,*norm*.py *linear*.py *conv*.py attention*.py skip_scale*.py u*.py \
-	adm*.py dit*.py house.py bench_record.py bench_summary.py gpu.py))
+	adm*.py dit*.py house.py host.py launches.py nvidia*.py kernel_budget.py machine_code.py bench_*.py gpu.py))
 
 $(OLDEST)/.installed:
 	$(PYTHON) -m venv $(OLDEST)
-	$(OLDEST)/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 'numpy<2.4' safetensors pytest pytest-timeout
+	$(OLDEST)/bin/python -m pip install -q torch==2.11.0 triton==3.6.0 'numpy<2.4' safetensors \
+		pytest pytest-timeout pytest-xdist pytest-benchmark hypothesis
 	@touch $@
 
 test-oldest: $(OLDEST)/.installed $(NATIVE)

@@ -162,7 +162,7 @@ def time_case(case: Case, direction: str, benchmark: "BenchmarkFixture | None" =
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)  # threads that wait for one another would be all of gelu_linear's time
     try:
-        timings = measure(benchmark, functions, device="cpu", min_rounds=50, max_seconds=0.5)
+        timings = measure(benchmark, functions, device="cpu", min_rounds=50, max_seconds=0.5, peak=False)
     finally:
         torch.set_num_threads(num_threads)
     return {name: _of_one_call(timing) for name, timing in timings.items()}

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalelong.kernels.group_norm import Scale, concatenated
+from scalelong.model.linear_layers import TokenConv1d, queries_first
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, skip_gain
 from scalelong.model.skip_scale import SkipScale
-from scalelong.model.unet import AttentionBlock, ResBlock, UNet, queries_first
+from scalelong.model.unet import AttentionBlock, Embedding, ResBlock, UNet
 
 
 class PublishedGroupNorm(GroupNorm):
@@ -21,7 +22,7 @@ class PublishedGroupNorm(GroupNorm):
 
 
 class PublishedResBlock(ResBlock):
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
         norm, activation, conv = self.in_layers
         scaled = concatenated(x_BCHW, skip, scale)
         if skip is not None and scale is not None and self.position == "after-norm":
@@ -33,7 +34,7 @@ class PublishedResBlock(ResBlock):
         if self.resample is not None:
             h_BCHW, shortcut = self.resample(h_BCHW), self.resample(shortcut)
         h_BCHW = conv(h_BCHW)
-        modulation = self.emb_layers[1](emb_BE)[:, :, None, None]
+        modulation = self.emb_layers(emb.emb_BE)[:, :, None, None]
         norm, *rest = self.out_layers
         if self.is_adaptive:
             gain, shift = modulation.chunk(2, dim=1)
@@ -47,10 +48,9 @@ class PublishedResBlock(ResBlock):
 
 class PublishedAttentionBlock(AttentionBlock):
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        weight, bias = self.qkv.weight, self.qkv.bias
+        qkv = self.qkv(self.norm(x_BCHW).flatten(2))
         if self.is_split_by_heads_first:
-            weight, bias = queries_first(weight, self.num_heads), queries_first(bias, self.num_heads)
-        qkv = F.conv1d(self.norm(x_BCHW).flatten(2), weight, bias)
+            qkv = queries_first(qkv, self.num_heads, dim=1)
         q_BHTE, k_BHTE, v_BHTE = (
             part.unflatten(1, (self.num_heads, -1)).transpose(2, 3).contiguous() for part in qkv.chunk(3, dim=1)
         )
@@ -60,17 +60,18 @@ class PublishedAttentionBlock(AttentionBlock):
 
 class PublishedUNet(UNet):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
-        emb_BE = self._embed(x_BCHW, t_B, y_B)
+        emb = self._embed(x_BCHW, t_B, y_B)
         h_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else x_BCHW
-        skips = []
-        for stage in self.input_blocks:
-            h_BCHW = stage(h_BCHW, emb_BE)
+        h_BCHW = self.input_blocks[0](h_BCHW, emb)
+        skips = [h_BCHW]
+        for stage in self.input_blocks[1:]:  # type: ignore[index]
+            h_BCHW = self._run(stage, h_BCHW, emb)
             skips.append(h_BCHW)
-        h_BCHW = self.middle_block(h_BCHW, emb_BE)
+        h_BCHW = self._run(self.middle_block, h_BCHW, emb)
         for executed, stage in enumerate(self.output_blocks):
             skip, num_skips = skips.pop(), len(self.output_blocks)
             scale = self.skip_scale.scale(num_skips - executed, num_skips, skip, self.skip_gates)
-            h_BCHW = stage(h_BCHW, emb_BE, skip, scale)
+            h_BCHW = self._run(stage, h_BCHW, emb, skip, scale)
         return self.out(h_BCHW)
 
 
@@ -88,6 +89,7 @@ def as_published(model: UNet, *, skip_scale: SkipScale | None = None, channels_l
         GroupNorm: PublishedGroupNorm,
         Conv3x3: nn.Conv2d,
         SkipConv1x1: nn.Conv2d,
+        TokenConv1d: nn.Conv1d,
     }
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
     for module in twin.modules():

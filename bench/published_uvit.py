@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalelong.kernels.skip_linear import Scale
+from scalelong.model.linear_layers import GeluLinear, SkipLinear
 from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_scale import SkipScale
 from scalelong.model.uvit import Attention, Block, UViT
@@ -50,13 +51,15 @@ def as_published(model: UViT, *, skip_scale: SkipScale | None = None, casts_to_f
         casts_to_fp32: attention computes with queries, keys and values in fp32, as the published code does.
     """
     twin = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    twins: dict[type, type] = {
+        Block: PublishedBlock,
+        Attention: PublishedAttentionInFp32 if casts_to_fp32 else PublishedAttention,
+        AddLayerNorm: nn.LayerNorm,
+        SkipLinear: nn.Linear,
+        GeluLinear: nn.Linear,
+    }
     for module in twin.modules():
-        if isinstance(module, Block):
-            module.__class__ = PublishedBlock
-        elif isinstance(module, AddLayerNorm):
-            module.__class__ = nn.LayerNorm  # type: ignore[assignment]
-        elif isinstance(module, Attention):
-            module.__class__ = PublishedAttentionInFp32 if casts_to_fp32 else PublishedAttention
+        module.__class__ = twins.get(type(module), type(module))
     if skip_scale is not None:
         twin.skip_scale = skip_scale
     return twin

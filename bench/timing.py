@@ -33,6 +33,7 @@ MIN_ROUNDS = 1 if IS_DRY_RUN else 10
 MAX_ROUNDS = 1 if IS_DRY_RUN else 1000
 NUM_SHOWN_ROUNDS = 1 if IS_DRY_RUN else 5
 NUM_HOST_CALLS = 5
+KINETO_SILENT = "6"  # above all its levels: the profiler notes on stderr when it starts and when it stops
 FLUSH = "flush"
 
 
@@ -55,6 +56,7 @@ def measure(
     max_seconds: float = 1.0,
     graphs: Container[str] | None = None,
     failures: dict[str, str] | None = None,
+    peak: bool = True,
 ) -> dict[str, Timing]:
     """Calls each function once a round, in a new order each round.
 
@@ -66,6 +68,7 @@ def measure(
         graphs: the providers that a GPU replays from CUDA graphs; None: all.
         failures: takes, by provider, the first line of what a function raises, which then has no timing. Without it
             the function's error is raised.
+        peak: whether to measure memory, by one more call.
 
     Returns:
         By provider, the quantiles over the rounds, the memory that one call takes at its peak beyond what was taken
@@ -87,7 +90,7 @@ def measure(
         timings: dict[str, Timing] = {}
         for name in noted.without(calls):
             with noted(name):
-                peak_mb = peak_bytes(calls[name].function, calls[name].setup(), device) / 1e6
+                peak_mb = peak_bytes(calls[name].function, calls[name].setup(), device) / 1e6 if peak else None
                 timings[name] = summarise(samples_ms[name], peak_mb, _host_us(calls[name]) if on_gpu else None)
     if benchmark is not None and timings:
         _show(benchmark, calls[list(timings)[-1]], timings, device)
@@ -109,6 +112,7 @@ def peak_bytes(function: Function, arguments: tuple, device: torch.device | str)
         function(*arguments)
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", KINETO_SILENT)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         function(*arguments)
     results: Any = profiler.profiler.kineto_results  # type: ignore[union-attr]

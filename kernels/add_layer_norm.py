@@ -12,7 +12,8 @@ Shapes: B samples, T rows of each, D features of a row; without gain, shift and 
 
 import math
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
 from scalelong.kernels.backend import get_backend
+from scalelong.kernels.launches import Kept, signature
 from scalelong.kernels.products import autocast_dtype, is_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
@@ -77,28 +79,77 @@ def add_layer_norm(
         ValueError: arguments that do not fit, naming their shapes.
     """
     inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
-    _check(inputs, eps)
     backend = get_backend(x)
     if backend == "reference":
+        _check(inputs, eps)
         return add_layer_norm_ref(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, eps=eps)
-    dtype = autocast_dtype(x)
-    # The kernels know streams in fp32 with 16-bit tensors beside them, and tensors of one dtype.
-    own_dtype = dtype if x.dtype == torch.float32 else x.dtype
-    if branch is not None and branch.dtype != x.dtype:
-        is_known = x.dtype == torch.float32 and branch.dtype in _HALVES and own_dtype in (branch.dtype, x.dtype)
-        inputs = inputs if is_known else inputs._replace(branch=branch.to(x.dtype))
-    options = _Options(eps, own_dtype)
     if torch.compiler.is_compiling():
-        stream, y, *_ = torch.ops.scalelong.add_layer_norm(*inputs, *options)
+        _check(inputs, eps)
+        dtype, own_dtype, branch_dtype = _dtypes(inputs, autocast_dtype(x))
+        branch = None if branch is None or branch_dtype is None else branch.to(branch_dtype)
+        stream, y, *_ = torch.ops.scalelong.add_layer_norm(x, branch, *inputs[2:], eps, own_dtype)
         stream = x if branch is None else stream
-    else:  # without the Python that torch.library wraps around an operator
-        stream, y = _AddLayerNorm.apply(*inputs, options, backend)
-    return stream, y if dtype == own_dtype else y.to(dtype)
+        return stream, y if dtype == own_dtype else y.to(dtype)
+    kind = _kind_of_call(inputs, eps, backend, autocast_dtype(x))
+    if kind.casts_branch:
+        inputs = inputs._replace(branch=branch.to(kind.branch_dtype))  # type: ignore[union-attr]
+    # Without the Python that torch.library wraps around an operator.
+    stream, y = _AddLayerNorm.apply(*inputs, kind)
+    return stream, y if kind.casts_y is None else y.to(kind.casts_y)
 
 
-class _Options(NamedTuple):
+def _dtypes(inputs: Inputs, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype | None]:
+    """Of y, of y as a kernel writes it, and of branch as one reads it.
+
+    The kernels know streams in fp32 with 16-bit tensors beside them, and tensors of one dtype.
+    """
+    x, branch, *_ = inputs
+    own_dtype = dtype if x.dtype == torch.float32 else x.dtype
+    if branch is None:
+        return dtype, own_dtype, None
+    is_known = x.dtype == torch.float32 and branch.dtype in _HALVES and own_dtype in (branch.dtype, x.dtype)
+    return dtype, own_dtype, branch.dtype if is_known else x.dtype
+
+
+@dataclass(frozen=True, eq=False, slots=True)  # compared as an object, as the key of a plan
+class _Kind:
+    """What calls share whose eps, backend, dtype of products and ``signature`` of each tensor are the same."""
+
     eps: float
-    dtype: torch.dtype  # of y
+    backend: str
+    dtype: torch.dtype
+    """Of y, as a kernel writes it."""
+    branch_dtype: torch.dtype | None
+    """Of branch, as a kernel reads it."""
+    casts_branch: bool
+    casts_y: torch.dtype | None
+    """To this dtype afterwards."""
+    statistics: Tensor
+    """Of no element, with dtype and device of mean and rstd."""
+
+
+_KINDS: Kept[_Kind] = Kept()
+
+
+def _kind_of_call(inputs: Inputs, eps: float, backend: str, dtype: torch.dtype) -> _Kind:
+    """Raises ValueError where the arguments do not fit; those of a kind that has been seen need no check."""
+    key = (*map(signature, inputs), eps, backend, dtype)
+    kind = _KINDS.get(key)
+    if kind is None:
+        _check(inputs, eps)
+        x, branch, *_ = inputs
+        dtype, own_dtype, branch_dtype = _dtypes(inputs, dtype)
+        kind = _Kind(
+            eps=eps,
+            backend=backend,
+            dtype=own_dtype,
+            branch_dtype=branch_dtype,
+            casts_branch=branch is not None and branch.dtype != branch_dtype,
+            casts_y=None if dtype == own_dtype else dtype,
+            statistics=_no_statistics(x),
+        )
+        _KINDS.keep(key, kind)
+    return kind
 
 
 def _normalised(inputs: Inputs, eps: float) -> Tensor:
@@ -121,26 +172,22 @@ def _over_rows(parameter: Tensor, x: Tensor) -> Tensor:
 class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
-        *tensors, options, backend = arguments
+        *tensors, ctx.kind = arguments
         inputs = Inputs(*tensors)
-        stream, y, mean, rstd = _forward(inputs, options, backend)
+        stream, y, mean, rstd = _forward(inputs, ctx.kind)
         ctx.save_for_backward(*_kept(inputs, stream, ctx.needs_input_grad[6]), mean, rstd)
         ctx.set_materialize_grads(False)
-        ctx.eps, ctx.backend = options.eps, backend
-        ctx.branch_dtype = None if inputs.branch is None else inputs.branch.dtype
         return inputs.x.detach() if stream is None else stream, y
 
     @staticmethod
     def backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> Any:  # type: ignore[override]
         *kept, mean, rstd = ctx.saved_tensors
-        kept, wanted = Inputs(*kept), ctx.needs_input_grad[:7]
+        kept, wanted, kind = Inputs(*kept), ctx.needs_input_grad[:7], ctx.kind
         if torch.is_grad_enabled():  # with create_graph=True the reference, which is differentiable again
-            gradients = _gradients_of_reference(dstream, dy, kept, ctx.branch_dtype, ctx.eps, wanted)
-        else:
-            gradients = _backward(dstream, dy, kept, mean, rstd, ctx.branch_dtype, ctx.eps, wanted, ctx.backend)
-            if wanted[1] and gradients.dbranch is None:
-                gradients = gradients._replace(dbranch=gradients.dx)
-        return *gradients, None, None
+            return *_gradients_of_reference(dstream, dy, kept, kind.branch_dtype, kind.eps, wanted), None
+        gradients = _backward(dstream, dy, kept, mean, rstd, kind.branch_dtype, kind.eps, wanted, kind.backend, kind)
+        dx, dbranch, *rest = gradients
+        return dx, dx if wanted[1] and dbranch is None else dbranch, *rest, None
 
 
 def _kept(inputs: Inputs, stream: Tensor | None, keeps_branch: bool) -> Inputs:
@@ -148,22 +195,23 @@ def _kept(inputs: Inputs, stream: Tensor | None, keeps_branch: bool) -> Inputs:
     return inputs._replace(x=inputs.x if stream is None else stream, branch=inputs.branch if keeps_branch else None)
 
 
-def _forward(inputs: Inputs, options: _Options, backend: str) -> Outputs:
+def _forward(inputs: Inputs, kind: _Kind) -> Outputs:
     x, branch, *_ = inputs
-    outputs = _empty_outputs(inputs, options.dtype)
+    outputs = _empty_outputs(inputs, kind.dtype, kind.statistics)
     stream, y, mean, rstd = outputs
     if y.numel() == 0:
         return outputs._replace(mean=mean.zero_(), rstd=rstd.zero_())
-    if backend == "reference":
+    if kind.backend == "reference":
         parameters = inputs._asdict()
-        found, _ = add_layer_norm_ref(**parameters, eps=options.eps)
+        found, _ = add_layer_norm_ref(**parameters, eps=kind.eps)
         rows = found.to(mean.dtype).flatten(0, -2)
         variance, average = torch.var_mean(rows, dim=1, correction=0)
         own = inputs._replace(x=found)
-        y.copy_(_normalised(own, options.eps))
-        return Outputs(None if stream is None else stream.copy_(found), y, average, (variance + options.eps).rsqrt())
-    dense = inputs._replace(x=x.contiguous(), branch=None if branch is None else branch.contiguous())
-    _LAUNCHERS[backend].forward(dense, options.eps, outputs)
+        y.copy_(_normalised(own, kind.eps))
+        return Outputs(None if stream is None else stream.copy_(found), y, average, (variance + kind.eps).rsqrt())
+    if not (x.is_contiguous() and (branch is None or branch.is_contiguous())):
+        inputs = inputs._replace(x=x.contiguous(), branch=None if branch is None else branch.contiguous())
+    _LAUNCHERS[kind.backend].forward(inputs, kind.eps, outputs, kind)
     return outputs
 
 
@@ -177,8 +225,12 @@ def _backward(
     eps: float,
     wanted: tuple[bool, ...],
     backend: str,
+    kind: _Kind | None = None,
 ) -> Gradients:
-    """The wanted gradients; that of branch is left out where it is that of x."""
+    """The wanted gradients; that of branch is left out where it is that of x.
+
+    ``kind``: that of the forward pass, where it is known.
+    """
     stream = kept.x
     if backend == "reference" or stream.numel() == 0 or dy is None:
         kept = Inputs(*(None if p is None else p.detach() for p in kept))  # type: ignore[arg-type]
@@ -187,13 +239,13 @@ def _backward(
         return gradients._replace(dx=gradients.dbranch, dbranch=None) if shares else gradients
     gradients = _empty_gradients(kept, branch_dtype, wanted, torch.float32)
     branch = None if kept.branch is None or gradients.dgate is None else kept.branch.contiguous()
-    dense = kept._replace(x=stream.contiguous(), branch=branch)
+    if branch is not kept.branch or not stream.is_contiguous():
+        kept = kept._replace(x=stream.contiguous(), branch=branch)
     dstream = None if dstream is None else dstream.contiguous()
-    _LAUNCHERS[backend].backward(dstream, dy.contiguous(), dense, mean, rstd, gradients)
-    large, small = gradients[:2], zip(gradients[2:], kept[2:], strict=True)
-    return Gradients(
-        *large, *(grad if grad is None or p is None or p.dtype == grad.dtype else grad.to(p.dtype) for grad, p in small)
-    )
+    _LAUNCHERS[backend].backward(dstream, dy.contiguous(), kept, mean, rstd, gradients, kind)
+    small = zip(gradients[2:], kept[2:], strict=True)
+    own = [grad if grad is None or grad.dtype == p.dtype else grad.to(p.dtype) for grad, p in small]  # type: ignore[union-attr]
+    return Gradients(*gradients[:2], *own)
 
 
 def _gradients_of_reference(
@@ -241,13 +293,21 @@ def _shares_gradient(kept: Inputs, branch_dtype: torch.dtype | None) -> bool:
     return kept.gate is None and branch_dtype == kept.x.dtype
 
 
-def _empty_outputs(inputs: Inputs, dtype: torch.dtype) -> Outputs:
-    x = inputs.x
-    stream = None if inputs.branch is None else torch.empty_like(x, memory_format=torch.contiguous_format)
-    y = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
-    statistics = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = torch.empty(math.prod(x.shape[:-1]), dtype=statistics, device=x.device)
+def _empty_outputs(inputs: Inputs, dtype: torch.dtype, statistics: Tensor) -> Outputs:
+    x, dense = inputs.x, torch.contiguous_format
+    stream = None if inputs.branch is None else torch.empty_like(x, memory_format=dense)
+    # torch takes a microsecond more for each of the arguments that it need not be given.
+    y = (
+        torch.empty_like(x, memory_format=dense)
+        if x.dtype == dtype
+        else torch.empty_like(x, dtype=dtype, memory_format=dense)
+    )
+    mean = statistics.new_empty_strided((math.prod(x.shape[:-1]),), (1,))
     return Outputs(stream, y, mean, torch.empty_like(mean))
+
+
+def _no_statistics(x: Tensor) -> Tensor:
+    return torch.empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
 def _empty_gradients(
@@ -259,10 +319,14 @@ def _empty_gradients(
     dx = torch.empty_like(stream, memory_format=dense) if wanted[0] or shares else None
     if wanted[1] and not shares:
         dbranch = torch.empty_like(stream, dtype=branch_dtype, memory_format=dense)
-    parameters = (
-        torch.empty_like(p, dtype=dtype or p.dtype, memory_format=dense) if is_wanted and p is not None else None
+    parameters = [
+        None
+        if p is None or not is_wanted
+        else torch.empty_like(p, memory_format=dense)
+        if dtype is None or p.dtype == dtype
+        else torch.empty_like(p, dtype=dtype, memory_format=dense)
         for p, is_wanted in zip(kept[2:], wanted[2:], strict=True)
-    )
+    ]
     return Gradients(dx, dbranch, *parameters)
 
 
@@ -285,12 +349,14 @@ torch.library.define(
 def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Without a branch, an empty tensor stands for the stream, which may not be x itself."""
     *tensors, eps, dtype = arguments
-    return none_as_empty(_forward(Inputs(x, *tensors), _Options(eps, dtype), get_backend(x)), x)
+    inputs = Inputs(x, *tensors)
+    return none_as_empty(_forward(inputs, _kind_of_call(inputs, eps, get_backend(x), dtype)), x)
 
 
 @torch.library.register_fake("scalelong::add_layer_norm")
 def _(x, branch, weight, bias, gain, shift, gate, eps, dtype):
-    return none_as_empty(_empty_outputs(Inputs(x, branch, weight, bias, gain, shift, gate), dtype), x)
+    inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
+    return none_as_empty(_empty_outputs(inputs, dtype, _no_statistics(x)), x)
 
 
 @torch.library.impl("scalelong::add_layer_norm_backward", "default")

@@ -1,12 +1,14 @@
 """Calls the native CPU kernels of the fused residual sum and LayerNorm (kernels/native/layer_norm.cpp)."""
 
+from collections.abc import Hashable
+
 import torch
 from torch import Tensor
 
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 
 
-def forward(inputs: Inputs, eps: float, outputs: Outputs) -> None:
+def forward(inputs: Inputs, eps: float, outputs: Outputs, kind: Hashable = None) -> None:
     """Fills the outputs."""
     x, branch, *parameters = inputs
     torch.ops.scalelong_native.add_layer_norm_forward.default(
@@ -15,7 +17,13 @@ def forward(inputs: Inputs, eps: float, outputs: Outputs) -> None:
 
 
 def backward(
-    dstream: Tensor | None, dy: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, gradients: Gradients
+    dstream: Tensor | None,
+    dy: Tensor,
+    inputs: Inputs,
+    mean: Tensor,
+    rstd: Tensor,
+    gradients: Gradients,
+    kind: Hashable = None,
 ) -> None:
     """Fills the gradients; those of the parameters are in fp32."""
     stream, branch, *parameters = inputs

@@ -12,16 +12,16 @@ B samples of T rows of D features, M = B * T rows in all.
 # (to a type checker, a call of one jitted function by another never returns)
 
 import math
+from collections.abc import Hashable
 from functools import cache
 from typing import Any, NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
-from scalelong.kernels.launches import Launch, Plans
+from scalelong.kernels.launches import Kept, Launch, Plan, Slot, places, signature
 from scalelong.kernels.triton_device import multiprocessors
 
 # What fills an H100 and keeps the walks of backward so long that their sums are a small share: not timed yet.
@@ -72,14 +72,6 @@ def _vector(ptr, k: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, MISSING:
 
 
 @triton.jit
-def _of_sample(ptr, b, stride):
-    if ptr is None:
-        return None
-    else:
-        return ptr + b * stride
-
-
-@triton.jit
 def _place(T, rows_per_program):
     """Sample, its first row and the row behind its last one of this program."""
     num_chunks = tl.cdiv(T, rows_per_program)
@@ -105,9 +97,13 @@ def _add_layer_norm_fwd_kernel(
     NUM_PIECES: tl.constexpr,
 ):
     b, first, last = _place(T, rows_per_program)
-    gain_ptr = _of_sample(vectors.gain, b, vectors.gain_stride)
-    shift_ptr = _of_sample(vectors.shift, b, vectors.shift_stride)
-    gate_ptr = _of_sample(vectors.gate, b, vectors.gate_stride)
+    gain_ptr, shift_ptr, gate_ptr = vectors.gain, vectors.shift, vectors.gate
+    if gain_ptr is not None:
+        gain_ptr += b * vectors.gain_stride
+    if shift_ptr is not None:
+        shift_ptr += b * vectors.shift_stride
+    if gate_ptr is not None:
+        gate_ptr += b * vectors.gate_stride
     factors, constants, gates = (), (), ()
     for k in tl.static_range(NUM_PIECES):
         gain = 1.0 + _vector(gain_ptr, k, D, PIECE, 0.0)
@@ -167,8 +163,11 @@ def _add_layer_norm_bwd_kernel(
     NUM_PIECES: tl.constexpr,
 ):
     b, first, last = _place(T, rows_per_program)
-    gain_ptr = _of_sample(vectors.gain, b, vectors.gain_stride)
-    gate_ptr = _of_sample(vectors.gate, b, vectors.gate_stride)
+    gain_ptr, gate_ptr = vectors.gain, vectors.gate
+    if gain_ptr is not None:
+        gain_ptr += b * vectors.gain_stride
+    if gate_ptr is not None:
+        gate_ptr += b * vectors.gate_stride
     factors, dy_sums, dy_xhat_sums, dgate_sums = (), (), (), ()
     for k in tl.static_range(NUM_PIECES):
         gain = 1.0 + _vector(gain_ptr, k, D, PIECE, 0.0)
@@ -332,63 +331,106 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-_plans = Plans()
+_plans: Kept[Plan] = Kept()
 
 
-def forward(inputs: Inputs, eps: float, outputs: Outputs) -> None:
-    """Fills the outputs."""
-    x, branch, *_ = inputs
-    vectors = _vectors(inputs)
+class _Slots:
+    """Where plans find the tensors of a call: first ``Inputs``, then these."""
+
+    X, BRANCH, WEIGHT, BIAS, GAIN, SHIFT, GATE = map(Slot, range(7))
+    MEAN, RSTD = Slot(7), Slot(8)
+    # Of a forward pass.
+    STREAM, Y = Slot(9), Slot(10)
+    # Of a backward pass.
+    DSTREAM, DY, DX, DBRANCH, DWEIGHT, DBIAS, DGAIN, DSHIFT, DGATE, SUMS = map(Slot, range(9, 19))
+
+
+def forward(inputs: Inputs, eps: float, outputs: Outputs, kind: Hashable = None) -> None:
+    """Fills the outputs.
+
+    ``kind`` stands for eps and the signature of each input, where somebody has looked at these already. The outputs
+    need none: they are new, and torch's allocator aligns them by more than 16 bytes.
+    """
+    inputs = _with_dense_vectors(inputs)
     stream, y, mean, rstd = outputs
-    tensors = (x, branch, *vectors[:5], stream, y, mean, rstd)
-
-    def launch() -> Launch:
-        B, T, D = _sizes(inputs)
-        itemsize = min(p.element_size() for p in (x, branch, y) if p is not None)
-        tiling = choose_tiling("forward", itemsize, B, T, D, multiprocessors(x.get_device()))
-        arguments = (x, branch, vectors, stream, y, mean, rstd, T, tiling.rows_per_program, eps)
-        constants = {"D": D, **tiling.constants}
-        return Launch(_add_layer_norm_fwd_kernel, B * tiling.num_chunks, arguments, constants, tiling.num_warps)
-
-    _plans.launch(("forward", vectors[5:], eps), launch, tensors)
+    key = kind or (*map(signature, (*inputs, stream, y)), eps)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan_forward(inputs, eps, y))
+    plan.run((*inputs, mean, rstd, stream, y))
 
 
 def backward(
-    dstream: Tensor | None, dy: Tensor, inputs: Inputs, mean: Tensor, rstd: Tensor, gradients: Gradients
+    dstream: Tensor | None,
+    dy: Tensor,
+    inputs: Inputs,
+    mean: Tensor,
+    rstd: Tensor,
+    gradients: Gradients,
+    kind: Hashable = None,
 ) -> None:
-    """Fills the gradients; those of the parameters are in fp32."""
+    """Fills the gradients; those of the parameters are in fp32.
+
+    ``kind`` stands for the same as in forward; where the tensors lie may have changed since, by hooks on what is saved.
+    """
+    inputs = _with_dense_vectors(inputs)
+    wanted = tuple([grad is not None for grad in gradients])
+    if kind is None:
+        key = (*map(signature, (*inputs, mean, rstd, dstream, dy, *gradients[:2])), wanted)
+    else:
+        given = places((*inputs, dstream, dy))
+        key = (kind, given, dy.dtype, None if gradients.dbranch is None else gradients.dbranch.dtype, wanted)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _plan_backward(dstream, dy, inputs, gradients))
+    sums = mean.new_empty_strided((plan.workspace,), (1,)) if plan.workspace else None
+    plan.run((*inputs, mean, rstd, dstream, dy, *gradients, sums))
+
+
+def _with_dense_vectors(inputs: Inputs) -> Inputs:
+    """With the features of what belongs to them side by side."""
+    vectors = inputs[2:]
+    if all([p is None or p.stride(-1) == 1 for p in vectors]):  # noqa: C419 - a generator takes half a microsecond
+        return inputs
+    return Inputs(*inputs[:2], *(p if p is None or p.stride(-1) == 1 else p.contiguous() for p in vectors))
+
+
+def _plan_forward(inputs: Inputs, eps: float, y: Tensor) -> Plan:
+    x, branch, *_ = inputs
+    B, T, D = _sizes(inputs)
+    itemsize = min(p.element_size() for p in (x, branch, y) if p is not None)
+    tiling = choose_tiling("forward", itemsize, B, T, D, multiprocessors(x.get_device()))
+    statistics = (_Slots.MEAN, _Slots.RSTD)
+    large = (_Slots.X, _Slots.BRANCH, _vectors(inputs), _Slots.STREAM, _Slots.Y)
+    arguments = (*large, *statistics, T, tiling.rows_per_program, eps)
+    constants = {"D": D, **tiling.constants}
+    return Plan([Launch(_add_layer_norm_fwd_kernel, B * tiling.num_chunks, arguments, constants, tiling.num_warps)])
+
+
+def _plan_backward(dstream: Tensor | None, dy: Tensor, inputs: Inputs, gradients: Gradients) -> Plan:
     stream, branch, *_ = inputs
-    dx, dbranch, dweight, dbias, dgain, dshift, dgate = gradients
-    vectors = _vectors(inputs)
+    _, dbranch, dweight, dbias, *of_samples = gradients
     B, T, D = _sizes(inputs)
     itemsize = min(p.element_size() for p in (dy, stream, dbranch, branch) if p is not None)
     tiling = choose_tiling("backward", itemsize, B, T, D, multiprocessors(stream.get_device()))
-    of_all, of_samples, sums = (dweight, dbias), (dgain, dshift, dgate), None
-    num_programs, num_sums = B * tiling.num_chunks, 2 if branch is None else 3
-    if any(p is not None for p in (*of_all, *of_samples)):
-        sums = stream.new_empty((num_programs, num_sums, D), dtype=torch.float32)
-    tensors = (dstream, dy, stream, branch, *vectors[:5], mean, rstd, dx, dbranch, sums)
-
-    def launch() -> Launch:
-        arguments = (dstream, dy, stream, branch, vectors, mean, rstd, dx, dbranch, sums, T, tiling.rows_per_program)
-        constants = {"D": D, **tiling.constants}
-        return Launch(_add_layer_norm_bwd_kernel, num_programs, arguments, constants, tiling.num_warps)
-
-    def launch_small(kernel: Any, grid: tuple[int, ...], wanted: tuple[Tensor | None, ...], *numbers: int) -> Launch:
-        constants = {"D": D, "NUM_SUMS": num_sums, "ROWS": PARAMS_ROWS, "COLS": PARAMS_COLS}
-        return Launch(kernel, grid, (sums, vectors, *wanted, *numbers), constants, 4)
-
-    numbers = (stream.shape, vectors[5:])
-    num_columns = _ceil_div(D, PARAMS_COLS)
-    _plans.launch(("backward", *numbers), launch, tensors)
-    if any(p is not None for p in of_all):
-        kernel, grid = _add_layer_norm_bwd_params_kernel, (num_columns,)
-        made = lambda: launch_small(kernel, grid, of_all, num_programs, tiling.num_chunks)  # noqa: E731
-        _plans.launch(("params", num_sums, *numbers), made, (sums, *vectors[:5], *of_all))
-    if any(p is not None for p in of_samples):
-        kernel, grid = _add_layer_norm_bwd_samples_kernel, (num_columns, B)
-        made = lambda: launch_small(kernel, grid, of_samples, tiling.num_chunks)  # noqa: E731
-        _plans.launch(("samples", num_sums, *numbers), made, (sums, *vectors[:5], *of_samples))
+    num_programs, num_sums, num_columns = B * tiling.num_chunks, 2 if branch is None else 3, _ceil_div(D, PARAMS_COLS)
+    wants_all = dweight is not None or dbias is not None
+    wants_samples = any(p is not None for p in of_samples)
+    vectors, sums = _vectors(inputs), _Slots.SUMS if wants_all or wants_samples else None
+    arguments = (
+        *(_Slots.DSTREAM, _Slots.DY, _Slots.X, _Slots.BRANCH, vectors, _Slots.MEAN, _Slots.RSTD),
+        *(_Slots.DX, _Slots.DBRANCH, sums, T, tiling.rows_per_program),
+    )
+    constants = {"D": D, **tiling.constants}
+    launches = [Launch(_add_layer_norm_bwd_kernel, num_programs, arguments, constants, tiling.num_warps)]
+    constants = {"D": D, "NUM_SUMS": num_sums, "ROWS": PARAMS_ROWS, "COLS": PARAMS_COLS}
+    if wants_all:
+        arguments = (sums, vectors, _Slots.DWEIGHT, _Slots.DBIAS, num_programs, tiling.num_chunks)
+        launches.append(Launch(_add_layer_norm_bwd_params_kernel, num_columns, arguments, constants, 4))
+    if wants_samples:
+        arguments = (sums, vectors, _Slots.DGAIN, _Slots.DSHIFT, _Slots.DGATE, tiling.num_chunks)
+        launches.append(Launch(_add_layer_norm_bwd_samples_kernel, (num_columns, B), arguments, constants, 4))
+    return Plan(launches, workspace=num_programs * num_sums * D if sums else 0)
 
 
 def _sizes(inputs: Inputs) -> tuple[int, int, int]:
@@ -398,6 +440,5 @@ def _sizes(inputs: Inputs) -> tuple[int, int, int]:
 
 
 def _vectors(inputs: Inputs) -> Vectors:
-    """With the features side by side."""
-    weight, bias, *of_samples = (None if p is None else p if p.stride(-1) == 1 else p.contiguous() for p in inputs[2:])
-    return Vectors(weight, bias, *of_samples, *(0 if p is None else p.stride(0) for p in of_samples))
+    strides = (0 if p is None else p.stride(0) for p in inputs[4:])
+    return Vectors(*(_Slots.WEIGHT, _Slots.BIAS, _Slots.GAIN, _Slots.SHIFT, _Slots.GATE), *strides)

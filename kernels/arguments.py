@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
 
@@ -12,6 +13,17 @@ def described(x: Tensor) -> str:
 def none_as_empty(grads: Iterable[Tensor | None], like: Tensor) -> tuple[Tensor, ...]:
     """An empty tensor for None: a schema has no optional results."""
     return tuple(like.new_empty(0) if grad is None else grad for grad in grads)
+
+
+def as_argument(scale: float, like: Tensor) -> Tensor | float:
+    """The scale of an operator under torch.compile: a scalar tensor where the graph holds it for a variable.
+
+    A float argument is a constant of the graph, so that decoder blocks that are compiled one by one, each with a factor
+    of its own, would be a graph each. A factor that is known stays a float, which a kernel takes for nothing.
+    """
+    if torch.fx.experimental.symbolic_shapes.has_static_value(scale):  # type: ignore[attr-defined]
+        return float(scale)
+    return torch.full((), scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
 def check_skip(op: str, h: Tensor, s: Tensor) -> None:

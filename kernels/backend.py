@@ -50,9 +50,9 @@ def get_backend(tensor: Tensor) -> str:
         return forced
     if tensor.dtype not in FUSED_DTYPES or in_transform():
         return "reference"
-    if tensor.device.type == "cuda":
+    if tensor.is_cuda:
         return "triton" if _why_no_triton() is None else "reference"
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return "reference"
     if _interprets:
         return "triton"

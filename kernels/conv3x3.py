@@ -6,13 +6,16 @@ where PyTorch's library reaches half the speed it has elsewhere. Forward and the
 Shapes: N batch, C channels of the input, O channels of the output, H height, W width.
 """
 
+import math
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.flop_counter import register_flop_formula
 
+from scalelong.kernels import native_library
 from scalelong.kernels.arguments import described
 from scalelong.kernels.backend import get_backend
 
@@ -80,3 +83,11 @@ def _backward_of_reference(dy: Tensor, x: Tensor, weight: Tensor, wanted: list[b
     return torch.ops.aten.convolution_backward(
         dy, x, weight, [weight.shape[0]], [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted
     )
+
+
+if native_library.ERROR is None:
+
+    @register_flop_formula(torch.ops.scalelong_native.conv3x3_weight_grad)
+    def _(dweight: Any, dbias: Any, scratch: Any, dy: Any, x: Any, *_: Any, **__: Any) -> int:
+        """Shapes in; two for each multiply-add, as torch counts the gradients of its convolutions."""
+        return 2 * math.prod(dweight) * dy[0] * math.prod(dy[2:])

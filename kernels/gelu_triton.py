@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from scalelong.kernels.launches import Launch, Plans
+from scalelong.kernels.launches import Kept, Launch, Plan, Slot, signature
 
 # 16 bytes a thread and load, four times, as elementwise kernels usually have it; not yet timed.
 BLOCK, NUM_WARPS = 4096, 4
@@ -66,14 +66,16 @@ def backward(dy: Tensor, x: Tensor, dx: Tensor, y: Tensor) -> None:
     _launch(_gelu_bwd_kernel, (dy, x, dx, y))
 
 
-_plans = Plans()
+_plans: Kept[Plan] = Kept()
 
 
 def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
     num = tensors[0].numel()
-    if num > 0:
-        _plans.launch(
-            kernel,
-            lambda: Launch(kernel, math.ceil(num / BLOCK), (*tensors, num), {"BLOCK": BLOCK}, NUM_WARPS),
-            tensors,
-        )
+    if num == 0:
+        return
+    key = (kernel, *map(signature, tensors))
+    plan = _plans.get(key)
+    if plan is None:
+        arguments = (*map(Slot, range(len(tensors))), num)
+        plan = _plans.keep(key, Plan([Launch(kernel, math.ceil(num / BLOCK), arguments, {"BLOCK": BLOCK}, NUM_WARPS)]))
+    plan.run(tensors)

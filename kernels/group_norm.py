@@ -9,6 +9,7 @@ Shapes: N batch, C = Ch + Cs channels, G groups, * any number of spatial dimensi
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
-from scalelong.kernels.arguments import check_scale, check_skip, described, none_as_empty
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.arguments import as_argument, check_scale, check_skip, described, none_as_empty
+from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept, signature
@@ -45,7 +46,7 @@ def group_norm_ref(
     weight, bias, gain, shift = (None if p is None else p.to(x.dtype) for p in (weight, bias, gain, shift))
     over_space = (..., *[None] * (x.dim() - 2))
     if x.numel() > 0:
-        y = F.group_norm(x, groups, weight, bias, eps)
+        y = F.group_norm(x.contiguous() if in_transform() else x, groups, weight, bias, eps)
     else:  # which torch refuses to normalise
         y = x if weight is None or bias is None else x * weight[over_space] + bias[over_space]
     if gain is not None:
@@ -137,6 +138,8 @@ def skip_group_norm(
         dtype = torch.promote_types(h.dtype, s.dtype)
         h, s = h.to(dtype), s.to(dtype)
     float_scale = 1.0
+    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+        scale = as_argument(scale, h)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()) if scale.shape == (1,) else scale
     elif scale is not None:
@@ -166,6 +169,9 @@ class _Kind:
     channels_last: bool
     y_shape: torch.Size
     y_stride: tuple[int, ...]
+    statistics: Tensor
+    """Of no element, with dtype and device of mean and rstd."""
+    statistics_shape: torch.Size
 
 
 _KINDS: Kept[_Kind] = Kept()
@@ -177,8 +183,19 @@ def _kind_of_call(op: str, tensors: Tensors, options: Options, backend: str) -> 
     kind = _KINDS.get(key)
     if kind is None:
         _check_arguments(op, tensors, options)
-        y, _, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
-        kind = _KINDS.keep(key, _Kind(options, backend, is_channels_last(tensors.h), y.shape, y.stride()))
+        y, mean, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
+        kind = _KINDS.keep(
+            key,
+            _Kind(
+                options=options,
+                backend=backend,
+                channels_last=is_channels_last(tensors.h),
+                y_shape=y.shape,
+                y_stride=y.stride(),
+                statistics=mean.new_empty(0),
+                statistics_shape=mean.shape,
+            ),
+        )
     return kind
 
 
@@ -200,7 +217,7 @@ class _SkipGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         *tensors, mean, rstd = ctx.saved_tensors
-        wanted = Wanted(*ctx.needs_input_grad[:7])
+        wanted = ctx.needs_input_grad[:7]  # in the order of Wanted, which takes a microsecond to make
         if torch.is_grad_enabled():  # with create_graph=True
             return *differentiable_gradients(partial(_reference, ctx.kind.options), tensors, wanted, dy), None
         return *_backward(dy, Tensors(*tensors), mean, rstd, ctx.kind, wanted), None
@@ -209,8 +226,10 @@ class _SkipGroupNorm(torch.autograd.Function):
 def _forward(tensors: Tensors, kind: _Kind) -> tuple[Tensor, Tensor, Tensor]:
     """y, and the mean and rstd of each group, (N, G), in fp32 (fp64 for fp64)."""
     h, options = tensors.h, kind.options
-    y = torch.empty_strided(kind.y_shape, kind.y_stride, dtype=h.dtype, device=h.device)
-    mean, rstd = _empty_statistics(h, options.groups)
+    # torch takes another microsecond for each dtype and device that it has to read.
+    y = h.new_empty_strided(kind.y_shape, kind.y_stride)
+    mean = kind.statistics.new_empty_strided(kind.statistics_shape, (options.groups, 1))
+    rstd = torch.empty_like(mean)
     if y.numel() == 0:
         return y, mean.zero_(), rstd.zero_()
     if kind.backend == "reference":
@@ -235,7 +254,7 @@ def _backward(
     mean: Tensor,
     rstd: Tensor,
     kind: _Kind,
-    wanted: Wanted,
+    wanted: tuple[bool, ...],
 ) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors; None for what is None or not wanted."""
     if dy.numel() == 0:
@@ -249,14 +268,14 @@ def _backward(
     dh, ds, dscale, *grads = backward(dy, tensors, mean, rstd, kind.options, kind.channels_last, wanted, kind)
     if dscale is not None:
         dscale = _as_gradient(dscale, tensors.scale)  # type: ignore[arg-type]
-    return dh, ds, dscale, *map(_in_dtype_of, tensors[3:], grads)
+    pairs = zip(grads, tensors[3:], strict=True)
+    grads = [grad if grad is None or grad.dtype == x.dtype else grad.to(x.dtype) for grad, x in pairs]  # type: ignore[union-attr]
+    return dh, ds, dscale, *grads
 
 
-def _in_dtype_of(x: Tensor | None, grad: Tensor | None) -> Tensor | None:
-    return grad if x is None or grad is None or grad.dtype == x.dtype else grad.to(x.dtype)
-
-
-def _backward_of_reference(dy: Tensor, tensors: Tensors, options: Options, wanted: Wanted) -> tuple[Tensor | None, ...]:
+def _backward_of_reference(
+    dy: Tensor, tensors: Tensors, options: Options, wanted: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
     """By torch.func, which works below autograd too, where operators run."""
     names = [name for name, x, want in zip(Tensors._fields, tensors, wanted, strict=True) if x is not None and want]
 
@@ -295,8 +314,7 @@ def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Te
 
 def _empty_statistics(h: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    # torch.empty takes twice the time to read its arguments.
-    mean = torch.empty_strided((h.shape[0], groups), (groups, 1), dtype=dtype, device=h.device)
+    mean = torch.empty((h.shape[0], groups), dtype=dtype, device=h.device)
     return mean, torch.empty_like(mean)
 
 

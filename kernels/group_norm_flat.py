@@ -121,7 +121,7 @@ def _flat_fwd_kernel(
     n, first, num_rows, rows_of_h = _group(R, Ch, D, G)
     size = (num_rows * PIECES.vec).to(tl.float32)
     xs, scales = (), ()
-    total = tl.zeros(PIECES.shape, tl.float32)
+    total = tl.full(PIECES.shape, 0.0, tl.float32)
     for k in tl.static_range(NUMBER):
         row, exists = _rows(k, num_rows, PIECES)
         pointers = _pointers_of_two(h_ptr, s_ptr, n, first, Ch, Cs, R, row, rows_of_h, PIECES)
@@ -135,7 +135,7 @@ def _flat_fwd_kernel(
         total += x
     mean = tl.sum(tl.sum(total, 1), 0) / size
 
-    squares = tl.zeros(PIECES.shape, tl.float32)
+    squares = tl.full(PIECES.shape, 0.0, tl.float32)
     for k in tl.static_range(NUMBER):
         row, exists = _rows(k, num_rows, PIECES)
         x = widened(xs[k])

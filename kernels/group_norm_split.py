@@ -144,7 +144,7 @@ def _split_fwd_combine_kernel(
     partial_ptr += n.to(tl.int64) * num_chunks * 2 * C
     size = D.to(tl.float32) * P.to(tl.float32)
 
-    total = tl.zeros(BLOCK.shape, tl.float32)
+    total = tl.full(BLOCK.shape, 0.0, tl.float32)
     for d in range(0, D, BLOCK.channels):
         c, is_member = _members(g, exists, d, D, BLOCK)
         scale = channel_scale(parameters, n, c, Ch, is_member)
@@ -153,7 +153,7 @@ def _split_fwd_combine_kernel(
             total += count * scale * tl.load(partial_ptr + parts, mask=mask, other=0.0)
     mean = _sum_of_group(total) / size
 
-    total = tl.zeros(BLOCK.shape, tl.float32)
+    total = tl.full(BLOCK.shape, 0.0, tl.float32)
     for d in range(0, D, BLOCK.channels):
         c, is_member = _members(g, exists, d, D, BLOCK)
         scale = channel_scale(parameters, n, c, Ch, is_member)
@@ -248,8 +248,8 @@ def _split_bwd_sums_kernel(
     a, b = channel_affine(parameters, n, c, exists)
     a, b = over_channels(a, TILE), over_channels(b, TILE)
 
-    sum_dz = tl.zeros(TILE.shape, tl.float32)
-    sum_dz_xhat = tl.zeros(TILE.shape, tl.float32)
+    sum_dz = tl.full(TILE.shape, 0.0, tl.float32)
+    sum_dz_xhat = tl.full(TILE.shape, 0.0, tl.float32)
     begin = chunk * walk
     for position in range(begin, tl.minimum(begin + walk, P), TILE.positions):
         x = load_tile(x_ptr, n, position, first, exists, P, num_channels, 0.0, TILE, "evict_last")
@@ -291,8 +291,8 @@ def _split_bwd_combine_kernel(
     mean_dz_xhat = tl.zeros_like(g).to(tl.float32)
     for d in range(0, D, BLOCK.channels):
         c, is_member = _members(g, exists, d, D, BLOCK)
-        dz = tl.zeros(BLOCK.shape, tl.float32)
-        dz_xhat = tl.zeros(BLOCK.shape, tl.float32)
+        dz = tl.full(BLOCK.shape, 0.0, tl.float32)
+        dz_xhat = tl.full(BLOCK.shape, 0.0, tl.float32)
         for chunk in range(0, num_chunks, BLOCK.chunks):
             parts, mask, _ = _parts(chunk, c, is_member, P, C, walk, num_chunks, BLOCK)
             dz += tl.load(partial_ptr + parts, mask=mask, other=0.0)
@@ -370,7 +370,7 @@ def _split_bwd_apply_kernel(
     if scale_sums_ptr is None:  # else the gradient of the scaled skip is needed as well
         k1, k2, k3 = k1 * scale, k2 * scale, k3 * scale
 
-    dscale = tl.zeros(TILE.shape, tl.float32)
+    dscale = tl.full(TILE.shape, 0.0, tl.float32)
     begin = chunk * walk
     for position in range(begin, tl.minimum(begin + walk, P), TILE.positions):
         x = widened(load_tile(x_ptr, n, position, first, exists, P, num_channels, 0.0, TILE, "evict_first"))

@@ -5,7 +5,7 @@ and the places in one fp32 workspace of all that passes between the kernels.
 """
 
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -33,8 +33,7 @@ from scalelong.kernels.group_norm_tilings import (
 )
 from scalelong.kernels.group_norm_walks import Parameters
 from scalelong.kernels.group_norm_whole import _whole_bwd_kernel, _whole_fwd_kernel
-from scalelong.kernels.launches import Kept, Launch, signature
-from scalelong.kernels.plans import Plan, Slot
+from scalelong.kernels.launches import Kept, Launch, Plan, Slot, places, signature
 from scalelong.kernels.triton_device import multiprocessors
 
 _plans: Kept[Plan] = Kept()
@@ -82,7 +81,7 @@ def backward(
     rstd: Tensor,
     options: Options,
     channels_last: bool,
-    wanted: Wanted,
+    wanted: Sequence[bool],
     kind: Hashable = None,
 ) -> tuple[Tensor | None, ...]:
     """The gradients that are wanted: of h and s like these, of scale (N, Cs), weight, bias, gain and shift in fp32.
@@ -91,29 +90,26 @@ def backward(
     """
     tensors = _with_dense_parameters(tensors)
     h, s, *_ = tensors
-    dh = torch.empty_like(h) if wanted.h else None
+    wants_h, wants_s, wants_scale, *_ = wanted = tuple(wanted)
+    dh = torch.empty_like(h) if wants_h else None
     # That of the scale is computed on the way to that of s.
-    ds = torch.empty_like(s) if s is not None and (wanted.s or wanted.scale) else None
+    ds = torch.empty_like(s) if s is not None and (wants_s or wants_scale) else None
     if kind is None:
         key = (*map(signature, tensors), signature(dy), options, channels_last, wanted)
     else:
-        lies = [None if x is None else (x.stride(), x.data_ptr() % 16) for x in tensors]
-        key = (kind, *lies, dy.dtype, dy.data_ptr() % 16, wanted)
+        key = (kind, places(tensors), dy.dtype, dy.data_ptr() % 16, wanted)
     plan = _plans.get(key)
     if plan is None:
-        plan = _plans.keep(key, _plan_backward(_Call.of(tensors, options, channels_last, dy, dh, ds), wanted))
-    grads = [None if size is None else _empty(mean, *size) for size in plan.outputs]
+        plan = _plans.keep(key, _plan_backward(_Call.of(tensors, options, channels_last, dy, dh, ds), Wanted(*wanted)))
+    empty = mean.new_empty_strided
+    grads = [None if size is None else empty(size, (*size[1:], 1)) for size in plan.outputs]
     plan.run((*tensors, dy, mean, rstd, dh, ds, *grads, _workspace(plan, mean)))
-    return dh, ds if wanted.s else None, *grads
-
-
-def _empty(like: Tensor, *size: int) -> Tensor:
-    """(C,) or (N, C), of dtype and device of ``like``; torch.empty takes twice the time to read its arguments."""
-    return like.new_empty_strided(size, (1,) if len(size) == 1 else (size[1], 1))
+    return dh, ds if wants_s else None, *grads
 
 
 def _workspace(plan: Plan, like: Tensor) -> Tensor | None:
-    return _empty(like, plan.workspace) if plan.workspace else None
+    # torch.empty takes twice the time to read its arguments.
+    return like.new_empty_strided((plan.workspace,), (1,)) if plan.workspace else None
 
 
 def _with_dense_parameters(tensors: Tensors) -> Tensors:

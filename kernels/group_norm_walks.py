@@ -156,7 +156,7 @@ def channel_affine(parameters, n, c, mask):
     return a, b
 
 
-@triton.jit
+@triton.constexpr_function
 def is_folded(x_ptr):
     """Whether scale and mean may be folded into coefficients of cat([h, s]) itself.
 

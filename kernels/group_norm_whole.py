@@ -77,7 +77,7 @@ def _whole_fwd_kernel(
     scale = channel_scale(parameters, n, c, Ch, exists)
     size = (D * P).to(tl.float32)
     xs = ()
-    total = tl.zeros(TILE.shape, tl.float32)
+    total = tl.full(TILE.shape, 0.0, tl.float32)
     for k in tl.static_range(TILES):
         position = k * TILE.positions
         xs += (load_tile(x_ptr, n, position, first, exists, P, num_channels, 0.0, TILE, "evict_first"),)
@@ -85,7 +85,7 @@ def _whole_fwd_kernel(
         total += widened(xs[k])
     mean = _sum_over_group(sum_over_positions(total, TILE) * scale, D, GROUPS) / size
 
-    squares = tl.zeros(TILE.shape, tl.float32)
+    squares = tl.full(TILE.shape, 0.0, tl.float32)
     for k in tl.static_range(TILES):
         distance = widened(xs[k]) * scale[None, :] - mean[None, :]
         if TILE.masked:
@@ -152,8 +152,8 @@ def _whole_bwd_kernel(
     if is_folded(h_ptr):
         x_factor, x_offset = scale * rstd, mean * rstd
     dzs = ()
-    sum_dz = tl.zeros(TILE.shape, tl.float32)
-    sum_dz_xhat = tl.zeros(TILE.shape, tl.float32)
+    sum_dz = tl.full(TILE.shape, 0.0, tl.float32)
+    sum_dz_xhat = tl.full(TILE.shape, 0.0, tl.float32)
     for k in tl.static_range(TILES):
         x = widened(xs[k])
         xhat = x * x_factor[None, :] - x_offset[None, :]
@@ -181,7 +181,7 @@ def _whole_bwd_kernel(
         k2, k3 = k2 * scale, k3 - k2 * mean
     if scale_sums_ptr is None:  # else the gradient of the scaled skip is needed as well
         k1, k2, k3 = k1 * scale, k2 * scale, k3 * scale
-    dscale = tl.zeros(TILE.shape, tl.float32)
+    dscale = tl.full(TILE.shape, 0.0, tl.float32)
     for k in tl.static_range(TILES):
         x = widened(xs[k])
         distance = x if is_folded(h_ptr) else x * scale[None, :] - mean[None, :]

@@ -1,10 +1,13 @@
-"""Launches of Triton kernels, of which all but the first go round Triton's own path, 10 to 19 us of the host.
+"""Launches of Triton kernels, planned once for each kind of call and then repeated past Triton's own path.
 
-A compiled kernel takes its arguments as they are: whoever keeps a ``Prepared`` vouches that from launch to launch only
-addresses of tensors differ. It belongs in a plan whose key holds the ``signature`` of each tensor.
+That path takes 10 to 19 us of the host for each launch; a compiled kernel takes its arguments as they are. Whoever
+keeps a ``Plan`` vouches that from call to call only the addresses of tensors differ: it belongs under a key that holds
+the ``signature`` of each tensor.
 """
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -16,6 +19,8 @@ from triton.runtime import driver
 from scalelong.kernels.triton_device import current_device
 
 T = TypeVar("T")
+Call = Sequence[Tensor | None]
+"""The tensors of a call, in an order that its plan knows."""
 
 
 class Launch(NamedTuple):
@@ -25,7 +30,7 @@ class Launch(NamedTuple):
     """What ``triton.jit`` returned. Its compile-time constants come last in its signature."""
     num_programs: int | tuple[int, ...]
     arguments: tuple[Any, ...]
-    """Tensors, numbers, None, and tuples of these, in the order of the signature."""
+    """Slots, numbers, None, and tuples of these, in the order of the signature."""
     constants: Mapping[str, Any]
     """The compile-time constants, by name."""
     num_warps: int
@@ -36,9 +41,138 @@ class Launch(NamedTuple):
     def grid(self) -> tuple[int, ...]:
         return self.num_programs if isinstance(self.num_programs, tuple) else (self.num_programs,)
 
-    def through_triton(self) -> Any:
+    def through_triton(self, tensors: Call) -> Any:
         """Launches it, compiled first where need be. Returns the CompiledKernel; None when interpreted."""
-        return self.kernel[self.grid](*self.arguments, **self.constants, num_warps=self.num_warps, **self.options)
+        arguments = _with_tensors(self.arguments, tensors)
+        return self.kernel[self.grid](*arguments, **self.constants, num_warps=self.num_warps, **self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """A tensor of a call, by its place among them, from an element in memory on; it may be None."""
+
+    tensor: int
+    offset: int = 0
+
+    def of(self, tensors: Call) -> Tensor | None:
+        x = tensors[self.tensor]
+        if x is None or self.offset == 0:
+            return x
+        return x.as_strided((max(0, x.numel() - self.offset),), (1,), x.storage_offset() + self.offset)
+
+
+class Plan:
+    """The launches of a call, in their order, and what has to be allocated for them."""
+
+    def __init__(self, launches: Sequence[Launch], outputs: Sequence[tuple[int, ...] | None] = (), workspace: int = 0):
+        self.launches = tuple(launches)
+        self.outputs = tuple(outputs)
+        self.workspace = workspace
+        self._compiled: _Compiled | None = None
+
+    @property
+    def is_compiled(self) -> bool:
+        """False where launches go through Triton: before the first, interpreted, or recorded instead of run."""
+        return self._compiled is not None
+
+    def run(self, tensors: Call) -> None:
+        if self._compiled is not None:
+            return self._compiled.run(tensors)
+        with current_device(next(x for x in tensors if x is not None)):
+            kernels = [launch.through_triton(tensors) for launch in self.launches]
+            if all(isinstance(kernel, CompiledKernel) for kernel in kernels):
+                self._compiled = _Compiled(self.launches, kernels, tensors)
+
+
+class _Compiled:
+    """Launches to repeat, on the device that is current when this is made and on any stream that is when it is run.
+
+    All that they hand over is listed once: addresses first, then constants and, as they are made, tuples of these.
+    Each launch picks from that list.
+    """
+
+    def __init__(self, launches: Sequence[Launch], kernels: Sequence[Any], tensors: Call) -> None:
+        found = dict.fromkeys(x for launch in launches for x in _slots_of(launch.arguments))
+        slots = [slot for slot in found if tensors[slot.tensor] is not None]
+        whole = list(dict.fromkeys(Slot(slot.tensor) for slot in slots))
+        parts = [slot for slot in slots if slot.offset]
+        self._slots = [*whole, *parts]
+        self._given = _picks([slot.tensor for slot in whole])
+        # Of each part the place of its tensor, and how many bytes behind it starts.
+        self._parts = [
+            (whole.index(Slot(slot.tensor)), slot.offset * tensors[slot.tensor].element_size())  # type: ignore[union-attr]
+            for slot in parts
+        ]
+        self._rest: list[Any] = []
+        self._tuples: list[
+            tuple[int, Callable[[list[Any]], tuple[Any, ...]]]
+        ] = []  # the place of each; inner ones first
+        self._launches = []
+        for launch, kernel in zip(launches, kernels, strict=True):
+            # A compiled kernel is given its constants too, and leaves them out.
+            names = launch.kernel.arg_names[len(launch.arguments) :]
+            places = [*map(self._place, launch.arguments), *(self._keep(launch.constants[name]) for name in names)]
+            grid = (*launch.grid, 1, 1)[:3]
+            self._launches.append((kernel, kernel.run, grid, kernel.function, kernel.packed_metadata, _picks(places)))
+        active: Any = driver.active
+        self._device = active.get_current_device()
+
+    def _place(self, x: Any) -> int:
+        """Where ``x`` is in the list."""
+        if isinstance(x, Slot):
+            return self._slots.index(x) if x in self._slots else self._keep(None)
+        if isinstance(x, tuple):
+            picks = _picks([self._place(part) for part in x])
+            self._tuples.append((self._keep(None), picks))
+            return self._tuples[-1][0]
+        return self._keep(x)
+
+    def _keep(self, x: Any) -> int:
+        self._rest.append(x)
+        return len(self._slots) + len(self._rest) - 1
+
+    def run(self, tensors: Call) -> None:
+        active: Any = driver.active
+        if active.get_current_device() != self._device:
+            with torch.cuda.device(self._device):
+                return self.run(tensors)
+        stream = active.get_current_stream(self._device)
+        values: list[Any] = [x.data_ptr() for x in self._given(tensors)]
+        values += [values[place] + num_bytes for place, num_bytes in self._parts]
+        values += self._rest
+        for place, picks in self._tuples:
+            values[place] = picks(values)
+        runtime, metadata = knobs.runtime, None
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+        if not (getattr(enter, "calls", enter) or getattr(leave, "calls", leave)):  # a chain of hooks may be empty
+            enter = leave = None
+        for kernel, run, grid, function, packed, picks in self._launches:
+            arguments = picks(values)
+            if enter is not None or leave is not None:
+                metadata = kernel.launch_metadata(grid, stream, *arguments)
+            run(*grid, stream, function, packed, metadata, enter, leave, *arguments)
+
+
+def _picks(places: list[int]) -> Callable[[Sequence[Any]], tuple[Any, ...]]:
+    if len(places) > 1:
+        return itemgetter(*places)
+    return lambda values: tuple(values[place] for place in places)
+
+
+def _slots_of(arguments: tuple[Any, ...]) -> Iterator[Slot]:
+    for x in arguments:
+        if isinstance(x, Slot):
+            yield x
+        elif isinstance(x, tuple):
+            yield from _slots_of(x)
+
+
+def _with_tensors(arguments: Any, tensors: Call) -> Any:
+    values = [
+        x.of(tensors) if isinstance(x, Slot) else _with_tensors(x, tensors) if isinstance(x, tuple) else x
+        for x in arguments
+    ]
+    return type(arguments)(*values) if hasattr(arguments, "_fields") else tuple(values)
 
 
 def signature(x: Tensor | None) -> tuple[Any, ...] | None:
@@ -46,72 +180,12 @@ def signature(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.device)
 
 
-def prepare(launch: Launch) -> "Prepared":
-    """Launches once through Triton, and keeps what the next launches need, which is no tensor."""
-    return Prepared(launch, launch.through_triton())
+def places(tensors: Call) -> tuple[Any, ...]:
+    """What may differ where ``signature`` did not, of tensors that were saved for backward.
 
-
-class Prepared:
-    """A launch to repeat, on the device that was current when it was prepared and on any stream that is."""
-
-    def __init__(self, launch: Launch, compiled: Any) -> None:
-        # A compiled kernel is given its constants too, and leaves them out.
-        constants = (launch.constants[name] for name in launch.kernel.arg_names[len(launch.arguments) :])
-        self._leaves: list[Any] = []
-        self._tensors: list[int] = []  # places among the leaves
-        self._tuples: list[tuple[int, int, Any]] = []  # first leaf, number of members, how to make it; inner ones first
-        self._flatten(launch.arguments)
-        self._leaves += constants
-        self._num_arguments = len(launch.arguments)
-        self._launch = launch._replace(arguments=())
-        self._grid = (*launch.grid, 1, 1)[:3]
-        self._keep(compiled)
-
-    def _flatten(self, arguments: tuple[Any, ...]) -> None:
-        for x in arguments:
-            if isinstance(x, tuple):
-                self._tuples.insert(0, (len(self._leaves), len(x), getattr(x, "_make", tuple)))
-                self._flatten(x)
-                continue
-            if isinstance(x, Tensor):
-                self._tensors.append(len(self._leaves))
-                x = None
-            self._leaves.append(x)
-
-    @property
-    def takes_addresses(self) -> bool:
-        """False where a launch goes through Triton, which needs tensors: interpreted, or recorded instead of run."""
-        return self._compiled is not None
-
-    def __call__(self, *pointers: Tensor | int) -> None:
-        """Launches it with these tensors, in the order in which they occur, or, faster, with their addresses."""
-        arguments = self._leaves.copy()
-        for i, pointer in zip(self._tensors, pointers, strict=True):
-            arguments[i] = pointer
-        for first, length, make in self._tuples:
-            arguments[first : first + length] = [make(arguments[first : first + length])]
-        if (compiled := self._compiled) is None:
-            own = tuple(arguments[: self._num_arguments])
-            return self._keep(self._launch._replace(arguments=own).through_triton())
-        active: Any = driver.active
-        if active.get_current_device() != self._device:
-            with torch.cuda.device(self._device):
-                return self(*pointers)
-        stream = active.get_current_stream(self._device)
-        runtime, metadata = knobs.runtime, None
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave):  # a chain of hooks may be empty
-            metadata = compiled.launch_metadata(self._grid, stream, *arguments)
-        else:
-            enter = leave = None
-        self._run(*self._grid, stream, compiled.function, compiled.packed_metadata, metadata, enter, leave, *arguments)
-
-    def _keep(self, compiled: Any) -> None:
-        self._compiled: Any = compiled if isinstance(compiled, CompiledKernel) else None
-        if self._compiled is not None:
-            active: Any = driver.active
-            self._run, self._device = self._compiled.run, active.get_current_device()
-            self._tuples = [(first, length, tuple) for first, length, _ in self._tuples]  # it knows no names
+    Hooks on saved tensors may have moved them, and so may whoever shards parameters.
+    """
+    return tuple([None if x is None else (x.stride(), x.data_ptr() % 16) for x in tensors])
 
 
 class Kept(Generic[T]):
@@ -130,22 +204,3 @@ class Kept(Generic[T]):
             self._kept.clear()
         self._kept[key] = value
         return value
-
-
-class Plans(Kept[Prepared]):
-    """The launches of an operator, each prepared at its first call and kept by what it depends on."""
-
-    def launch(self, key: Hashable, make: Callable[[], Launch], tensors: Iterable[Tensor | None]) -> None:
-        """Launches what ``make`` returns, or what it returned before for this key and tensors of these signatures.
-
-        ``tensors`` are those among its arguments, in their order.
-        """
-        given = [x for x in tensors if x is not None]
-        key = (key, *map(signature, tensors))
-        prepared = self.get(key)
-        if prepared is not None:
-            return prepared(*given)
-        with current_device(given[0]):
-            prepared = prepare(make())
-        if prepared.takes_addresses:
-            self.keep(key, prepared)

@@ -1,7 +1,7 @@
 """In which dtype a matrix product is computed."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -50,13 +50,17 @@ def product_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     return dtype if has_products else torch.float32
 
 
-@contextmanager
-def without_autocast(x: Tensor) -> Iterator[None]:
+def without_autocast(x: Tensor) -> AbstractContextManager[None]:
     """Operators inside compute in the dtypes that they are given, on the device of ``x``."""
     device = x.device.type
-    if not is_autocast(device):
-        yield
-        return
+    return _autocast_off(device) if is_autocast(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
+
+
+@contextmanager
+def _autocast_off(device: str) -> Iterator[None]:
     torch.set_autocast_enabled(device, False)
     try:
         yield

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels.arguments import check_scale, check_skip, described
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
 from scalelong.kernels.products import cast_by_autocast
 from scalelong.kernels.skip_linear import projected
@@ -49,14 +50,16 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
     _check(h, s, weight, bias)
     if isinstance(scale, Tensor):
         scale = check_scale("skip_conv1x1", scale, h, s)
-    if get_backend(h) == "reference":
-        return as_layout(skip_conv1x1_ref(h, s, scale, weight, bias), is_channels_last(h))
+    backend = get_backend(h)
+    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (h, s, weight))):
+        y = skip_conv1x1_ref(h, s, scale, weight, bias)
+        return y if in_transform() else as_layout(y, is_channels_last(h))  # vmap knows no layouts
     N, Ch, *spatial = h.shape
     weight = weight.flatten(1)
     channels_last = is_channels_last(h)
     h, s = as_layout(h, channels_last), as_layout(s, channels_last)
     if channels_last and (not isinstance(scale, Tensor) or scale.dim() < 2 or scale.shape[1] == 1):
-        return _rows(h, s, scale, weight, bias)
+        return _rows(h, s, scale, weight, bias, backend)
     weight_h, weight_s = _scaled_weights(scale, weight, Ch)
     if channels_last:
         h_NPC, s_NPC = h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2)
@@ -84,14 +87,14 @@ class _WithoutView(torch.autograd.Function):
         return dx
 
 
-def _rows(h: Tensor, s: Tensor, scale: Scale, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
+def _rows(h: Tensor, s: Tensor, scale: Scale, weight_OC: Tensor, bias_O: Tensor | None, backend: str) -> Tensor:
     """By ``skip_linear``, with a position for a token."""
     if isinstance(scale, Tensor) and scale.dim() == 2:
         scale = scale.expand(-1, h.shape[2:].numel())
     if not torch.compiler.is_compiling():
-        return projected(h, s, scale, weight_OC, bias_O, channels_last=True)
+        return projected(h, s, scale, weight_OC, bias_O, channels_last=True, backend=backend)
     h_NPC, s_NPC = h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2)
-    y_NPO = projected(h_NPC, s_NPC, scale, weight_OC, bias_O, channels_last=False)
+    y_NPO = projected(h_NPC, s_NPC, scale, weight_OC, bias_O, channels_last=False, backend=backend)
     return y_NPO.unflatten(1, h.shape[2:]).movedim(-1, 1)
 
 
@@ -106,6 +109,11 @@ def _scaled_weights(scale: Scale, weight_OC: Tensor, Ch: int) -> tuple[Tensor, T
 def _check(h: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     if h.dim() < 3 or not h.is_floating_point():
         raise ValueError(f"skip_conv1x1: needs a floating (N, C, *) with spatial dimensions, got {described(h)}")
+    if weight.dim() == h.dim() + 1:
+        raise ValueError(
+            f"skip_conv1x1: h {tuple(h.shape)} has no batch: weight {tuple(weight.shape)} takes (N, C, *) with "
+            f"{weight.dim() - 2} spatial dimensions; h[None] and s[None] are a batch of one"
+        )
     check_skip("skip_conv1x1", h, s)
     C = h.shape[1] + s.shape[1]
     if weight.dim() not in (2, h.dim()) or weight.shape[1] != C or any(size != 1 for size in weight.shape[2:]):

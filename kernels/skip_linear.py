@@ -8,7 +8,9 @@ applied in between; under autocast it reads fp32 inputs as they are and writes t
 Shapes: B batch, T tokens, M = B T, D1 width of the stream x, D2 width of the skip s, O width of the output.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -16,11 +18,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels import skip_linear_gemm, skip_linear_triton
-from scalelong.kernels.arguments import described, none_as_empty
+from scalelong.kernels.arguments import as_argument, described, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
+from scalelong.kernels.launches import Kept, places, signature
 from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
 
 Scale = Tensor | float | None
@@ -35,19 +39,24 @@ IN_TRITON = {"16 bits": ("forward",), "fp32 operands": ("forward", "inputs", "we
 
 def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     """The specification, as published: scale the skip, concatenate, project."""
-    if isinstance(scale, Tensor) and scale.dim() == 2:
+    return F.linear(concatenated_tokens(x_BTD1, s_BTD2, scale), weight_OD, bias_O)
+
+
+def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
+    """``cat([x, scale * s], -1)``, written out."""
+    if isinstance(scale, Tensor) and 1 < scale.dim() < s_BTD2.dim():
         scale = scale.unsqueeze(-1)
-    scaled_BTD2 = s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)
-    return F.linear(torch.cat([x_BTD1, scaled_BTD2], dim=-1), weight_OD, bias_O)
+    return torch.cat([x_BTD1, s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)], dim=-1)
 
 
 def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``linear(cat([x, scale * s], -1), weight, bias)``.
 
     Args:
-        x: (B, T, D1), the hidden stream.
-        s: (B, T, D2), the long skip.
-        scale: None for 1, a float, a scalar tensor, one factor a token (B, T) or (B, T, 1), or one a channel (D2,).
+        x: (*, D1), the hidden stream, with any leading dimensions, for tokens (B, T).
+        s: (*, D2), the long skip.
+        scale: None for 1, a float, a tensor of one element () or (1,), one factor a channel (D2,), or one a token, (*)
+            or (*, 1). Where the leading dimensions are one, and as many as D2, a factor a token must be (*, 1).
         weight: (O, D1 + D2).
         bias: (O,) or None.
 
@@ -55,28 +64,47 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     autocast each may have its own, and the product is in autocast's, as torch's linear has it.
 
     Returns:
-        (B, T, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
+        (*, O), differentiable in every tensor argument. Backward keeps x, s and the parameters as they are given.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit, naming them.
     """
-    _check(x, s, scale, weight, bias)
-    if get_backend(x) == "reference":
+    if isinstance(scale, Tensor) and scale.dim() == 1 and (scale.numel() == 1 or scale.shape != s.shape[-1:]):
+        _check(x, s, scale, weight, bias)  # before it has another shape
+        scale = scale.reshape(()) if scale.numel() == 1 else scale[:, None]
+    backend = get_backend(x)
+    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (x, s, weight))):
+        _check(x, s, scale, weight, bias)
         return skip_linear_ref(x, s, scale, weight, bias)
-    return projected(x, s, scale, weight, bias, channels_last=False)
+    return projected(x, s, scale, weight, bias, channels_last=False, backend=backend, check=_check)
 
 
 def projected(
-    x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None, *, channels_last: bool
+    x: Tensor,
+    s: Tensor,
+    scale: Scale,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    channels_last: bool,
+    backend: str,
+    check: Callable[..., None] | None = None,
 ) -> Tensor:
-    """What ``skip_linear`` computes, unchecked; or, ``channels_last``, on images (N, C, *) that lie in that layout."""
+    """What ``skip_linear`` computes; or, ``channels_last``, on images (N, C, *) that lie in that layout.
+
+    ``backend`` is that of x. ``check`` is called with the arguments where they are of a kind that it has not seen yet.
+    """
+    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+        scale = as_argument(scale, x)
     is_tensor = isinstance(scale, Tensor)
     tensors = _Tensors(x, s, scale if is_tensor else None, weight, bias)
     float_scale = 1.0 if scale is None or is_tensor else float(scale)
-    dtype = autocast_dtype(x)
     if torch.compiler.is_compiling() and not channels_last:
-        return torch.ops.scalelong.skip_linear(*tensors, float_scale, dtype)
-    return _SkipLinear.apply(*tensors, _Options(float_scale, dtype, channels_last))
+        if check is not None:
+            check(x, s, scale, weight, bias)
+        return torch.ops.scalelong.skip_linear(*tensors, float_scale, autocast_dtype(x))
+    options = _Options(float_scale, autocast_dtype(x), channels_last)
+    return _SkipLinear.apply(*tensors, _kind_of_call(tensors, options, backend, check))
 
 
 class _Tensors(NamedTuple):
@@ -94,89 +122,164 @@ class _Options(NamedTuple):
     channels_last: bool = False
 
 
+@dataclass(frozen=True, eq=False, slots=True)  # compared as an object, as the key of plans
+class _Kind:
+    """What calls share whose options, backend and ``signature`` of each tensor are the same."""
+
+    options: _Options
+    forward: ModuleType
+    """Which of the two ways to multiply takes this product."""
+    inputs: ModuleType
+    weight: ModuleType
+    product: torch.dtype
+    """In which the products are computed."""
+    y: Tensor
+    """Of no element, with dtype and device of the output."""
+
+
+_KINDS: Kept[_Kind] = Kept()
+
+
+def _kind_of_call(
+    tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None = None
+) -> _Kind:
+    if backend != "triton":  # which has plans to keep; others are also called by tensors that only stand for real ones
+        return _new_kind(tensors, options, backend, check)
+    key = (*map(signature, tensors), options, backend, forced_backend(), check)
+    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(tensors, options, backend, check))
+
+
+def _new_kind(tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None) -> _Kind:
+    x, s, scale, weight, bias = tensors
+    if check is not None:
+        check(x, s, options.float_scale if scale is None else scale, weight, bias)
+    return _Kind(
+        options=options,
+        forward=_form("forward", tensors, options, backend),
+        inputs=_form("inputs", tensors, options, backend),
+        weight=_form("weight", tensors, options, backend),
+        product=product_dtype(x, options.dtype),
+        y=torch.empty(0, dtype=options.dtype, device=x.device),
+    )
+
+
 class _SkipLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> Tensor:
-        *tensors, ctx.options = arguments
+        *tensors, ctx.kind = arguments
         ctx.save_for_backward(*tensors)
-        return _forward(_Tensors(*tensors), ctx.options)
+        return _forward(_Tensors(*tensors), ctx.kind)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> Any:
         tensors, needed = _Tensors(*ctx.saved_tensors), ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():  # with create_graph=True
-            return *differentiable_gradients(partial(_reference, ctx.options), tensors, needed, dy), None
-        return *_backward(dy, tensors, ctx.options, needed), None
+            return *differentiable_gradients(partial(_reference, ctx.kind.options), tensors, needed, dy), None
+        return *_backward(dy, tensors, ctx.kind, needed), None
 
 
 class _Products(NamedTuple):
-    """What the matrix products work on: the scale is folded into the weights of s, a factor of each row, or a float."""
+    """What the matrix products work on."""
 
-    x_MD1: Tensor
-    s_MD2: Tensor
-    row_scale_M: Tensor | None
-    weight_x_OD1: Tensor
-    weight_s_OD2: Tensor
-    float_scale: float
+    x: Tensor  # (..., D1), rows that lie evenly
+    s: Tensor  # (..., D2)
+    row_scale: Tensor | None  # one factor a row
+    weight: Tensor  # (O, D1 + D2), in the dtype of the products
+    weight_s: Tensor | None  # (O, D2), with the scale in them that rows share, if there is one
+
+    @property
+    def matrices(self) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+        D1 = self.x.shape[-1]
+        row_scale = None if self.row_scale is None else self.row_scale.reshape(-1)
+        weight_s = self.weight[:, D1:] if self.weight_s is None else self.weight_s
+        return _matrix(self.x), _matrix(self.s), row_scale, self.weight[:, :D1], weight_s
 
 
-def _products(tensors: _Tensors, options: _Options) -> _Products:
+def _products(tensors: _Tensors, kind: _Kind) -> _Products:
     """The weights in the dtype of the product, the activations as they are: copies are up to who needs them."""
     x, s, scale, weight, _ = tensors
-    float_scale, dtype, channels_last = options
-    D1 = x.shape[1] if channels_last else x.shape[-1]
-    weight = _dense_rows(weight.to(product_dtype(x, dtype)))
-    weight_s = weight[:, D1:]
-    row_scale = None
-    if scale is not None and scale.dim() > 1:
-        row_scale = scale.reshape(-1)
-    elif scale is not None:
-        weight_s = (weight_s * scale).to(weight.dtype)
-    return _Products(_rows(x, channels_last), _rows(s, channels_last), row_scale, weight[:, :D1], weight_s, float_scale)
+    dtype, channels_last = kind.product, kind.options.channels_last
+    x, s = _rows(x, channels_last), _rows(s, channels_last)
+    weight = _dense_rows(weight if weight.dtype == dtype else weight.to(dtype))
+    if scale is None or scale.dim() > 1:
+        return _Products(x, s, scale, weight, None)
+    return _Products(x, s, None, weight, (weight[:, x.shape[-1] :] * scale).to(dtype))
 
 
-def _forward(tensors: _Tensors, options: _Options) -> Tensor:
-    x, _, _, weight, bias = tensors
+def _forward(tensors: _Tensors, kind: _Kind) -> Tensor:
+    x, bias, (float_scale, _, channels_last) = tensors.x, tensors.bias, kind.options
     with without_autocast(x):
-        *products, float_scale = _products(tensors, options)
-        y = _empty(x, weight.shape[0], options.dtype, options.channels_last)
-        _form("forward", tensors, options).forward(*products, bias, _rows(y, options.channels_last), float_scale)
+        products = _products(tensors, kind)
+        y = _empty(x, tensors.weight.shape[0], kind.y, channels_last)
+        y_rows = _rows(y, channels_last)
+        if kind.forward is skip_linear_triton:
+            skip_linear_triton.forward(*products, bias, y_rows, float_scale, kind)
+        else:
+            skip_linear_gemm.forward(*products.matrices, bias, _matrix(y_rows), float_scale)
     return y
 
 
-def _backward(dy: Tensor, tensors: _Tensors, options: _Options, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
+def _backward(dy: Tensor, tensors: _Tensors, kind: _Kind, needed: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The gradients of the tensors, where they are needed."""
-    x, s, scale, weight, bias = tensors
-    channels_last = options.channels_last
+    x, _, scale, _, bias = tensors
     needs_x, needs_s, needs_scale, needs_weight, needs_bias = needed[:5]
     dx = ds = dscale = dweight = dbias = None
     with without_autocast(x):
-        x_MD1, s_MD2, row_scale, weight_x, weight_s, float_scale = _products(tensors, options)
-        dy_MO = _rows(dy, channels_last).to(weight_x.dtype)
-        needs_row_scale = needs_scale and row_scale is not None
+        products = _products(tensors, kind)
+        dy = _rows(dy, kind.options.channels_last)
+        dy = dy if dy.dtype == kind.product else dy.to(kind.product)
+        key = None
+        if kind.inputs is skip_linear_triton or kind.weight is skip_linear_triton:
+            key = (kind, places((*tensors, dy)), needs_x, needs_s)
+        needs_row_scale = needs_scale and products.row_scale is not None
         if needs_x or needs_s or needs_row_scale:
-            dx = _empty(x, x_MD1.shape[1], x.dtype, channels_last) if needs_x else None
-            ds = _empty(s, s_MD2.shape[1], s.dtype, channels_last) if needs_s else None
-            dscale = s_MD2.new_empty(s_MD2.shape[0], dtype=torch.float32) if needs_row_scale else None
-            rows = (None if grad is None else _rows(grad, channels_last) for grad in (dx, ds))
-            form = _form("inputs", tensors, options)
-            form.backward_inputs(dy_MO, weight_x, weight_s, s_MD2, row_scale, *rows, dscale, float_scale)
+            dx, ds, dscale = _gradients_of_inputs(dy, tensors, products, kind, (needs_x, needs_s, needs_row_scale), key)
         if needs_weight or (needs_scale and not needs_row_scale):
-            dweight = weight.new_empty(weight.shape)
-            form = _form("weight", tensors, options)
-            form.backward_weight(dy_MO, x_MD1, s_MD2, row_scale, dweight, float_scale)
-            if scale is not None and row_scale is None:
+            dweight = torch.empty_like(tensors.weight, memory_format=_DENSE)
+            if kind.weight is skip_linear_triton:
+                given = (dy, products.x, products.s, products.row_scale, dweight)
+                skip_linear_triton.backward_weight(*given, kind.options.float_scale, key)
+            else:
+                given = (_matrix(dy), *products.matrices[:3], dweight)
+                skip_linear_gemm.backward_weight(*given, kind.options.float_scale)
+            if scale is not None and products.row_scale is None:
                 # So far that of the weights with the scale in them.
-                dweight_s = dweight[:, x_MD1.shape[1] :]
+                dweight_s = dweight[:, products.x.shape[-1] :]
                 if needs_scale:
-                    dscale = dweight_s.float() * weight[:, x_MD1.shape[1] :].float()
+                    dscale = dweight_s.float() * products.weight[:, products.x.shape[-1] :].float()
                     dscale = dscale.sum() if scale.dim() == 0 else dscale.sum(dim=0)
                 dweight_s *= scale
         if bias is not None and needs_bias:
-            dbias = torch.sum(dy_MO, 0, dtype=bias.dtype)
+            dbias = torch.sum(_matrix(dy), 0, dtype=bias.dtype)
     if scale is not None and dscale is not None:
         dscale = dscale.to(scale.dtype).view(scale.shape)
     return dx, ds, dscale, dweight if needs_weight else None, dbias
+
+
+def _gradients_of_inputs(
+    dy: Tensor, tensors: _Tensors, products: _Products, kind: _Kind, needed: tuple[bool, ...], key: Hashable
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Of x, s, and, (M,) in fp32, of the row scale."""
+    x, s, *_ = tensors
+    (float_scale, _, channels_last), (needs_x, needs_s, needs_row_scale) = kind.options, needed
+    dx = _empty_like(x, channels_last) if needs_x else None
+    ds = _empty_like(s, channels_last) if needs_s else None
+    dscale = None
+    if needs_row_scale:
+        dscale = torch.empty(math.prod(dy.shape[:-1]), dtype=torch.float32, device=dy.device)
+    dx_rows = None if dx is None else _rows(dx, channels_last)
+    ds_rows = None if ds is None else _rows(ds, channels_last)
+    if kind.inputs is skip_linear_triton:
+        _, s_rows, row_scale, weight, weight_s = products
+        given = (dy, weight, weight_s, s_rows, row_scale, dx_rows, ds_rows, dscale, float_scale)
+        skip_linear_triton.backward_inputs(*given, key)
+    else:
+        _, s_MD2, row_scale_M, weight_x, weight_s = products.matrices
+        dx_MD1 = None if dx_rows is None else _matrix(dx_rows)
+        ds_MD2 = None if ds_rows is None else _matrix(ds_rows)
+        given = (_matrix(dy), weight_x, weight_s, s_MD2, row_scale_M, dx_MD1, ds_MD2, dscale, float_scale)
+        skip_linear_gemm.backward_inputs(*given)
+    return dx, ds, dscale
 
 
 def _reference(options: _Options, *tensors: Tensor | None) -> Tensor:
@@ -192,10 +295,10 @@ def _reference(options: _Options, *tensors: Tensor | None) -> Tensor:
         return y.movedim(-1, 1) if channels_last else y
 
 
-def _form(product: str, tensors: _Tensors, options: _Options) -> ModuleType:
+def _form(product: str, tensors: _Tensors, options: _Options, backend: str) -> ModuleType:
     """Which of the two ways to multiply takes "forward", "inputs" or "weight"."""
     x, s, _, _, _ = tensors
-    if get_backend(x) != "triton":
+    if backend != "triton":
         return skip_linear_gemm
     if forced_backend() == "triton" or x.device.type == "cpu":
         return skip_linear_triton
@@ -205,17 +308,30 @@ def _form(product: str, tensors: _Tensors, options: _Options) -> ModuleType:
     return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_gemm
 
 
-def _empty(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
-    """Shaped and laid out as ``x``, with so many channels."""
+def _empty(x: Tensor, channels: int, like: Tensor, channels_last: bool) -> Tensor:
+    """Shaped and laid out as ``x``, with so many channels, in the dtype of ``like``."""
     if not channels_last:
-        return x.new_empty((*x.shape[:-1], channels), dtype=dtype)
+        return like.new_empty((*x.shape[:-1], channels))
     order = (0, *range(2, x.dim()), 1)
-    return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=dtype, device=x.device)
+    return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=like.dtype, device=x.device)
+
+
+def _empty_like(x: Tensor, channels_last: bool) -> Tensor:
+    return _empty(x, x.shape[1], x, True) if channels_last else torch.empty_like(x, memory_format=_DENSE)
+
+
+_DENSE = torch.contiguous_format
 
 
 def _rows(x: Tensor, channels_last: bool) -> Tensor:
+    """(..., D), whose rows lie evenly."""
     x = x.movedim(1, -1) if channels_last else x
-    return _dense_rows(x.reshape(-1, x.shape[-1]))
+    return x if x.is_contiguous() or skip_linear_triton.row_stride(x) is not None else x.contiguous()
+
+
+def _matrix(x: Tensor) -> Tensor:
+    """(M, D), of rows that lie evenly."""
+    return x if x.dim() == 2 else x.view(-1, x.shape[-1])
 
 
 def _dense_rows(x: Tensor) -> Tensor:
@@ -236,13 +352,15 @@ torch.library.define(
 
 @torch.library.impl("scalelong::skip_linear", "default")
 def _(x, s, scale, weight, bias, float_scale, dtype=None):
-    return _forward(_Tensors(x, s, scale, weight, bias), _Options(float_scale, dtype or x.dtype))
+    tensors = _Tensors(x, s, scale, weight, bias)
+    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), get_backend(x)))
 
 
 @torch.library.impl("scalelong::skip_linear_backward", "default")
 def _(dy: Tensor, x, s, scale, weight, bias, float_scale, dtype, needed) -> tuple[Tensor, ...]:
     with torch.no_grad():
-        grads = _backward(dy, _Tensors(x, s, scale, weight, bias), _Options(float_scale, dtype), needed)
+        tensors = _Tensors(x, s, scale, weight, bias)
+        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), get_backend(x)), needed)
         return none_as_empty(grads, dy)
 
 
@@ -288,9 +406,10 @@ torch.library.register_autograd(
 
 
 def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
-    if x.dim() != 3 or s.dim() != 3 or x.shape[:2] != s.shape[:2]:
+    if x.dim() < 1 or x.shape[:-1] != s.shape[:-1] or s.dim() < 1:
         raise ValueError(
-            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), got {tuple(x.shape)} and {tuple(s.shape)}"
+            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), or have other leading dimensions that are equal, "
+            f"got {tuple(x.shape)} and {tuple(s.shape)}"
         )
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] + s.shape[-1]:
         raise ValueError(
@@ -306,10 +425,10 @@ def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
         if not fits or tensor.device != x.device:
             raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
     if isinstance(scale, Tensor):
-        B, T, D2 = s.shape
-        if tuple(scale.shape) not in ((), (B, T), (B, T, 1), (D2,)):
+        *leading, D2 = s.shape
+        if tuple(scale.shape) not in ((), (1,), tuple(leading), (*leading, 1), (D2,)):
             raise ValueError(
-                f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {(B, T)}, {(B, T, 1)}, {(D2,)}"
+                f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {tuple(leading)}, {(*leading, 1)}, {(D2,)}"
             )
         if scale.device != x.device or not scale.is_floating_point():
             raise ValueError(f"skip_linear: scale is {described(scale)}, but x is {described(x)}")

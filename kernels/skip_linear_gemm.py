@@ -43,7 +43,7 @@ def forward(
             torch.mm(x_MD1, weight_x_OD1.t(), out=out_MO)
         else:
             torch.addmm(bias_O, x_MD1, weight_x_OD1.t(), out=out_MO)
-        out_MO.addmm_(s_MD2, weight_s_OD2.t())
+        torch.addmm(out_MO, s_MD2, weight_s_OD2.t(), out=out_MO)  # which, unlike addmm_, FlopCounterMode counts
     else:
         torch.mm(s_MD2, weight_s_OD2.t(), out=out_MO)
         row_scale_M1 = row_scale_M.to(dtype)[:, None]
@@ -51,7 +51,7 @@ def forward(
             out_MO.mul_(row_scale_M1)
         else:
             torch.addcmul(bias_O, out_MO, row_scale_M1, out=out_MO)
-        out_MO.addmm_(x_MD1, weight_x_OD1.t())
+        torch.addmm(out_MO, x_MD1, weight_x_OD1.t(), out=out_MO)
     if out_MO is not y_MO:
         y_MO.copy_(out_MO)
 

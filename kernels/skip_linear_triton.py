@@ -1,26 +1,22 @@
-"""The Triton kernels of ``skip_linear`` (skip_linear.py says what it computes) and what launches them.
+"""Launches the Triton kernels of ``skip_linear`` (skip_linear.py says what it computes).
 
-Each product is one kernel over both inputs: neither their concatenation nor the scaled skip is ever written. A scale
-of a row s is applied to the fp32 accumulator, or in registers on the way to a product that sums over the rows. x and s
-may be wider than the product: they are read as they are and rounded in registers, their gradients are written from the
-fp32 accumulator.
-
-Shapes: M tokens of all images, D1 width of x, D2 width of the skip s, O (OUT in kernels) width of y. Only the last
-axis has to be dense. The tiles: skip_linear_tilings.py.
+Shapes: M tokens of all images, D1 width of x, D2 width of the skip s, O (OUT in kernels) width of y. The tiles:
+skip_linear_tilings.py.
 """
-# pyright: reportGeneralTypeIssues=false
-# (to a type checker, a call of one jitted function by another never returns)
 
 import math
+from collections.abc import Hashable
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-from scalelong.kernels.launches import Launch, Plans
+from scalelong.kernels.launches import Kept, Launch, Plan, Slot, signature
+from scalelong.kernels.skip_linear_kernels import (
+    _skip_linear_bwd_inputs_kernel,
+    _skip_linear_bwd_weight_kernel,
+    _skip_linear_fwd_kernel,
+)
 from scalelong.kernels.skip_linear_tilings import (
     GROUP_ROWS,
     MAX_SPLITS,
@@ -31,297 +27,168 @@ from scalelong.kernels.skip_linear_tilings import (
 )
 from scalelong.kernels.triton_device import multiprocessors
 
-# The interpreter's dot takes bf16 for integers.
-_WIDENS_OPERANDS = tl.constexpr(knobs.runtime.interpret)
-
-
-@triton.jit
-def _place(num_row_tiles, num_col_tiles, GROUP_ROWS: tl.constexpr):
-    """Row and column, in tiles, of this program: down GROUP_ROWS tiles, then on to the next column."""
-    group, local = tl.program_id(0) // (GROUP_ROWS * num_col_tiles), tl.program_id(0) % (GROUP_ROWS * num_col_tiles)
-    num_rows = tl.minimum(num_row_tiles - group * GROUP_ROWS, GROUP_ROWS)
-    return group * GROUP_ROWS + local % num_rows, local // num_rows
-
-
-@triton.jit
-def _indices(tile, BLOCK: tl.constexpr):
-    return tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-
-
-@triton.jit
-def _add_product(
-    acc, a_ptr, b_ptr, k_scale_ptr, row, col, num_rows, num_cols, K,
-    a_row_stride, a_k_stride, b_k_stride, b_col_stride, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """acc + a @ b for those rows of a (num_rows, K) and columns of b (K, num_cols), in the type of b.
-
-    ``k_scale`` (K,) multiplies a.
-    """
-    k = tl.arange(0, BLOCK_K)
-    a_pointers = a_ptr + row[:, None] * a_row_stride + k[None, :] * a_k_stride
-    b_pointers = b_ptr + k[:, None] * b_k_stride + col[None, :] * b_col_stride
-    for first in range(0, K, BLOCK_K):
-        inside = k < K - first
-        a = tl.load(a_pointers, mask=(row < num_rows)[:, None] & inside[None, :], other=0.0)
-        b = tl.load(b_pointers, mask=(col < num_cols)[None, :] & inside[:, None], other=0.0)
-        if k_scale_ptr is not None:
-            k_scale = tl.load(k_scale_ptr + first + k, mask=inside, other=0.0).to(tl.float32)
-            a = (a.to(tl.float32) * k_scale[None, :]).to(a.dtype)
-        a = a.to(b.dtype)
-        if _WIDENS_OPERANDS:
-            a, b = a.to(tl.float32), b.to(tl.float32)
-        acc = tl.dot(a, b, acc, input_precision="ieee")
-        a_pointers += BLOCK_K * a_k_stride
-        b_pointers += BLOCK_K * b_k_stride
-    return acc
-
-
-@triton.jit
-def _store(y_ptr, tile, row, col, num_rows, num_cols, row_stride, col_stride):
-    pointers = y_ptr + row[:, None] * row_stride + col[None, :] * col_stride
-    mask = (row < num_rows)[:, None] & (col < num_cols)[None, :]
-    tl.store(pointers, tile.to(y_ptr.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _row_scale(row_scale_ptr, row, M):
-    return tl.load(row_scale_ptr + row, mask=row < M, other=0.0).to(tl.float32)[:, None]
-
-
-@triton.jit(do_not_specialize=("M",))
-def _skip_linear_fwd_kernel(
-    x_ptr,  # (M, D1)
-    s_ptr,  # (M, D2)
-    row_scale_ptr,  # (M,) or None
-    weight_x_ptr,  # (OUT, D1)
-    weight_s_ptr,  # (OUT, D2)
-    bias_ptr,  # (OUT,) or None
-    y_ptr,  # (M, OUT)
-    M,
-    OUT,
-    D1,
-    D2,
-    x_stride,
-    s_stride,
-    weight_x_stride,
-    weight_s_stride,
-    y_stride,
-    float_scale,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-):
-    row_tile, col_tile = _place(tl.cdiv(M, BLOCK_ROWS), tl.cdiv(OUT, BLOCK_COLS), GROUP_ROWS)
-    m, o = _indices(row_tile, BLOCK_ROWS), _indices(col_tile, BLOCK_COLS)
-    y = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    y = _add_product(y, s_ptr, weight_s_ptr, None, m, o, M, OUT, D2, s_stride, 1, 1, weight_s_stride, BLOCK_K)
-    y *= float_scale if row_scale_ptr is None else _row_scale(row_scale_ptr, m, M)
-    y = _add_product(y, x_ptr, weight_x_ptr, None, m, o, M, OUT, D1, x_stride, 1, 1, weight_x_stride, BLOCK_K)
-    if bias_ptr is not None:
-        y += tl.load(bias_ptr + o, mask=o < OUT, other=0.0).to(tl.float32)[None, :]
-    _store(y_ptr, y, m, o, M, OUT, y_stride, 1)
-
-
-@triton.jit(do_not_specialize=("M",))
-def _skip_linear_bwd_inputs_kernel(
-    dy_ptr,  # (M, OUT)
-    weight_x_ptr,  # (OUT, D1)
-    weight_s_ptr,  # (OUT, D2)
-    s_ptr,  # (M, D2)
-    row_scale_ptr,  # (M,) or None
-    dx_ptr,  # (M, D1) or None
-    ds_ptr,  # (M, D2) or None
-    partial_drow_ptr,  # (tiles along D2, M) or None
-    M,
-    OUT,
-    D1,
-    D2,
-    dy_stride,
-    weight_x_stride,
-    weight_s_stride,
-    s_stride,
-    dx_stride,
-    ds_stride,
-    float_scale,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-):
-    """A tile of dx, or one of ds and its part of the row scale's gradient."""
-    num_x_tiles = 0 if dx_ptr is None else tl.cdiv(D1, BLOCK_COLS)
-    num_s_tiles = 0 if ds_ptr is None and partial_drow_ptr is None else tl.cdiv(D2, BLOCK_COLS)
-    row_tile, col_tile = _place(tl.cdiv(M, BLOCK_ROWS), num_x_tiles + num_s_tiles, GROUP_ROWS)
-    # Two branches with a product each would be merged by the compiler, with the shared memory of both.
-    is_skip = col_tile >= num_x_tiles
-    col_tile -= tl.where(is_skip, num_x_tiles, 0)
-    D = tl.where(is_skip, D2, D1)
-    weight_ptr = tl.where(is_skip, weight_s_ptr, weight_x_ptr)
-    weight_stride = tl.where(is_skip, weight_s_stride, weight_x_stride)
-    m, d = _indices(row_tile, BLOCK_ROWS), _indices(col_tile, BLOCK_COLS)
-    dinput = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    dinput = _add_product(dinput, dy_ptr, weight_ptr, None, m, d, M, D, OUT, dy_stride, 1, weight_stride, 1, BLOCK_K)
-    if is_skip:
-        if ds_ptr is not None:
-            scale = float_scale if row_scale_ptr is None else _row_scale(row_scale_ptr, m, M)
-            _store(ds_ptr, scale * dinput, m, d, M, D2, ds_stride, 1)
-        if partial_drow_ptr is not None:
-            mask = (m < M)[:, None] & (d < D2)[None, :]
-            s = tl.load(s_ptr + m[:, None] * s_stride + d[None, :], mask=mask, other=0.0).to(tl.float32)
-            tl.store(partial_drow_ptr + col_tile.to(tl.int64) * M + m, tl.sum(s * dinput, 1), mask=m < M)
-    else:
-        if dx_ptr is not None:
-            _store(dx_ptr, dinput, m, d, M, D1, dx_stride, 1)
-
-
-@triton.jit(do_not_specialize=("M", "rows_per_split"))
-def _skip_linear_bwd_weight_kernel(
-    dy_ptr,  # (M, OUT)
-    x_ptr,  # (M, D1)
-    s_ptr,  # (M, D2)
-    row_scale_ptr,  # (M,) or None
-    dweight_ptr,  # (splits, OUT, D1 + D2)
-    M,
-    rows_per_split,
-    OUT,
-    D1,
-    D2,
-    dy_stride,
-    x_stride,
-    s_stride,
-    dweight_split_stride,
-    dweight_stride,
-    float_scale,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_COLS: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    GROUP_ROWS: tl.constexpr,
-):
-    """A tile of the transpose, (D1, OUT) or (D2, OUT): wgmma takes only its first operand, x or s, from registers."""
-    num_x_tiles = tl.cdiv(D1, BLOCK_ROWS)
-    row_tile, col_tile = _place(num_x_tiles + tl.cdiv(D2, BLOCK_ROWS), tl.cdiv(OUT, BLOCK_COLS), GROUP_ROWS)
-    o = _indices(col_tile, BLOCK_COLS)
-    split = tl.program_id(1).to(tl.int64)
-    first = split * rows_per_split
-    num_tokens = tl.minimum(M - first, rows_per_split).to(tl.int32)
-    dy_ptr += first * dy_stride
-    x_ptr += first * x_stride
-    s_ptr += first * s_stride
-    if row_scale_ptr is not None:
-        row_scale_ptr += first
-    dweight_ptr += split * dweight_split_stride
-    zero = tl.zeros((BLOCK_ROWS, BLOCK_COLS), tl.float32)
-    if row_tile < num_x_tiles:
-        d = _indices(row_tile, BLOCK_ROWS)
-        dweight = _add_product(zero, x_ptr, dy_ptr, None, d, o, D1, OUT, num_tokens, 1, x_stride, dy_stride, 1, BLOCK_K)
-        _store(dweight_ptr, dweight, d, o, D1, OUT, 1, dweight_stride)
-    else:
-        d = _indices(row_tile - num_x_tiles, BLOCK_ROWS)
-        dweight = _add_product(
-            zero, s_ptr, dy_ptr, row_scale_ptr, d, o, D2, OUT, num_tokens, 1, s_stride, dy_stride, 1, BLOCK_K
-        )
-        if row_scale_ptr is None:
-            dweight *= float_scale
-        _store(dweight_ptr + D1, dweight, d, o, D2, OUT, 1, dweight_stride)
+_plans: Kept[Plan] = Kept()
+_X, _S, _ROW_SCALE, _WEIGHT_X, _WEIGHT_S, _DY = map(Slot, range(6))  # of each call, and behind them:
+_BIAS, _Y = Slot(6), Slot(7)
+_DX, _DS, _DROW = Slot(6), Slot(7), Slot(8)
+_DWEIGHT = Slot(6)
 
 
 def forward(
-    x_MD1: Tensor,
-    s_MD2: Tensor,
-    row_scale_M: Tensor | None,
-    weight_x_OD1: Tensor,
-    weight_s_OD2: Tensor,
-    bias_O: Tensor | None,
-    y_MO: Tensor,
+    x: Tensor,
+    s: Tensor,
+    row_scale: Tensor | None,
+    weight_x: Tensor,
+    weight_s: Tensor | None,
+    bias: Tensor | None,
+    y: Tensor,
     float_scale: float = 1.0,
+    kind: Hashable = None,
 ) -> None:
     """Fills y with x @ weight_x.T + scale * (s @ weight_s.T) + bias, rounded once.
 
     The scale is that of the row or, where there is none, ``float_scale``. In the dtype of the weights; x and s may be
     wider.
+
+    Args:
+        x, s, y: (..., D1), (..., D2) and (..., O), whose rows ``row_stride`` knows.
+        row_scale: one factor a row.
+        weight_x, weight_s: (O, D1), of which rows may be longer, and (O, D2); or (O, D1 + D2) and None.
+        bias: (O,).
+        kind: stands for float_scale and the signature of each tensor, where somebody has looked at these already.
     """
-
-    def make() -> Launch:
-        (M, D1), D2, OUT = x_MD1.shape, s_MD2.shape[1], y_MO.shape[1]
-        rows, cols = (M,), (OUT,)
-        tile = choose_tile("forward", *_itemsizes(weight_x_OD1, x_MD1, s_MD2), rows, cols, _multiprocessors(x_MD1))
-        strides = (x_MD1.stride(0), s_MD2.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), y_MO.stride(0))
-        arguments = (*tensors, M, OUT, D1, D2, *strides, float_scale)
-        return _launch(_skip_linear_fwd_kernel, tile, num_tiles(tile, rows, cols), arguments)
-
-    tensors = (x_MD1, s_MD2, _dense(row_scale_M), weight_x_OD1, weight_s_OD2, _dense(bias_O), y_MO)
-    _plans.launch(("forward", float_scale), make, tensors)
+    tensors = (x, s, _dense(row_scale), weight_x, weight_s, None, _dense(bias), y)
+    key = ("forward", kind or (*map(signature, tensors), float_scale))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, Plan([_forward_launch(x, s, weight_x, weight_s, y, float_scale)]))
+    plan.run(tensors)
 
 
 def backward_inputs(
-    dy_MO: Tensor,
-    weight_x_OD1: Tensor,
-    weight_s_OD2: Tensor,
-    s_MD2: Tensor,
-    row_scale_M: Tensor | None,
-    dx_MD1: Tensor | None,
-    ds_MD2: Tensor | None,
+    dy: Tensor,
+    weight_x: Tensor,
+    weight_s: Tensor | None,
+    s: Tensor,
+    row_scale: Tensor | None,
+    dx: Tensor | None,
+    ds: Tensor | None,
     drow_M: Tensor | None,
     float_scale: float = 1.0,
+    kind: Hashable = None,
 ) -> None:
     """Fills those of dx, ds and the fp32 gradient of the row scale that are given; dx and ds in dtypes of their own."""
-    (M, OUT), D1, D2 = dy_MO.shape, weight_x_OD1.shape[1], weight_s_OD2.shape[1]
-    needs_skip = ds_MD2 is not None or drow_M is not None
-    rows, cols = (M,), (0 if dx_MD1 is None else D1, D2 if needs_skip else 0)
-    tile = choose_tile("inputs", *_itemsizes(dy_MO, s_MD2, s_MD2), rows, cols, _multiprocessors(dy_MO))
-    partial_drow = None
-    if drow_M is not None:
-        partial_drow = drow_M.new_empty((math.ceil(D2 / tile.block_cols), M), dtype=torch.float32)
-
-    def make() -> Launch:
-        strides = (dy_MO.stride(0), weight_x_OD1.stride(0), weight_s_OD2.stride(0), s_MD2.stride(0))
-        strides += tuple(0 if gradient is None else gradient.stride(0) for gradient in (dx_MD1, ds_MD2))
-        arguments = (*tensors, M, OUT, D1, D2, *strides, float_scale)
-        return _launch(_skip_linear_bwd_inputs_kernel, tile, num_tiles(tile, rows, cols), arguments)
-
-    tensors = (dy_MO, weight_x_OD1, weight_s_OD2, s_MD2, _dense(row_scale_M), dx_MD1, ds_MD2, partial_drow)
-    _plans.launch(("inputs", float_scale), make, tensors)
-    if partial_drow is not None:
-        torch.sum(partial_drow, 0, out=drow_M)
+    tensors = (None, s, _dense(row_scale), weight_x, weight_s, dy, dx, ds)
+    key = ("inputs", kind or (*map(signature, tensors), float_scale), drow_M is not None)
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _inputs_plan(dy, weight_x, weight_s, s, dx, ds, drow_M, float_scale))
+    (partial_size,) = plan.outputs
+    if drow_M is None or partial_size is None:
+        return plan.run((*tensors, None))
+    partial_drow = drow_M.new_empty_strided(partial_size, (partial_size[1], 1))
+    plan.run((*tensors, partial_drow))
+    torch.sum(partial_drow, 0, out=drow_M)
 
 
 def backward_weight(
-    dy_MO: Tensor,
-    x_MD1: Tensor,
-    s_MD2: Tensor,
-    row_scale_M: Tensor | None,
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    row_scale: Tensor | None,
     dweight_OD: Tensor,
     float_scale: float = 1.0,
+    kind: Hashable = None,
 ) -> None:
     """Fills dweight with dy.T @ x and, beside it, dy.T @ (scale * s), a skip scaled by row rounded as eager does.
 
     In the dtype of dy; x and s may be wider, dweight is of any dtype.
     """
-    (M, OUT), D1, D2 = dy_MO.shape, x_MD1.shape[1], s_MD2.shape[1]
-    rows, cols = (D1, D2), (OUT,)
-    num_multiprocessors = _multiprocessors(dy_MO)
-    itemsizes = _itemsizes(dy_MO, x_MD1, s_MD2)
-    tile = choose_tile("weight", *itemsizes, rows, cols, num_multiprocessors // MAX_SPLITS)
+    row_scale = None if row_scale is None else row_scale.float().contiguous()
+    tensors = (x, s, row_scale, None, None, dy)
+    key = ("weight", kind or (*map(signature, (*tensors, dweight_OD)), float_scale))
+    plan = _plans.get(key)
+    if plan is None:
+        plan = _plans.keep(key, _weight_plan(dy, x, s, dweight_OD, float_scale))
+    (partial_size,) = plan.outputs
+    if partial_size is None:
+        return plan.run((*tensors, dweight_OD))
+    dweight = torch.empty(partial_size, dtype=torch.float32, device=dweight_OD.device)
+    plan.run((*tensors, dweight))
+    torch.sum(dweight, 0, out=dweight_OD) if dweight_OD.dtype == torch.float32 else dweight_OD.copy_(dweight.sum(0))
+
+
+def row_stride(x: Tensor) -> int | None:
+    """Numbers from a row of (..., D) to the next; None where rows do not lie evenly, or are not dense."""
+    step, num_rows = None, 1
+    for size, stride in zip(reversed(x.shape[:-1]), reversed(x.stride()[:-1]), strict=True):
+        if size == 1:
+            continue
+        if step is not None and stride != step * num_rows:
+            return None
+        step = stride if step is None else step
+        num_rows *= size
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        return None
+    return x.shape[-1] if step is None else step
+
+
+def _forward_launch(
+    x: Tensor, s: Tensor, weight_x: Tensor, weight_s: Tensor | None, y: Tensor, float_scale: float
+) -> Launch:
+    M, D1, D2, OUT = math.prod(x.shape[:-1]), x.shape[-1], s.shape[-1], y.shape[-1]
+    rows, cols = (M,), (OUT,)
+    tile = choose_tile("forward", *_itemsizes(weight_x, x, s), rows, cols, _multiprocessors(x))
+    strides = (row_stride(x), row_stride(s), *_weight_strides(weight_x, weight_s), row_stride(y))
+    pointers = (_X, _S, _ROW_SCALE, _WEIGHT_X, _weight_s(weight_s, D1), _BIAS, _Y)
+    arguments = (*pointers, M, OUT, D1, D2, *strides, float_scale)
+    return _launch(_skip_linear_fwd_kernel, tile, num_tiles(tile, rows, cols), arguments)
+
+
+def _inputs_plan(
+    dy: Tensor,
+    weight_x: Tensor,
+    weight_s: Tensor | None,
+    s: Tensor,
+    dx: Tensor | None,
+    ds: Tensor | None,
+    drow_M: Tensor | None,
+    float_scale: float,
+) -> Plan:
+    M, OUT, D2 = math.prod(dy.shape[:-1]), dy.shape[-1], s.shape[-1]
+    D1 = weight_x.shape[1] - D2 if weight_s is None else 0 if dx is None else dx.shape[-1]
+    rows, cols = (M,), (0 if dx is None else D1, 0 if ds is None and drow_M is None else D2)
+    tile = choose_tile("inputs", *_itemsizes(dy, s, s), rows, cols, _multiprocessors(dy))
+    strides = (row_stride(dy), *_weight_strides(weight_x, weight_s), row_stride(s))
+    strides += tuple(0 if gradient is None else row_stride(gradient) for gradient in (dx, ds))
+    pointers = (_DY, _WEIGHT_X, _weight_s(weight_s, D1), _S, _ROW_SCALE, _DX, _DS, _DROW)
+    arguments = (*pointers, M, OUT, D1, D2, *strides, float_scale)
+    launch = _launch(_skip_linear_bwd_inputs_kernel, tile, num_tiles(tile, rows, cols), arguments)
+    return Plan([launch], [None if drow_M is None else (math.ceil(D2 / tile.block_cols), M)])
+
+
+def _weight_plan(dy: Tensor, x: Tensor, s: Tensor, dweight_OD: Tensor, float_scale: float) -> Plan:
+    M, OUT, D1, D2 = math.prod(dy.shape[:-1]), dy.shape[-1], x.shape[-1], s.shape[-1]
+    rows, cols, num_multiprocessors = (D1, D2), (OUT,), _multiprocessors(dy)
+    tile = choose_tile("weight", *_itemsizes(dy, x, s), rows, cols, num_multiprocessors // MAX_SPLITS)
     tiles = num_tiles(tile, rows, cols)
     num_splits = choose_num_splits(tiles, M, num_multiprocessors)
-    dweight = dweight_OD.unsqueeze(0)
-    if num_splits > 1:
-        dweight = dweight_OD.new_empty((num_splits, OUT, D1 + D2), dtype=torch.float32)
-
-    def make() -> Launch:
-        strides = (dy_MO.stride(0), x_MD1.stride(0), s_MD2.stride(0), dweight.stride(0), dweight.stride(1))
-        arguments = (*tensors, M, math.ceil(M / num_splits), OUT, D1, D2, *strides, float_scale)
-        return _launch(_skip_linear_bwd_weight_kernel, tile, (tiles, num_splits), arguments)
-
-    row_scale = None if row_scale_M is None else row_scale_M.float().contiguous()
-    tensors = (dy_MO, x_MD1, s_MD2, row_scale, dweight)
-    _plans.launch(("weight", float_scale), make, tensors)
-    if num_splits > 1:
-        torch.sum(dweight, 0, out=dweight_OD) if dweight_OD.dtype == torch.float32 else dweight_OD.copy_(dweight.sum(0))
+    of_splits = None if num_splits == 1 else (num_splits, OUT, D1 + D2)
+    of_weight = (dweight_OD.numel(), dweight_OD.stride(0)) if of_splits is None else (OUT * (D1 + D2), D1 + D2)
+    strides = (row_stride(dy), row_stride(x), row_stride(s), *of_weight)
+    arguments = (
+        *(_DY, _X, _S, _ROW_SCALE, _DWEIGHT, M, math.ceil(M / num_splits), OUT, D1, D2),
+        *(*strides, float_scale),
+    )
+    return Plan([_launch(_skip_linear_bwd_weight_kernel, tile, (tiles, num_splits), arguments)], [of_splits])
 
 
-_plans = Plans()
+def _weight_s(weight_s: Tensor | None, D1: int) -> Slot:
+    return Slot(_WEIGHT_X.tensor, D1) if weight_s is None else _WEIGHT_S
+
+
+def _weight_strides(weight_x: Tensor, weight_s: Tensor | None) -> tuple[int, int]:
+    return weight_x.stride(0), (weight_x if weight_s is None else weight_s).stride(0)
 
 
 def _launch(kernel: Any, tile: Tile, num_programs: int | tuple[int, ...], arguments: tuple[Any, ...]) -> Launch:

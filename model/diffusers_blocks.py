@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
 from scalelong.model import skip_layers
 from scalelong.model.diffusers_gates import GATES
-from scalelong.model.skip_scale import SkipPosition, SkipScale
+from scalelong.model.layer_calls import has_forward_of_class, is_called_by_class
+from scalelong.model.skip_scale import SkipScale
 
 
 @dataclass
@@ -90,15 +91,6 @@ class Conv3x3(skip_layers.Conv3x3):
     """Our layer where a nn.Conv2d stood that keeps the sides."""
 
 
-def fused_activation(activation: nn.Module) -> str | None:
-    """Its name among the activations of our norm, or None."""
-    if not skip_layers.is_called_by_class(activation, type(activation)):
-        return None
-    if type(activation) is nn.SiLU:
-        return "silu"
-    return "gelu" if type(activation) is nn.GELU and activation.approximate == "none" else None
-
-
 class ResnetBlock2D(resnet.ResnetBlock2D):
     """Norms with what surrounds them in one pass; given a skip, over a concatenation that is not written.
 
@@ -108,9 +100,10 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
     long_skip: LongSkip | None = None
 
     def forward(  # type: ignore[override]
-        self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None
+        self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None, scale: Scale = None
     ) -> Tensor:
-        input_tensor, skip, scale = self.inputs(input_tensor, skip)
+        if skip is None:
+            input_tensor, skip, scale = self.parted(input_tensor)
         h = self.norm_and_activation(self.norm1, input_tensor, skip, scale)
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
@@ -126,18 +119,18 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         elif self.time_embedding_norm == "default" and temb is not None:
             h = h + temb
         h = self.norm_and_activation(self.norm2, h, gain=gain, shift=shift)
-        y = self.shortcut(input_tensor, skip, scale) + self.conv2(self.dropout(h))
+        # In the order of diffusers: recomputation ends with the last layer whose output backward reads.
+        h = self.conv2(self.dropout(h))
+        y = self.shortcut(input_tensor, skip, scale) + h
         factor = self.output_scale_factor
         # By type first: the Skip blocks have one of NumPy, on which torch.compile cannot branch.
         return y if type(factor) in (int, float) and factor == 1 else y / factor
 
-    def inputs(self, x: Tensor, skip: Tensor | None) -> tuple[Tensor, Tensor | None, Scale]:
-        """Hidden stream, long skip and its factor, also out of their concatenation."""
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor | None, Scale]:
+        """Hidden stream, long skip and its factor, out of their concatenation."""
         long_skip = self.long_skip
         if long_skip is None or long_skip.input == "scaled":
-            return x, skip, None
-        if skip is not None:
-            return x, skip, long_skip.scale(skip)
+            return x, None, None
         if long_skip.input == "concatenated":
             long_skip.input = "taken"
         channels_last, hidden = is_channels_last(x), long_skip.hidden_channels
@@ -155,35 +148,14 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         shift: Tensor | None = None,
     ) -> Tensor:
         position = "before-norm" if self.long_skip is None else self.long_skip.network.policy.position
-        if not skip_layers.is_called_by_class(norm, GroupNorm):
-            return self.nonlinearity(norm_as_it_is(norm, h, skip, scale, position, gain, shift))
-        act = fused_activation(self.nonlinearity)
-        y = norm(h, skip, scale, position, act=act, gain=gain, shift=shift)
-        return self.nonlinearity(y) if act is None else y
+        return skip_layers.norm_and_activation(
+            norm, self.nonlinearity, h, skip, scale, position, gain=gain, shift=shift
+        )
 
     def shortcut(self, h: Tensor, skip: Tensor | None, scale: Scale) -> Tensor:
-        if self.conv_shortcut is not None and skip_layers.is_called_by_class(self.conv_shortcut, SkipConv1x1):
-            return self.conv_shortcut(h, skip, scale)
-        x = concatenated(h, skip, scale)
-        return x if self.conv_shortcut is None else self.conv_shortcut(x)
-
-
-def norm_as_it_is(
-    norm: nn.Module,
-    h: Tensor,
-    skip: Tensor | None,
-    scale: Scale,
-    position: SkipPosition,
-    gain: Tensor | None,
-    shift: Tensor | None,
-) -> Tensor:
-    """What our GroupNorm computes before the activation, by a norm that somebody wrapped, watches or replaced."""
-    if skip is not None and scale is not None and position == "after-norm":
-        gain, scale = skip_layers.skip_gain(scale, h, skip).to(h.dtype), None
-    y = norm(concatenated(h, skip, scale))
-    if gain is not None:
-        y = y * (1 + gain[:, :, None, None])
-    return y if shift is None else y + shift[:, :, None, None]
+        if self.conv_shortcut is None:
+            return concatenated(h, skip, scale)
+        return skip_layers.shortcut(self.conv_shortcut, h, skip, scale)
 
 
 def decoded(
@@ -199,16 +171,21 @@ def decoded(
     checkpointed = torch.is_grad_enabled() and getattr(block, "gradient_checkpointing", False)
     factors = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")} if freeu else {}
     for k, residual_block in enumerate(block.resnets):
-        skip = skips[-1 - k]
+        skip: Any = skips[-1 - k]
+        long_skip: LongSkip = block.skips.long_skips[k]
         if freeu and all(factors.values()):
             h, skip = apply_freeu(block.resolution_idx, h, skip, **factors)
-        if not skip_layers.is_called_by_class(residual_block, ResnetBlock2D):
-            residual_block = partial(called_as_it_is, residual_block, block.skips.long_skips[k])
         # Positional, and no tensor inside a container: so every way of checkpointing sees them.
-        if checkpointed:
-            h = block._gradient_checkpointing_func(residual_block, h, temb, skip)
+        if is_called_by_class(residual_block, ResnetBlock2D):
+            # The factor is an argument: blocks that are compiled one by one share a graph.
+            arguments: tuple[Any, ...] = (h, temb, skip, long_skip.scale(skip))
         else:
-            h = residual_block(h, temb, skip)
+            residual_block = partial(called_as_it_is, residual_block, long_skip)
+            arguments = (h, temb, skip)
+        if checkpointed:
+            h = block._gradient_checkpointing_func(residual_block, *arguments)
+        else:
+            h = residual_block(*arguments)
         h = attend(k, h)
     return h
 
@@ -222,7 +199,7 @@ def called_as_it_is(
     scaled already, after the norm it can only be ours that scales.
     """
     skip = as_layout(skip, is_channels_last(h))
-    if isinstance(residual_block, ResnetBlock2D) and skip_layers.has_forward_of_class(residual_block):
+    if isinstance(residual_block, ResnetBlock2D) and has_forward_of_class(residual_block):
         return residual_block(concatenated(h, skip, None), temb)
     scale, is_after_norm = long_skip.scale(skip), long_skip.network.policy.position == "after-norm"
     must_take = is_after_norm and scale is not None

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from scalelong.model.skip_layers import has_forward_of_class
+from scalelong.model.layer_calls import has_forward_of_class
 
 # Fingerprints of the forwards that our blocks stand for, read in releases 0.33.1, 0.34.0, 0.35.2, 0.36.0, 0.37.0,
 # 0.37.1, 0.38.0, 0.39.0, 0.40.0, 0.41.0, 0.42.0 and 0.42.1. The two of ResnetBlock2D, up to 0.36 and from 0.37, differ

@@ -22,7 +22,8 @@ from scalelong.model.diffusers_known import (
     import_blocks,
     set_class,
 )
-from scalelong.model.skip_layers import has_forward_of_class, keeps_sides
+from scalelong.model.layer_calls import has_forward_of_class
+from scalelong.model.skip_layers import keeps_sides
 from scalelong.model.skip_scale import SkipPosition, SkipScale, make_skip_scale
 
 

@@ -8,6 +8,7 @@ from typing import Literal, overload
 from torch import Tensor, nn
 
 from scalelong.kernels.add_layer_norm import add_layer_norm
+from scalelong.model.layer_calls import is_called_by_class
 
 
 class AddLayerNorm(nn.LayerNorm):
@@ -61,10 +62,10 @@ def add_norm(norm: nn.Module, x_BTD: Tensor, branch_BTD: Tensor | None = None) -
     """The stream ``x + branch``, or x, and ``norm`` of it.
 
     In one operator where ``norm`` is an AddLayerNorm: backward then adds the residual's gradient to the norm's in the
-    same pass, which is why x itself is to be taken from here too. Anything else in its place, and a layer whose forward
-    was replaced, is called as it is, after a plain sum.
+    same pass, which is why x itself is to be taken from here too. Anything else in its place, and a layer that is
+    watched or whose forward was replaced, is called as it is, after a plain sum.
     """
-    if type(norm).forward is AddLayerNorm.forward and "forward" not in norm.__dict__:
+    if is_called_by_class(norm, AddLayerNorm):
         return norm(x_BTD, branch_BTD, with_stream=True)
     stream_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
     return stream_BTD, norm(stream_BTD)

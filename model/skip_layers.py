@@ -1,18 +1,19 @@
 """The layers of a UNet's residual block that take a long skip beside the hidden stream, over our operators.
 
 They are PyTorch's own layers where no skip is given, with the same parameters and names, so that a model can be given
-them, and be rid of them, by changing the class of its modules.
+them, and be rid of them, by changing the class of its modules. The functions at the end call such a layer, or whatever
+was put in its place as the plain network would: given the concatenation.
 
 Shapes: N batch, Ch channels of the hidden stream h, Cs channels of the skip s, C = Ch + Cs, * spatial dimensions.
 """
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from scalelong.kernels.conv3x3 import conv3x3
 from scalelong.kernels.group_norm import Scale, concatenated, group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
+from scalelong.model.layer_calls import has_method_of, is_called_by_class
 from scalelong.model.skip_scale import SkipPosition
 
 
@@ -68,26 +69,7 @@ def keeps_sides(conv: nn.Conv2d, size: int) -> bool:
     """Whether it is a convolution of that size, padded with zeros so that it keeps the sides, and nothing else."""
     shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups, conv.padding_mode)
     expected = ((size, size), (1, 1), (size // 2, size // 2), (1, 1), 1, "zeros")
-    return shape == expected and getattr(conv._conv_forward, "__func__", None) is nn.Conv2d._conv_forward
-
-
-def is_called_by_class(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call runs ``kind.forward`` and nothing beside it, so that arguments of our own reach it and only it.
-
-    Whoever watches a module by hooks, or gave it another forward, is to be called as by the plain network.
-    """
-    return (
-        isinstance(module, kind)
-        and getattr(module.forward, "__func__", None) is kind.forward
-        and not (module._forward_pre_hooks or module._forward_hooks)
-        and not (module._backward_pre_hooks or module._backward_hooks)
-        and not _has_any_global_hook()
-    )
-
-
-def has_forward_of_class(module: nn.Module) -> bool:
-    """Also where it stands in the instance once more, as accelerate's hooks leave it when they go."""
-    return "forward" not in vars(module) or getattr(module.forward, "__func__", None) is type(module).forward
+    return shape == expected and has_method_of(conv, "_conv_forward", nn.Conv2d)
 
 
 def skip_gain(scale: Tensor | float, h: Tensor, s: Tensor) -> Tensor:
@@ -97,3 +79,57 @@ def skip_gain(scale: Tensor | float, h: Tensor, s: Tensor) -> Tensor:
         scale = torch.full((), scale, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
     of_s = (scale - 1).expand(N, Cs)
     return torch.cat([of_s.new_zeros(N, Ch), of_s], dim=1)
+
+
+def norm_and_activation(
+    norm: nn.Module,
+    activation: nn.Module,
+    h: Tensor,
+    s: Tensor | None = None,
+    scale: Scale = None,
+    position: SkipPosition = "before-norm",
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+) -> Tensor:
+    """``activation(norm(cat([h, scale * s], 1)) * (1 + gain) + shift)``, in one operator where both layers are ours."""
+    if not is_called_by_class(norm, GroupNorm):
+        return activation(_norm_as_it_is(norm, h, s, scale, position, gain, shift))
+    act = fused_activation(activation)
+    y = norm(h, s, scale, position, act=act, gain=gain, shift=shift)
+    return activation(y) if act is None else y
+
+
+def fused_activation(activation: nn.Module) -> str | None:
+    """Its name among the activations of our norm, or None."""
+    if not is_called_by_class(activation, type(activation)):
+        return None
+    if type(activation) is nn.SiLU:
+        return "silu"
+    return "gelu" if type(activation) is nn.GELU and activation.approximate == "none" else None
+
+
+def _norm_as_it_is(
+    norm: nn.Module,
+    h: Tensor,
+    s: Tensor | None,
+    scale: Scale,
+    position: SkipPosition,
+    gain: Tensor | None,
+    shift: Tensor | None,
+) -> Tensor:
+    """What our GroupNorm computes before the activation, by a norm that somebody wrapped, watches or replaced."""
+    if s is not None and scale is not None and position == "after-norm":
+        gain, scale = skip_gain(scale, h, s).to(h.dtype), None
+    y = norm(concatenated(h, s, scale))
+    over_space = (..., *[None] * (h.dim() - 2))
+    if gain is not None:
+        y = y * (1 + gain[over_space])
+    return y if shift is None else y + shift[over_space]
+
+
+def shortcut(conv: nn.Module, h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
+    """``conv(cat([h, scale * s], 1))``."""
+    if is_called_by_class(conv, SkipConv1x1):
+        return conv(h, s, scale)
+    return conv(concatenated(h, s, scale))

@@ -9,17 +9,20 @@ Shapes: B batch, C channels, H height, W width, E features of the embedding of t
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
+from scalelong.kernels.backend import in_transform
 from scalelong.kernels.group_norm import Scale
 from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, run_block
-from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1
+from scalelong.model.layer_calls import is_called_by_class
+from scalelong.model.linear_layers import TokenConv1d, project_tokens
+from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, norm_and_activation, shortcut
 from scalelong.model.skip_scale import SkipPosition, SkipScale, Unscaled
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 
@@ -130,6 +133,14 @@ class UNetConfig:
         return channels // self.num_head_channels if self.num_head_channels else self.num_heads
 
 
+class Embedding(NamedTuple):
+    """The embedding of time and label, before the activation that each block begins with and after it."""
+
+    emb_BE: Tensor
+    activated_BE: Tensor
+    """Shared by all blocks."""
+
+
 class Downsample(nn.Module):
     """Halves the side by a strided convolution."""
 
@@ -164,8 +175,12 @@ def halved(x_BCHW: Tensor) -> Tensor:
 class ResBlock(nn.Module):
     """A residual block with the embedding of time and label; in the decoder it takes in a long skip.
 
-    The activations in ``in_layers`` and ``out_layers`` keep the published names; they are computed with the norms.
+    The activations keep the published names: those in ``in_layers`` and ``out_layers`` are computed with the norms, the
+    one in ``emb_layers`` once for all blocks.
     """
+
+    takes_embedding = True
+    """What wraps a block hands this on, as torch.compile does."""
 
     def __init__(
         self,
@@ -197,23 +212,26 @@ class ResBlock(nn.Module):
             nn.Identity() if in_channels == out_channels else SkipConv1x1(in_channels, out_channels, 1)
         )
 
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
-        """``emb_BE`` is the embedding after its activation, which all blocks share."""
-        norm, _, conv = self.in_layers
-        h_BCHW = norm(x_BCHW, skip, scale, self.position, act="silu")
-        # A decoder block has more channels coming in than going out, so its shortcut is a convolution.
-        shortcut = self.skip_connection(x_BCHW) if skip is None else self.skip_connection(x_BCHW, skip, scale)
+    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+        norm, activation, conv = self.in_layers
+        h_BCHW = norm_and_activation(norm, activation, x_BCHW, skip, scale, self.position)
+        shortcut_BCHW = shortcut(self.skip_connection, x_BCHW, skip, scale)
         if self.resample is not None:
-            h_BCHW, shortcut = self.resample(h_BCHW), self.resample(shortcut)
+            h_BCHW, shortcut_BCHW = self.resample(h_BCHW), self.resample(shortcut_BCHW)
         h_BCHW = conv(h_BCHW)
-        modulation = self.emb_layers[1](emb_BE)
-        norm, _, dropout, conv = self.out_layers
+        modulation = self._modulation(emb)
+        norm, activation, dropout, conv = self.out_layers
         if self.is_adaptive:
             gain, shift = modulation.chunk(2, dim=1)
-            h_BCHW = norm(h_BCHW, gain=gain, shift=shift, act="silu")
+            h_BCHW = norm_and_activation(norm, activation, h_BCHW, gain=gain, shift=shift)
         else:
-            h_BCHW = norm(h_BCHW + modulation[:, :, None, None], act="silu")
-        return shortcut + conv(dropout(h_BCHW))
+            h_BCHW = norm_and_activation(norm, activation, h_BCHW + modulation[:, :, None, None])
+        return shortcut_BCHW + conv(dropout(h_BCHW))
+
+    def _modulation(self, emb: Embedding) -> Tensor:
+        activation, projection = self.emb_layers
+        is_shared = type(activation) is nn.SiLU and is_called_by_class(activation, nn.SiLU)
+        return projection(emb.activated_BE if is_shared else activation(emb.emb_BE))
 
 
 class AttentionBlock(nn.Module):
@@ -224,36 +242,29 @@ class AttentionBlock(nn.Module):
         self.num_heads = config.num_heads_of(channels)
         self.is_split_by_heads_first = not config.use_new_attention_order
         self.norm = GroupNorm(config.num_groups, channels, config.norm_eps)
-        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
-        self.proj_out = nn.Conv1d(channels, channels, 1)
+        self.qkv = TokenConv1d(channels, 3 * channels, 1)
+        self.proj_out = TokenConv1d(channels, channels, 1)
         zeroed(self.proj_out)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         tokens_BTC = self.norm(x_BCHW).flatten(2).transpose(1, 2)
-        weight, bias = self.qkv.weight.squeeze(2), self.qkv.bias
-        if self.is_split_by_heads_first:
-            weight, bias = queries_first(weight, self.num_heads), queries_first(bias, self.num_heads)
-        mixed_BTC = attention(F.linear(tokens_BTC, weight, bias), self.num_heads)
-        update_BTC = F.linear(mixed_BTC, self.proj_out.weight.squeeze(2), self.proj_out.bias)
+        heads_first = self.num_heads if self.is_split_by_heads_first else None
+        mixed_BTC = attention(project_tokens(self.qkv, tokens_BTC, heads_first), self.num_heads)
+        update_BTC = project_tokens(self.proj_out, mixed_BTC)
         return x_BCHW + update_BTC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:])
-
-
-def queries_first(rows: Any, num_heads: int) -> Any:
-    """Rows that are split into heads, and these into queries, keys and values: sorted the other way round."""
-    return rows.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(0, 2)
 
 
 class Stage(nn.ModuleList):
     """What stands at one place of the published list of blocks, called one after the other."""
 
-    def forward(self, x_BCHW: Tensor, emb_BE: Tensor, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
         for layer in self:
-            if not isinstance(layer, ResBlock):
+            if not getattr(layer, "takes_embedding", False):
                 x_BCHW = layer(x_BCHW)
             elif skip is None:
-                x_BCHW = layer(x_BCHW, emb_BE)
+                x_BCHW = layer(x_BCHW, emb)
             else:
-                x_BCHW, skip = layer(x_BCHW, emb_BE, skip, scale), None
+                x_BCHW, skip = layer(x_BCHW, emb, skip, scale), None
         return x_BCHW
 
 
@@ -362,29 +373,29 @@ class UNet(Backbone):
             ValueError: an image of another shape than the configuration's, another number of times or labels than of
                 images, labels missing or not wanted.
         """
-        emb_BE = self._embed(x_BCHW, t_B, y_B)
-        h_BCHW = self.input_blocks[0](x_BCHW, emb_BE)
-        if self.channels_last:
+        emb = self._embed(x_BCHW, t_B, y_B)
+        h_BCHW = self.input_blocks[0](x_BCHW, emb)
+        if self.channels_last and not in_transform():  # vmap knows no layouts
             h_BCHW = h_BCHW.contiguous(memory_format=torch.channels_last)
         skips = [h_BCHW]
         for stage in self.input_blocks[1:]:  # type: ignore[index]
-            h_BCHW = self._run(stage, h_BCHW, emb_BE)
+            h_BCHW = self._run(stage, h_BCHW, emb)
             skips.append(h_BCHW)
-        h_BCHW = self._run(self.middle_block, h_BCHW, emb_BE)
+        h_BCHW = self._run(self.middle_block, h_BCHW, emb)
         num_skips = self.config.num_skips
         for executed, stage in enumerate(self.output_blocks):
             skip = skips.pop()
             scale = self.skip_scale.scale(num_skips - executed, num_skips, skip, self.skip_gates)
-            h_BCHW = self._run(stage, h_BCHW, emb_BE, skip, scale)
-        norm, _, conv = self.out
-        return conv(norm(h_BCHW, act="silu"))
+            h_BCHW = self._run(stage, h_BCHW, emb, skip, scale)
+        norm, activation, conv = self.out
+        return conv(norm_and_activation(norm, activation, h_BCHW))
 
-    def _run(self, stage: nn.Module, *arguments: Tensor | Scale) -> Tensor:
+    def _run(self, stage: nn.Module, *arguments: Tensor | Embedding | Scale) -> Tensor:
         return run_block(
             stage, *arguments, checkpointing=self.checkpointing, is_random=self.training and self.config.dropout > 0
         )
 
-    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
+    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Embedding:
         config = self.config
         expected = (config.in_channels, config.img_size, config.img_size)
         if tuple(x_BCHW.shape[1:]) != expected:
@@ -394,11 +405,10 @@ class UNet(Backbone):
         t_B = times_of_images(t_B, x_BCHW, "UNet")
         if y_B is not None:
             check_labels(y_B, x_BCHW, "UNet")
-        dtype = next(self.time_embed.parameters()).dtype
-        emb_BE = self.time_embed(time_embedding(t_B, config.model_channels, dtype))
+        emb_BE = self.time_embed(time_embedding(t_B, config.model_channels, x_BCHW.dtype))
         if self.label_emb is not None:
             emb_BE = emb_BE + self.label_emb(y_B)
-        return F.silu(emb_BE)
+        return Embedding(emb_BE, F.silu(emb_BE))
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
         num_skips = self.config.num_skips

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
-from scalelong.kernels.gelu_linear import gelu_linear
-from scalelong.kernels.skip_linear import Scale, skip_linear
+from scalelong.kernels.skip_linear import Scale
 from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
+from scalelong.model.linear_layers import GeluLinear, SkipLinear, project_gelu, project_skip
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.skip_scale import SkipScale, Unscaled
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
@@ -109,10 +109,10 @@ class Mlp(nn.Module):
         super().__init__()
         hidden = config.mlp_width
         self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = nn.Linear(hidden, config.width)
+        self.fc2 = GeluLinear(hidden, config.width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return gelu_linear(self.fc1(x_BTD), self.fc2.weight, self.fc2.bias)
+        return project_gelu(self.fc2, self.fc1(x_BTD))
 
 
 class Block(nn.Module):
@@ -120,7 +120,7 @@ class Block(nn.Module):
 
     def __init__(self, config: UViTConfig, *, takes_skip: bool = False):
         super().__init__()
-        self.skip_linear = nn.Linear(2 * config.width, config.width) if takes_skip else None
+        self.skip_linear = SkipLinear(2 * config.width, config.width) if takes_skip else None
         self.norm1 = AddLayerNorm(config.width)
         self.attn = Attention(config)
         self.norm2 = AddLayerNorm(config.width)
@@ -129,7 +129,7 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, skip_BTD: Tensor | None = None, scale: Scale = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip_BTD is not None
-            x_BTD = skip_linear(x_BTD, skip_BTD, scale, self.skip_linear.weight, self.skip_linear.bias)
+            x_BTD = project_skip(self.skip_linear, x_BTD, skip_BTD, scale)
         x_BTD, y_BTD = add_norm(self.norm1, x_BTD)
         x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD))
         return x_BTD + self.mlp(y_BTD)

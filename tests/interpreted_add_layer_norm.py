@@ -10,7 +10,7 @@ from interpreter_fixtures import rounding_to_bf16_as_on_a_gpu, uninitialised_mem
 from scalelong.kernels import add_layer_norm_triton
 from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
 from scalelong.kernels.backend import get_backend
-from scalelong.kernels.launches import Plans
+from scalelong.kernels.launches import Kept
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 ADAPTIVE = ("gain", "shift", "gate")
@@ -21,7 +21,7 @@ def _short_walks(monkeypatch):
     """So that rows of a few samples make programs with several steps, and samples of several programs."""
     monkeypatch.setattr(add_layer_norm_triton, "multiprocessors", lambda _: 1)
     add_layer_norm_triton.choose_tiling.cache_clear()
-    monkeypatch.setattr(add_layer_norm_triton, "_plans", Plans())
+    monkeypatch.setattr(add_layer_norm_triton, "_plans", Kept())
 
 
 def test_triton_runs():

@@ -19,7 +19,7 @@ from scalelong.bench.warp_path import WarpPath
 from scalelong.kernels import add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.add_layer_norm_triton import choose_tiling
-from scalelong.kernels.launches import Plans
+from scalelong.kernels.launches import Kept
 
 ROOT = Path(__file__).resolve().parents[1]
 compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
@@ -74,7 +74,7 @@ def launches_of(
     of_parameters = (None if p is None else empty(*p.shape) for p in inputs[2:])
     dbranch = rows(half) if is_adaptive or half != stream else None
     kept = inputs if is_adaptive else inputs._replace(branch=None)
-    with recorded_launches() as launches, patch.object(add_layer_norm_triton, "_plans", Plans()):
+    with recorded_launches() as launches, patch.object(add_layer_norm_triton, "_plans", Kept()):
         add_layer_norm_triton.forward(inputs, 1e-5, Outputs(rows(stream), rows(half), *statistics))
         gradients = Gradients(rows(stream), dbranch, *of_parameters)
         add_layer_norm_triton.backward(rows(stream), rows(half), kept, *statistics, gradients)

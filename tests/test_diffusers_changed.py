@@ -28,7 +28,7 @@ from test_diffusers_patch import (
 from scalelong.kernels.conv3x3 import conv3x3
 from scalelong.kernels.group_norm import skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
-from scalelong.model import diffusers_blocks
+from scalelong.model import diffusers_blocks, skip_layers
 from scalelong.model.diffusers_patch import patch_diffusers, unpatch_diffusers
 from scalelong.model.skip_layers import Conv3x3, GroupNorm
 from scalelong.model.skip_scale import SKIP_POSITIONS, SkipScale
@@ -313,7 +313,8 @@ def test_without_hooks_no_concatenation_is_written(monkeypatch):
         return diffusers_concatenated(h, s, scale)
 
     diffusers_concatenated = diffusers_blocks.concatenated
-    monkeypatch.setattr(diffusers_blocks, "concatenated", concatenated)
+    for module in (diffusers_blocks, skip_layers):
+        monkeypatch.setattr(module, "concatenated", concatenated)
     network(**make_inputs(network))
     assert seen
     assert all(s is None for s in seen)

@@ -16,8 +16,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
-from scalelong.kernels import plans
-from scalelong.kernels.launches import Launch, Plans, prepare, signature
+from scalelong.kernels import launches
+from scalelong.kernels.launches import Kept, Launch, Plan, Slot, places, signature
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
@@ -86,9 +86,11 @@ def gpu() -> Iterator[StubbedDriver]:
     driver._active = before
 
 
-def flat_launch(x: Tensor, bias: Tensor | None, y: Tensor) -> Launch:
-    constants = {"BLOCK": 64, "ACT": "silu"}
-    return Launch(_flat_kernel, 3, (x, bias, y, x.numel()), constants, 4, {"num_stages": 2})
+FLAT = Launch(_flat_kernel, 3, (Slot(0), Slot(1), Slot(2), 192), {"BLOCK": 64, "ACT": "silu"}, 4, {"num_stages": 2})
+
+
+def zeros(*sizes: int) -> list[Tensor]:
+    return [torch.zeros(size) for size in sizes]
 
 
 def shown(arguments: tuple[Any, ...]) -> list[Any]:
@@ -99,20 +101,15 @@ def shown(arguments: tuple[Any, ...]) -> list[Any]:
 
 
 @pytest.mark.parametrize("has_bias", [False, True])
-@pytest.mark.parametrize("as_address", [False, True])
-def test_the_second_launch_is_what_triton_would_launch(gpu, has_bias, as_address):
-    first, second = ([torch.zeros(192) for _ in range(3)] for _ in range(2))
-
-    def launch(x, bias, y):
-        return flat_launch(x, bias if has_bias else None, y)
-
-    prepared = prepare(launch(*first))
-    launch(*second).through_triton()
-    pointers = second if has_bias else (second[0], second[2])
+def test_the_second_launch_is_what_triton_would_launch(gpu, has_bias):
+    first, second = ([x, bias if has_bias else None, y] for x, bias, y in (zeros(192, 192, 192), zeros(192, 192, 192)))
+    plan = Plan([FLAT])
+    plan.run(first)
+    FLAT.through_triton(second)
     with patch.object(triton.JITFunction, "run", side_effect=AssertionError("through Triton")):
-        prepared(*(x.data_ptr() if as_address else x for x in pointers))
+        plan.run(second)
     _, expected, found = gpu.launches
-    assert prepared.takes_addresses
+    assert plan.is_compiled
     assert shown(found[9:]) == shown(expected[9:])
     assert found[:6] == expected[:6]
     assert found[:4] == (3, 1, 1, 11)
@@ -120,23 +117,41 @@ def test_the_second_launch_is_what_triton_would_launch(gpu, has_bias, as_address
 
 
 def test_tensors_inside_tuples_are_replaced(gpu):
-    a, b, y = (torch.zeros(64) for _ in range(3))
-    prepared = prepare(Launch(_bundled_kernel, (1, 2), (Pair(a, 0.5), y, 64), {"BLOCK": 64}, 1))
-    prepared(b, y)
+    a, b, y = zeros(64, 64, 64)
+    plan = Plan([Launch(_bundled_kernel, (1, 2), (Pair(Slot(0), 0.5), Slot(1), 64), {"BLOCK": 64}, 1)])
+    plan.run((a, y))
+    plan.run((b, y))
     first, second = gpu.launches
     assert first[:2] == second[:2] == (1, 2)
     assert shown(second[9:]) == [(b.data_ptr(), 0.5), y.data_ptr(), 64, 64]
 
 
+def test_a_slot_starts_at_an_element(gpu):
+    x, y = torch.zeros(256, dtype=torch.float64), torch.zeros(256)
+    plan = Plan(
+        [
+            FLAT._replace(arguments=(Slot(0), None, Slot(1, 32), 192)),
+            FLAT._replace(arguments=(Slot(0, 16), None, Slot(1), 192)),
+        ]
+    )
+    for _ in range(2):
+        plan.run((x, y))
+    for pair in (gpu.launches[:2], gpu.launches[2:]):
+        assert [shown(launch[9:13]) for launch in pair] == [
+            [x.data_ptr(), None, y.data_ptr() + 32 * 4, 192],
+            [x.data_ptr() + 16 * 8, None, y.data_ptr(), 192],
+        ]
+
+
 def test_a_launch_goes_to_the_current_stream(gpu):
-    x = torch.zeros(192)
-    prepared = prepare(flat_launch(x, None, x))
+    x, plan = torch.zeros(192), Plan([FLAT])
+    plan.run((x, None, x))
     gpu.stream = 12
-    prepared(x, x)
+    plan.run((x, None, x))
     assert [launch[3] for launch in gpu.launches] == [11, 12]
 
 
-def test_a_launch_goes_to_the_device_that_it_was_prepared_on(gpu):
+def test_a_launch_goes_to_the_device_that_it_was_compiled_on(gpu):
     class Device:
         def __init__(self, index: int) -> None:
             self.index = index
@@ -147,39 +162,39 @@ def test_a_launch_goes_to_the_device_that_it_was_prepared_on(gpu):
         def __exit__(self, *_: object) -> None:
             gpu.device = self.before
 
-    x = torch.zeros(192)
+    x, plan = torch.zeros(192), Plan([FLAT])
     gpu.device = 1
-    prepared = prepare(flat_launch(x, None, x))
+    plan.run((x, None, x))
     gpu.device = 0
     with patch.object(torch.cuda, "device", Device):
-        prepared(x, x)
+        plan.run((x, None, x))
     assert [launch[3] for launch in gpu.launches] == [111, 111]
     assert gpu.device == 0
 
 
 def test_hooks_see_each_launch(gpu):
-    x, seen = torch.zeros(192), []
-    prepared = prepare(flat_launch(x, None, x))
+    x, seen, plan = torch.zeros(192), [], Plan([FLAT])
+    plan.run((x, None, x))
     before = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     try:
         knobs.runtime.launch_enter_hook = lambda metadata: seen.append(metadata.get()["name"])  # type: ignore[assignment]
         knobs.runtime.launch_exit_hook = lambda metadata: seen.append("end")  # type: ignore[assignment]
-        prepared(x, x)
+        plan.run((x, None, x))
     finally:
         knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook = before
-    prepared(x, x)
+    plan.run((x, None, x))
     assert seen == ["_flat_kernel", "end"]
     assert gpu.launches[-1][6:9] == (None, None, None)
 
 
 def test_what_is_recorded_instead_of_launched_stays_with_triton_until_it_is_compiled(gpu):
-    x = torch.zeros(192)
+    x, plan = torch.zeros(192), Plan([FLAT])
     with patch.object(triton.JITFunction, "run", lambda *_, **__: None):
-        prepared = prepare(flat_launch(x, None, x))
-    assert not prepared.takes_addresses
-    prepared(x, x)
-    assert prepared.takes_addresses
-    prepared(x, x)
+        plan.run((x, None, x))
+    assert not plan.is_compiled
+    plan.run((x, None, x))
+    assert plan.is_compiled
+    plan.run((x, None, x))
     assert len(gpu.launches) == 2
 
 
@@ -188,13 +203,14 @@ def test_no_tensor_is_kept(gpu):
     import weakref
 
     x = torch.zeros(192)
-    alive = weakref.ref(x)
-    prepared = prepare(flat_launch(x, None, x))
+    alive, plan = weakref.ref(x), Plan([FLAT])
+    plan.run((x, None, x))
+    plan.run((x, None, x))
     gpu.launches.clear()
     del x
     gc.collect()
     assert alive() is None
-    assert prepared.takes_addresses
+    assert plan.is_compiled
 
 
 def test_what_triton_specialises_on_is_in_the_key():
@@ -205,37 +221,19 @@ def test_what_triton_specialises_on_is_in_the_key():
     assert len({signature(x), *map(signature, others)}) == 6
 
 
-def test_plans_launch_through_triton_once_for_each_signature(gpu):
-    plans, made = Plans(), []
-
-    def launch(x: Tensor, bias: Tensor | None, y: Tensor) -> None:
-        tensors = (x, bias, y)
-        plans.launch("flat", lambda: made.append(tensors) or flat_launch(*tensors), tensors)
-
-    for _ in range(3):
-        launch(torch.zeros(192), None, torch.zeros(192))
-    assert len(made) == 1
-    launch(torch.zeros(192), torch.zeros(192), torch.zeros(192))
-    launch(torch.zeros(193)[1:], None, torch.zeros(192))  # no multiple of 16
-    launch(torch.zeros(192).double(), None, torch.zeros(192))
-    assert len(made) == 4
-    assert len(gpu.launches) == 6
+def test_what_hooks_on_saved_tensors_may_change_is_in_the_key_of_backward():
+    x, matrix = torch.zeros(33), torch.zeros(4, 4)
+    assert places((x, None, matrix)) == places((x.clone(), None, matrix.clone()))
+    assert places((x[1:], None, matrix)) != places((x[:-1], None, matrix)) != places((x[:-1], matrix, None))
+    assert places((matrix,)) != places((matrix.t(),))
 
 
-def test_plans_keep_no_launch_that_was_not_compiled(gpu):
-    plans, x = Plans(), torch.zeros(192)
-    with patch.object(triton.JITFunction, "run", lambda *_, **__: None):
-        plans.launch("flat", lambda: flat_launch(x, None, x), (x, None, x))
-    plans.launch("flat", lambda: flat_launch(x, None, x), (x, None, x))
-    assert len(gpu.launches) == 1
-
-
-def test_plans_do_not_grow_without_end(gpu, monkeypatch):
-    monkeypatch.setattr(Plans, "MAX_KEPT", 2)
-    plans, x = Plans(), torch.zeros(192)
+def test_what_is_kept_does_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(Kept, "MAX_KEPT", 2)
+    kept = Kept()
     for key in range(5):
-        plans.launch(key, lambda: flat_launch(x, None, x), (x, None, x))
-    assert len(plans._kept) <= 2
+        assert kept.keep(key, key) == kept.get(key) == key
+    assert len(kept._kept) <= 2
 
 
 def test_a_plan_makes_its_launches_on_the_device_of_its_tensors(monkeypatch):
@@ -247,16 +245,10 @@ def test_a_plan_makes_its_launches_on_the_device_of_its_tensors(monkeypatch):
         yield
         order.append("left")
 
-    monkeypatch.setattr(plans, "current_device", current_device)
-
-    def prepare(launch: Launch) -> Any:
-        order.append(launch.arguments)
-        return SimpleNamespace(takes_addresses=False)
-
-    monkeypatch.setattr(plans, "prepare", prepare)
+    monkeypatch.setattr(launches, "current_device", current_device)
+    monkeypatch.setattr(Launch, "through_triton", lambda launch, tensors: order.append(tensors))
     x = torch.zeros(8)
-    launch = Launch(_flat_kernel, 1, (plans.Slot(1), None, plans.Slot(1, 2), 8), {"BLOCK": 64, "ACT": "silu"}, 4)
-    plans.Plan([launch]).run((None, x))
+    Plan([FLAT]).run((None, x))
     assert order[0] is x
-    assert order[1][2].data_ptr() == x.data_ptr() + 8
+    assert order[1] == (None, x)
     assert order[2:] == ["left"]

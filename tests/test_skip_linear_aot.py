@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scalelong.bench.ahead_of_time import Launch, recorded_launches, spill_bytes
 from scalelong.kernels import skip_linear_triton
+from scalelong.kernels.launches import Kept
 from scalelong.kernels.skip_linear_tilings import TABLES, Tile
 
 pytestmark = [
@@ -66,6 +67,11 @@ def entries() -> Iterator[Any]:
                     name = f"{product}-{dtype}{read}-{tile.block_rows}x{tile.block_cols}-sm_{arch}-scale={has_scale}"
                     marks = [] if is_quick else [pytest.mark.exhaustive]
                     yield pytest.param(product, dtype, read_dtype, tile, arch, has_scale, id=name, marks=marks)
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_each_test(monkeypatch):
+    monkeypatch.setattr(skip_linear_triton, "_plans", Kept())
 
 
 @pytest.mark.parametrize(("product", "dtype", "read_dtype", "tile", "arch", "has_scale"), list(entries()))

@@ -63,6 +63,7 @@ void conv3x3_weight_grad(Tensor dweight, Tensor dbias, Tensor scratch, Tensor do
   check("conv3x3: dweight", dweight, outputs.num_channels * inputs.num_channels * 9);
   check("conv3x3: dbias", dbias, outputs.num_channels);
   check("conv3x3: scratch", scratch, parts.inputs + parts.outputs + parts.tiles);
+  float *const dweight_data = (float*)dweight.data_ptr(), *const dbias_data = (float*)dbias.data_ptr();
   float* const input_panels = (float*)scratch.data_ptr();
   float* const output_panels = input_panels + parts.inputs;
   float* const tiles = output_panels + parts.outputs;
@@ -74,7 +75,7 @@ void conv3x3_weight_grad(Tensor dweight, Tensor dbias, Tensor scratch, Tensor do
   });
   in_parallel(parts.output_panels * parts.input_panels, GRAIN, [&](int64_t begin, int64_t end) {
     kernels().sum(input_panels, output_panels, size, inputs.num_channels, outputs.num_channels, tiles,
-                  (float*)dweight.data_ptr(), (float*)dbias.data_ptr(), begin, end);
+                  dweight_data, dbias_data, begin, end);
   });
 }
 

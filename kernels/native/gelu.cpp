@@ -28,16 +28,20 @@ void check_alike(const Tensor& x, std::initializer_list<std::pair<const char*, c
 void gelu_forward(Tensor y, Tensor x) {
   check_alike(x, {{"gelu: y", &y}});
   const GeluKernels kernels = kernels_of(x);
+  // Before the threads: a tensor that is copied on write is copied by the call.
+  void *const x_data = x.data_ptr(), *const y_data = y.data_ptr();
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
-    kernels.forward(x.data_ptr(), y.data_ptr(), begin, end);
+    kernels.forward(x_data, y_data, begin, end);
   });
 }
 
 void gelu_backward(Tensor dx, Tensor y, Tensor dy, Tensor x) {
   check_alike(x, {{"gelu: dx", &dx}, {"gelu: y", &y}, {"gelu: dy", &dy}});
   const GeluKernels kernels = kernels_of(x);
+  void *const x_data = x.data_ptr(), *const dy_data = dy.data_ptr(), *const dx_data = dx.data_ptr(),
+             *const y_data = y.data_ptr();
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
-    kernels.backward(x.data_ptr(), dy.data_ptr(), dx.data_ptr(), y.data_ptr(), begin, end);
+    kernels.backward(x_data, dy_data, dx_data, y_data, begin, end);
   });
 }
 

@@ -1,0 +1,78 @@
+"""The linear layers of the networks that take in what stands before them, over our operators.
+
+They are PyTorch's own layers where nothing more is given, with the same parameters and names. The functions beside them
+call such a layer, or whatever was put in its place (an adapter, a quantised or a watched layer) as the plain network
+would: with the concatenation or the activation written out.
+
+Shapes: B samples, T tokens, D1 width of the stream, D2 width of the skip, O width of the output, H heads.
+"""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scalelong.kernels.gelu_linear import gelu_linear
+from scalelong.kernels.skip_linear import Scale, concatenated_tokens, skip_linear
+from scalelong.model.layer_calls import is_called_by_class
+
+
+class SkipLinear(nn.Linear):
+    """nn.Linear that, given a skip, takes the scaled concatenation."""
+
+    def forward(self, x: Tensor, s: Tensor | None = None, scale: Scale = None) -> Tensor:  # type: ignore[override]
+        """``linear(cat([x, scale * s], -1))``; ``s`` (B, T, D2) and ``scale`` are as ``skip_linear`` takes them."""
+        return super().forward(x) if s is None else skip_linear(x, s, scale, self.weight, self.bias)
+
+
+class GeluLinear(nn.Linear):
+    """nn.Linear that, asked to, activates its input; backward then keeps the input alone."""
+
+    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:  # type: ignore[override]
+        """``linear(gelu(x))`` with the exact gelu, or ``linear(x)``."""
+        return gelu_linear(x, self.weight, self.bias) if gelu else super().forward(x)
+
+
+class TokenConv1d(nn.Conv1d):
+    """nn.Conv1d of size 1 that also takes tokens, (B, T, D), and may put out its channels in another order."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, *, is_tokens: bool = False, heads_first: int | None = None
+    ) -> Tensor:
+        """``x`` is (B, D, T) or, with ``is_tokens``, (B, T, D); so is the output.
+
+        Args:
+            heads_first: H of a projection whose rows are split into heads first and these into queries, keys and
+                values: the output of tokens has queries, keys and values first. None: as the rows are.
+        """
+        if not is_tokens:
+            return super().forward(x)
+        weight, bias = self.weight.squeeze(2), self.bias
+        if heads_first is not None:
+            weight, bias = (None if rows is None else queries_first(rows, heads_first) for rows in (weight, bias))
+        return F.linear(x, weight, bias)  # type: ignore[arg-type]
+
+
+def queries_first(rows: Tensor, num_heads: int, dim: int = 0) -> Tensor:
+    """``rows`` in the dimension ``dim``, split into heads and these into queries, keys and values: the other way."""
+    return rows.unflatten(dim, (num_heads, 3, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
+
+
+def project_skip(layer: nn.Module, x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
+    """``layer(cat([x, scale * s], -1))``."""
+    if is_called_by_class(layer, SkipLinear):
+        return layer(x_BTD1, s_BTD2, scale)
+    return layer(concatenated_tokens(x_BTD1, s_BTD2, scale))
+
+
+def project_gelu(layer: nn.Module, x: Tensor) -> Tensor:
+    """``layer(gelu(x))``."""
+    return layer(x, gelu=True) if is_called_by_class(layer, GeluLinear) else layer(F.gelu(x))
+
+
+def project_tokens(layer: nn.Module, x_BTD: Tensor, heads_first: int | None = None) -> Tensor:
+    """``layer``, a convolution of size 1 over (B, D, T), of tokens; ``heads_first`` as for ``TokenConv1d``."""
+    if is_called_by_class(layer, TokenConv1d):
+        return layer(x_BTD, is_tokens=True, heads_first=heads_first)
+    y_BOT = layer(x_BTD.transpose(1, 2))
+    if heads_first is not None:
+        y_BOT = queries_first(y_BOT, heads_first, dim=1)
+    return y_BOT.transpose(1, 2).contiguous()
