@@ -19,7 +19,7 @@ from typing import IO, Any
 
 import torch
 
-from scalelong.train.hosts.processes import RANK_VARIABLES
+from scalelong.train.hosts.environment import RANK_VARIABLES
 
 Variables = Mapping[str, object]
 

@@ -20,7 +20,7 @@ FLOORS_OF_TRAIN = (
     {"errors", "monitor", "objective", "usage", "write_whole"},
     {"config"},
     {"guard", "recipes", "run_folder", "schedule"},
-    {"command_line", "report"},
+    {"command_line", "report", "run_lock"},
     {"data", "hosts"},
     {"zero"},
     {"checkpoint"},

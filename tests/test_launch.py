@@ -166,7 +166,14 @@ def test_what_ended_the_job_is_told_in_one_line(capfd, printed, code, expected_c
 
 
 def test_processes_that_a_killed_launcher_leaves_behind_are_ended(capfd):
-    assert Job(["true"], lambda number: 2).run() == 1
+    sent = []
+
+    def signal_two(number: int) -> int:
+        sent.append(number)
+        return 2 if len(sent) < 3 else 0
+
+    assert Job(["true"], signal_two).run() == 1
+    assert sent == [signal.SIGTERM, 0, 0, signal.SIGKILL]
     assert "the deepspeed launcher was killed" in capfd.readouterr().err
 
 

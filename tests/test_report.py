@@ -15,7 +15,7 @@ from rich.console import Console
 from scalelong.train import report
 from scalelong.train.errors import RankError, UserError
 from scalelong.train.hosts.processes import Processes
-from scalelong.train.hosts.signals import StopSignals
+from scalelong.train.hosts.signals import STOP_SIGNALS, StopSignals
 from scalelong.train.report import QuietReport, Report, truncate_log
 
 pytest.importorskip("tensorboard")
@@ -193,12 +193,22 @@ def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_remembered_and_interrupts_nothing(number):
     with StopSignals() as stop:
         assert stop.received is None
         send(number)
         assert stop.received == number.name
+
+
+def test_under_nohup_a_terminal_may_close():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignals() as stop:
+            send(signal.SIGHUP)
+            assert stop.received is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_signal_soon_after_does_not_cut_the_saving_short():
@@ -228,7 +238,7 @@ def test_a_launcher_that_repeats_its_signal_never_interrupts(monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_the_handlers_from_before_come_back(fails):
-    numbers = (signal.SIGTERM, signal.SIGINT)
+    numbers = STOP_SIGNALS
     before = [signal.getsignal(number) for number in numbers]
     try:
         with StopSignals():

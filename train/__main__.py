@@ -1,9 +1,10 @@
 """``python -m scalelong.train PRESET [--field value ...]``: trains, or goes on with, a run."""
 
+import os
 import sys
 import time
 
-from scalelong.train.errors import RankError, run_command
+from scalelong.train.errors import dropped_if_nobody_reads, run_command, speak_as
 from scalelong.train.usage import usage
 
 SECONDS_BEHIND_THE_DEAD = 3.0
@@ -17,20 +18,24 @@ def main(argv: list[str] | None = None) -> None:
         return
 
     from scalelong.train.command_line import parse_train_arguments
+    from scalelong.train.hosts.environment import find_place
 
+    speak_as(find_place(os.environ).rank)
     config = parse_train_arguments(argv)
 
-    from scalelong.train.hosts.processes import has_lost_contact, leave_processes
+    from scalelong.train.hosts.processes import leave_processes, to_user_error
     from scalelong.train.loop import train
 
     try:
-        exit_code = train(config)
+        with dropped_if_nobody_reads():
+            exit_code = train(config)
     except RuntimeError as error:
-        if not has_lost_contact(error):
+        told = to_user_error(error)
+        if told is None:
             raise
         # The launcher is to meet the one that died before it meets this one.
         time.sleep(SECONDS_BEHIND_THE_DEAD)
-        raise RankError("lost contact with another process of the run: it, or its machine, has died") from None
+        raise told from None
     leave_processes()
     sys.exit(exit_code)
 

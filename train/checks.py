@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
-from scalelong.train.config import TrainConfig, config_differences
+from scalelong.train.config import TrainConfig, config_differences, config_to_dict
 from scalelong.train.data.batches import choose_reader, num_reader_threads, prepare_source
 from scalelong.train.data.order import BatchPlan
 from scalelong.train.data.source import LatentSource, open_source
@@ -15,6 +15,9 @@ from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes, cores_per_process
 from scalelong.train.run_folder import config_path, holds_something_else, read_config
 from scalelong.train.zero import engine as zero
+
+OF_ONE_HOST = {"--data.path", "--data.vae", "--data.reader", "--data.num-threads", "--deepspeed-config"}
+"""Flags whose values may differ from host to host: where things lie, and how they are read."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +46,43 @@ def check_before_training(config: TrainConfig, processes: Processes) -> Start:
     Raises:
         UserError: what is wrong, on every rank.
     """
-    check_versions(processes.gather((socket.gethostname(), installed_versions())))
+    mine = installed_versions() | values_of(config)
+    check_versions(processes.gather((f"rank {processes.rank} on {socket.gethostname()}", mine)))
     checkpoint = processes.on_main(lambda: find_checkpoint(config))
     start = processes.agree(lambda: check_input(config, processes, checkpoint))
+    check_same_data(config, processes.gather((socket.gethostname(), start.data_fingerprint)))
     if not start.is_finished:
         check_images(start)
     return start
+
+
+def values_of(config: TrainConfig) -> dict[str, str]:
+    """The flags of the configuration and their values, but for those that may differ from host to host."""
+    flat, left = {}, [("--", config_to_dict(config))]
+    while left:
+        prefix, values = left.pop()
+        for name, value in values.items():
+            flag = prefix + name.replace("_", "-")
+            if isinstance(value, dict):
+                left.append((flag + ".", value))
+            elif flag not in OF_ONE_HOST:
+                flat[flag] = str(value)
+    return flat
+
+
+def check_same_data(config: TrainConfig, fingerprints: list[tuple[str, str]]) -> None:
+    """Every rank sees the same images.
+
+    Args:
+        fingerprints: of each rank, with its host.
+
+    Raises:
+        UserError: a rank that sees others.
+    """
+    first_host, expected = fingerprints[0]
+    for rank, (host, fingerprint) in enumerate(fingerprints):
+        if fingerprint != expected:
+            raise UserError(f"rank {rank} on {host} has other images in {config.data.path} than rank 0 on {first_host}")
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:

@@ -104,6 +104,11 @@ def without_local_rank(argv: list[str]) -> list[str]:
     return kept
 
 
+def with_short_names(flags: list[str]) -> list[str]:
+    """``--run-folder`` is ``--run``, which torchrun takes for one of its own wherever it stands."""
+    return [re.sub(r"^--run[-_]folder(?==|$)", "--run", flag) for flag in flags]
+
+
 def parse_train_arguments(argv: list[str]) -> TrainConfig:
     """A preset, then flags that override its fields. The launcher's ``--local_rank`` is accepted and not needed.
 
@@ -115,7 +120,7 @@ def parse_train_arguments(argv: list[str]) -> TrainConfig:
         print(usage())
         sys.exit(0)
     name, flags = choose_recipe(argv, program=TRAIN_PROGRAM)
-    return parse(TrainConfig, flags, prog=f"{TRAIN_PROGRAM} {name}", default=RECIPES[name])
+    return parse(TrainConfig, with_short_names(flags), prog=f"{TRAIN_PROGRAM} {name}", default=RECIPES[name])
 
 
 def choose_recipe(argv: list[str], *, program: str) -> tuple[str, list[str]]:

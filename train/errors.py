@@ -3,9 +3,12 @@
 Without an import, so that ``--help`` costs nothing.
 """
 
+import contextlib
+import io
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 EXIT_USER_ERROR = 2
 EXIT_SAVED_AFTER_SIGNAL = 75
@@ -20,9 +23,18 @@ class RankError(UserError):
     """A UserError that one process met alone, so that it has to say it itself; the launcher then ends the others."""
 
 
+_main_process = True
+
+
+def speak_as(rank: int) -> None:
+    """Says which of a run's processes this is: from now on the others than rank 0 leave to it what all have met."""
+    global _main_process
+    _main_process = rank == 0
+
+
 def is_main_process() -> bool:
-    """Rank 0, before any process group exists."""
-    return int(os.environ.get("RANK", "0")) == 0
+    """Rank 0, before any process group exists. Commands that run in one process are, whatever the environment says."""
+    return _main_process
 
 
 def warn(message: str) -> None:
@@ -31,10 +43,70 @@ def warn(message: str) -> None:
         print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+class Output:
+    """Standard output or standard error, whose text is dropped from the moment on that it cannot be written.
+
+    Args:
+        tells: whether that is an error all the same.
+    """
+
+    def __init__(self, stream: Any, *, tells: bool = False):
+        self._stream = stream._stream if isinstance(stream, Output) else stream
+        self._tells = tells
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError as error:
+            self._drop(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError as error:
+            self._drop(error)
+
+    def _drop(self, error: OSError) -> None:
+        # What is still buffered goes there too, and what libraries write.
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+        if self._tells and isinstance(error, BrokenPipeError):
+            raise error
+        if self._tells:
+            raise UserError(f"standard output cannot be written: {error.strerror}") from None
+
+
+@contextlib.contextmanager
+def dropped_if_nobody_reads() -> Iterator[None]:
+    """While entered, a reader that has gone (``| head -1``), a closed terminal or a full disk ends nothing."""
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Output(stream) if stream is not None else None for stream in streams)
+    try:
+        yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        sys.stdout, sys.stderr = streams
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a command's main function; errors that a user can act on become one line and exit code 2."""
+    # A name in another script than the terminal's is no reason to fail.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+    output: Any = Output(sys.stdout, tells=True)
     try:
-        main()
+        with contextlib.redirect_stdout(output if sys.stdout is not None else None):
+            try:
+                main()
+            finally:
+                if sys.stdout is not None:
+                    sys.stdout.flush()
     except UserError as error:
         if is_main_process() or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
@@ -42,6 +114,5 @@ def run_command(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # Whoever read our output, `| head` say, has seen enough; nothing may be flushed to them at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # Whoever read our output, `| head` say, has seen enough.
         sys.exit(1)

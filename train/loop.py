@@ -1,5 +1,6 @@
 """The training loop: ``train`` is one visible function; what it calls stands below it."""
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -14,10 +15,12 @@ from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
 from scalelong.train.hosts.heartbeat import Heartbeat
 from scalelong.train.hosts.processes import join_processes
 from scalelong.train.hosts.signals import StopSignals
+from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import PROCESSES, noise_prediction_loss
 from scalelong.train.report import Meter, QuietReport, Report
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
 from scalelong.train.run_folder import grid_path
+from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
 from scalelong.train.zero import engine as zero
@@ -31,10 +34,19 @@ def train(config: TrainConfig) -> int:
         UserError: bad input, before anything is written; or a run that cannot go on, its last checkpoint intact.
     """
     processes = join_processes()
-    start = check_before_training(config, processes)
-    if start.is_finished:
-        announce_finished(start)
-        return 0
+    with RunLock(config.run) as lock:
+        processes.agree(lambda: lock.take_if_there() if processes.is_main else None)
+        start = check_before_training(config, processes)
+        if start.is_finished:
+            announce_finished(start)
+            return 0
+        processes.agree(lambda: lock.take(is_new=start.checkpoint is None) if processes.is_main else None)
+        return train_on(start)
+
+
+def train_on(start: Start) -> int:
+    """Trains from a start, which nothing is wrong with, to the end or a signal; returns the exit code."""
+    config, processes = start.config, start.processes
     run, meter = start_run(start), Meter()
     note_bad_samples(run)
     with StopSignals() as signals, Heartbeat(processes), processes.agree(lambda: open_report(run)) as report:
@@ -154,8 +166,7 @@ def announce_end(run: Run, signal: str | None, *, is_finished: bool) -> None:
         return
     cause = signal or "a signal to another process"
     print(f"{cause}: saved at {run.images_seen:,} images; to go on, run the same command again:")
-    # What a launcher was told is not known here.
-    print(f"  {'deepspeed ...' if run.processes.world_size > 1 else command_to_resume()}", flush=True)
+    print(f"  {command_to_resume()}", flush=True)
 
 
 def announce_results(run: Path, images_seen: int) -> None:
@@ -164,6 +175,11 @@ def announce_results(run: Path, images_seen: int) -> None:
 
 
 def command_to_resume() -> str:
+    """The command that was given, to a launcher if there is one on this host."""
+    if GIVEN_COMMAND in os.environ:
+        return os.environ[GIVEN_COMMAND]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return command_of_launcher() or f"the launcher with ... {shlex.join(without_local_rank(sys.argv[1:]))}"
     program = Path(sys.argv[0])
     if program.name == "__main__.py":
         shown = TRAIN_PROGRAM if program.parent.name == "train" else "python -m scalelong"

@@ -17,6 +17,11 @@ def config_path(run: Path) -> Path:
     return run / "config.json"
 
 
+def lock_path(run: Path) -> Path:
+    """Locked by the start that trains there; the file stays when none does."""
+    return run / "lock"
+
+
 def log_path(run: Path) -> Path:
     return run / "log.jsonl"
 
@@ -46,7 +51,8 @@ def holds_something_else(run: Path) -> bool:
     What a batch system or a shell writes of the run there, its standard output say, is no stranger.
     """
     return not all(
-        is_staging(path, "config.json") or (path.is_file() and LOG_NAME.fullmatch(path.name)) for path in run.iterdir()
+        is_staging(path, "config.json") or path == lock_path(run) or (path.is_file() and LOG_NAME.fullmatch(path.name))
+        for path in run.iterdir()
     )
 
 

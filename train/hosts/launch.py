@@ -7,24 +7,30 @@ to the training processes, which then save, and ends the whole job when a proces
 import os
 import re
 import secrets
+import shlex
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 from scalelong.train.command_line import parse, parse_train_arguments
-from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, EXIT_USER_ERROR, UserError, warn
-from scalelong.train.hosts.preflight import check_environment_file, check_hosts, over_ssh, read_hostfile
-from scalelong.train.hosts.workers import FLAG, signal_workers
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, EXIT_USER_ERROR, UserError, dropped_if_nobody_reads, warn
+from scalelong.train.hosts.environment import USUAL_PORT
+from scalelong.train.hosts.preflight import check_environment_file, check_hosts, read_hostfile
+from scalelong.train.hosts.signals import stop_signals
+from scalelong.train.hosts.watcher import signal_everywhere, watched
+from scalelong.train.hosts.workers import FLAG, GIVEN_COMMAND
 from scalelong.train.recipes import RECIPES
 
 PROGRAM = "scalelong launch"
+SECONDS_TO_SAVE = 60.0
+"""How long training processes that have lost their launcher may take to save."""
 SECONDS_TO_END = 10.0
 """How long the other processes may go on after one has ended before its time."""
 NOTICE_LOST_HOST = "-o ServerAliveInterval=4 -o ServerAliveCountMax=3"
@@ -46,8 +52,8 @@ class LaunchConfig:
     """Processes on each host; 0: the slots of the hostfile, or the GPUs of this machine."""
     master_addr: str = ""
     """Address of the first host as the others see it; its name in the hostfile if not given."""
-    master_port: int = 29500
-    """A free port of the first host."""
+    master_port: int = 0
+    """A port of the first host; 0: any that is free on this machine alone, 29500 for several hosts."""
     ssh_port: int | None = None
     """Of the hosts' ssh servers."""
     node_rank: int | None = None
@@ -56,8 +62,8 @@ class LaunchConfig:
     def __post_init__(self):
         if self.num_accelerators < 0:
             raise ValueError(f"num_accelerators must not be negative, got {self.num_accelerators}")
-        if not 0 < self.master_port < 2**16:
-            raise ValueError(f"master_port must be in 1 .. {2**16 - 1}, got {self.master_port}")
+        if not 0 <= self.master_port < 2**16:
+            raise ValueError(f"master_port must be in 0 .. {2**16 - 1}, got {self.master_port}")
         if self.node_rank is not None and (self.hostfile is None or not self.master_addr):
             raise ValueError("node_rank needs a hostfile and a master_addr")
 
@@ -78,8 +84,11 @@ def main(argv: list[str] | None = None) -> None:
     job = Job(
         command_line(config, hosts, launch_id, training),
         lambda number: signal_everywhere(over_hosts, config.ssh_port, number, launch_id),
+        given=shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)]),
     )
-    sys.exit(job.run())
+    with watched(over_hosts, config.ssh_port, launch_id), dropped_if_nobody_reads():
+        exit_code = job.run()
+    sys.exit(exit_code)
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
@@ -109,7 +118,8 @@ def find_hosts(config: LaunchConfig) -> list[str]:
 
 def command_line(config: LaunchConfig, hosts: list[str], launch_id: str, training: list[str]) -> list[str]:
     """What starts DeepSpeed's launcher."""
-    line = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--master_port", str(config.master_port)]
+    port = config.master_port or (USUAL_PORT if config.hostfile is not None else free_port())
+    line = [sys.executable, "-u", "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
     # Without a file of that name it would look for /job/hostfile.
     line += ["--hostfile", str(config.hostfile or os.devnull)]
     if config.num_accelerators:
@@ -125,20 +135,10 @@ def command_line(config: LaunchConfig, hosts: list[str], launch_id: str, trainin
     return [*line, "--module", "scalelong.train", FLAG + launch_id, *training]
 
 
-def signal_everywhere(hosts: list[str], ssh_port: int | None, number: int, launch_id: str) -> int:
-    """Signals the training processes on every host that can be reached; returns how many there were."""
-    if not hosts:
-        return signal_workers(number, launch_id)
-
-    def on(host: str) -> int:
-        try:
-            done = over_ssh(host, ssh_port, "scalelong.train.hosts.workers", str(int(number)), launch_id)
-            return int(done.stdout.split()[-1])
-        except (UserError, ValueError, IndexError):
-            return 0
-
-    with ThreadPoolExecutor(len(hosts)) as pool:
-        return sum(pool.map(on, hosts))
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
 
 
 @dataclass
@@ -148,6 +148,8 @@ class Job:
     line: list[str]
     signal_workers: Callable[[int], int]
     """Sends a signal to the training processes; says how many there were."""
+    given: str = PROGRAM
+    """The command that started all this."""
     causes: list[str] = field(default_factory=list)
     """Why processes ended, the most telling first."""
     ending_since: float | None = None
@@ -158,11 +160,11 @@ class Job:
     def run(self) -> int:
         """Trains to the end; returns the exit code."""
         append = " ".join(filter(None, [os.environ.get("PDSH_SSH_ARGS_APPEND"), NOTICE_LOST_HOST]))
-        previous = {number: signal.signal(number, self._take_signal) for number in (signal.SIGTERM, signal.SIGINT)}
+        previous = {number: signal.signal(number, self._take_signal) for number in stop_signals()}
         try:
             with subprocess.Popen(
                 self.line,
-                env={**os.environ, "PDSH_SSH_ARGS_APPEND": append},
+                env={**os.environ, GIVEN_COMMAND: self.given, "PDSH_SSH_ARGS_APPEND": append},
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -178,8 +180,7 @@ class Job:
                 for relay in relays:
                     relay.start()
                 self._watch(launcher)
-                # Whoever is left holds the pipes open: a launcher that was killed leaves its processes behind.
-                left_over = self.signal_workers(signal.SIGKILL)
+                left_over = self._end_left_over()
                 for relay in relays:
                     relay.join()
         finally:
@@ -200,6 +201,19 @@ class Job:
                 self.signal_workers(signal.SIGKILL)
                 self.ending_since = time.monotonic()
             time.sleep(0.2)
+
+    def _end_left_over(self) -> int:
+        """A launcher that was killed leaves its processes behind, which hold the pipes open: they save, then end.
+
+        Returns:
+            How many there were.
+        """
+        left_over = self.signal_workers(0 if self.ending_since is not None else signal.SIGTERM)
+        deadline = time.monotonic() + (SECONDS_TO_SAVE if self.ending_since is None else 0.0)
+        while left_over and self.signal_workers(0) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        self.signal_workers(signal.SIGKILL)
+        return left_over
 
     def _relay(self, source: TextIO, target: TextIO) -> None:
         for line in source:

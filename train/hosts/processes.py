@@ -1,11 +1,11 @@
 """The processes of a run: who we are, on which device, and how ranks agree.
 
-Works under the deepspeed launcher, torchrun or srun (they set the variables) and without any (one process).
+Works under the deepspeed launcher, torchrun, srun, mpirun and Kubernetes (environment.py), and alone.
 """
 
 import logging
 import os
-import socket
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,10 +14,17 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from scalelong.train.errors import UserError
+from scalelong.train.errors import RankError, UserError, speak_as
+from scalelong.train.hosts.environment import Place, find_place
+from scalelong.train.hosts.meeting import meet
 
 T = TypeVar("T")
-RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+LOST_CONNECTION = re.compile(
+    r"connection (closed|reset|refused)|broken pipe|socket closed|remote (process|peer)|timed? ?out|unhandled system"
+    r"|no route to host|network is unreachable|failed to (recv|send)|connect\w* .*fail|heartbeat",
+    re.IGNORECASE,
+)
+"""How gloo, NCCL and torch's store speak of a process that has gone; they raise one kind of error for everything."""
 
 
 @dataclass(frozen=True)
@@ -89,15 +96,14 @@ def cores_per_process() -> int:
 
 def join_processes() -> Processes:
     """Sets up DeepSpeed's communication, if that has not been done, and returns who we are."""
-    if not all(name in os.environ for name in RANK_VARIABLES):
-        # Without these DeepSpeed looks for mpi4py and fails.
-        alone = ("0", "1", "0", "127.0.0.1", str(_free_port()))
-        for name, value in zip(RANK_VARIABLES, alone, strict=True):
-            os.environ[name] = value
+    place = find_place(os.environ)
+    speak_as(place.rank)
+    # DeepSpeed reads them too; without it looks for mpi4py and fails.
+    os.environ.update(place.variables())
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ or int(os.environ["WORLD_SIZE"]) > 1:
+        if "OMP_NUM_THREADS" not in os.environ or place.world_size > 1:
             torch.set_num_threads(cores_per_process())
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -110,32 +116,42 @@ def join_processes() -> Processes:
         # and hangs behind a stale lock for ever if the build was once killed. Gloo serves.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():
-        deepspeed.init_distributed(dist_backend="nccl" if on_gpu else "gloo", verbose=False)
-    local_rank = int(os.environ["LOCAL_RANK"])
-    device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
+        join_group(place, "nccl" if on_gpu else "gloo")
+    if on_gpu and place.local_rank >= torch.cuda.device_count():
+        raise RankError(f"LOCAL_RANK={place.local_rank}, but this process sees {torch.cuda.device_count()} GPUs")
+    device = torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
     return Processes(
         rank=dist.get_rank(),
         world_size=dist.get_world_size(),
-        local_rank=local_rank,
+        local_rank=place.local_rank,
         device=device,
         control_group=dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD,
     )
 
 
-def has_lost_contact(error: RuntimeError) -> bool:
-    """Whether a collective failed because another process has gone; gloo says so in words alone."""
-    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+def join_group(place: Place, backend: str) -> None:
+    """Meets the other ranks and makes the process group of all, which DeepSpeed then takes as its own."""
+    import deepspeed
+
+    store = dist.HashStore() if place.world_size == 1 else meet(place)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world_size)
+    deepspeed.init_distributed(dist_backend=backend, verbose=False)
+
+
+def to_user_error(error: RuntimeError) -> UserError | None:
+    """An error of torch.distributed in one line, by its cause; None for others. Gloo says so in words alone."""
+    text = str(error).strip()
+    if not isinstance(error, dist.DistError) and "gloo" not in text:
+        return None
+    cause = text.splitlines()[0] if text else type(error).__name__
+    if LOST_CONNECTION.search(text):
+        return RankError(f"lost contact with another process of the run: it, or its machine, has died ({cause})")
+    return RankError(f"the processes of the run cannot work together: {cause}")
 
 
 def leave_processes() -> None:
     """At the end of the program: DeepSpeed cannot be set up a second time in one process."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]

@@ -1,8 +1,16 @@
-"""SIGTERM and Ctrl-C as a wish to save and stop, which the loop grants at the next step."""
+"""SIGTERM, Ctrl-C and their like as a wish to save and stop, which the loop grants at the next step."""
 
 import signal
 import time
 from types import FrameType
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+"""SIGHUP comes from a terminal that closes; SIGUSR1 and SIGUSR2 from schedulers, some time before the job ends."""
+
+
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Those of them that this process listens to: under nohup a terminal may close."""
+    return tuple(n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
 
 class StopSignals:
@@ -19,7 +27,7 @@ class StopSignals:
         self._previous = {}
 
     def __enter__(self) -> "StopSignals":
-        self._previous = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._previous = {number: signal.signal(number, self._handle) for number in stop_signals()}
         return self
 
     def __exit__(self, *_: object) -> None:
