@@ -23,7 +23,7 @@ from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
 from scalelong.kernels.backend import get_backend
-from scalelong.kernels.launches import Kept, signature
+from scalelong.kernels.launches import Kept, have_addresses, signature
 from scalelong.kernels.products import autocast_dtype, is_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
@@ -124,8 +124,6 @@ class _Kind:
     casts_branch: bool
     casts_y: torch.dtype | None
     """To this dtype afterwards."""
-    statistics: Tensor
-    """Of no element, with dtype and device of mean and rstd."""
 
 
 _KINDS: Kept[_Kind] = Kept()
@@ -133,23 +131,24 @@ _KINDS: Kept[_Kind] = Kept()
 
 def _kind_of_call(inputs: Inputs, eps: float, backend: str, dtype: torch.dtype) -> _Kind:
     """Raises ValueError where the arguments do not fit; those of a kind that has been seen need no check."""
+    if not have_addresses():
+        return _new_kind(inputs, eps, backend, dtype)
     key = (*map(signature, inputs), eps, backend, dtype)
-    kind = _KINDS.get(key)
-    if kind is None:
-        _check(inputs, eps)
-        x, branch, *_ = inputs
-        dtype, own_dtype, branch_dtype = _dtypes(inputs, dtype)
-        kind = _Kind(
-            eps=eps,
-            backend=backend,
-            dtype=own_dtype,
-            branch_dtype=branch_dtype,
-            casts_branch=branch is not None and branch.dtype != branch_dtype,
-            casts_y=None if dtype == own_dtype else dtype,
-            statistics=_no_statistics(x),
-        )
-        _KINDS.keep(key, kind)
-    return kind
+    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(inputs, eps, backend, dtype))
+
+
+def _new_kind(inputs: Inputs, eps: float, backend: str, dtype: torch.dtype) -> _Kind:
+    _check(inputs, eps)
+    branch = inputs.branch
+    dtype, own_dtype, branch_dtype = _dtypes(inputs, dtype)
+    return _Kind(
+        eps=eps,
+        backend=backend,
+        dtype=own_dtype,
+        branch_dtype=branch_dtype,
+        casts_branch=branch is not None and branch.dtype != branch_dtype,
+        casts_y=None if dtype == own_dtype else dtype,
+    )
 
 
 def _normalised(inputs: Inputs, eps: float) -> Tensor:
@@ -197,7 +196,7 @@ def _kept(inputs: Inputs, stream: Tensor | None, keeps_branch: bool) -> Inputs:
 
 def _forward(inputs: Inputs, kind: _Kind) -> Outputs:
     x, branch, *_ = inputs
-    outputs = _empty_outputs(inputs, kind.dtype, kind.statistics)
+    outputs = _empty_outputs(inputs, kind.dtype)
     stream, y, mean, rstd = outputs
     if y.numel() == 0:
         return outputs._replace(mean=mean.zero_(), rstd=rstd.zero_())
@@ -293,7 +292,7 @@ def _shares_gradient(kept: Inputs, branch_dtype: torch.dtype | None) -> bool:
     return kept.gate is None and branch_dtype == kept.x.dtype
 
 
-def _empty_outputs(inputs: Inputs, dtype: torch.dtype, statistics: Tensor) -> Outputs:
+def _empty_outputs(inputs: Inputs, dtype: torch.dtype) -> Outputs:
     x, dense = inputs.x, torch.contiguous_format
     stream = None if inputs.branch is None else torch.empty_like(x, memory_format=dense)
     # torch takes a microsecond more for each of the arguments that it need not be given.
@@ -302,12 +301,9 @@ def _empty_outputs(inputs: Inputs, dtype: torch.dtype, statistics: Tensor) -> Ou
         if x.dtype == dtype
         else torch.empty_like(x, dtype=dtype, memory_format=dense)
     )
-    mean = statistics.new_empty_strided((math.prod(x.shape[:-1]),), (1,))
+    of_rows = torch.float64 if x.dtype == torch.float64 else torch.float32
+    mean = torch.empty_strided((math.prod(x.shape[:-1]),), (1,), dtype=of_rows, device=x.device)
     return Outputs(stream, y, mean, torch.empty_like(mean))
-
-
-def _no_statistics(x: Tensor) -> Tensor:
-    return torch.empty(0, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32, device=x.device)
 
 
 def _empty_gradients(
@@ -356,7 +352,7 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 @torch.library.register_fake("scalelong::add_layer_norm")
 def _(x, branch, weight, bias, gain, shift, gate, eps, dtype):
     inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
-    return none_as_empty(_empty_outputs(inputs, dtype, _no_statistics(x)), x)
+    return none_as_empty(_empty_outputs(inputs, dtype), x)
 
 
 @torch.library.impl("scalelong::add_layer_norm_backward", "default")

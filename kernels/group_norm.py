@@ -23,7 +23,7 @@ from scalelong.kernels.arguments import as_argument, check_scale, check_skip, de
 from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
-from scalelong.kernels.launches import Kept, signature
+from scalelong.kernels.launches import Kept, have_addresses, signature
 
 Scale = Tensor | float | None
 
@@ -179,24 +179,24 @@ _KINDS: Kept[_Kind] = Kept()
 
 def _kind_of_call(op: str, tensors: Tensors, options: Options, backend: str) -> _Kind:
     """Raises ValueError where the arguments do not fit; those of a kind that has been seen need no check."""
+    if not have_addresses():
+        return _new_kind(op, tensors, options, backend)
     key = (*map(signature, tensors), options, backend)
-    kind = _KINDS.get(key)
-    if kind is None:
-        _check_arguments(op, tensors, options)
-        y, mean, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
-        kind = _KINDS.keep(
-            key,
-            _Kind(
-                options=options,
-                backend=backend,
-                channels_last=is_channels_last(tensors.h),
-                y_shape=y.shape,
-                y_stride=y.stride(),
-                statistics=mean.new_empty(0),
-                statistics_shape=mean.shape,
-            ),
-        )
-    return kind
+    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(op, tensors, options, backend))
+
+
+def _new_kind(op: str, tensors: Tensors, options: Options, backend: str) -> _Kind:
+    _check_arguments(op, tensors, options)
+    y, mean, _ = _empty_outputs(tensors.h, tensors.s, options.groups)
+    return _Kind(
+        options=options,
+        backend=backend,
+        channels_last=is_channels_last(tensors.h),
+        y_shape=y.shape,
+        y_stride=y.stride(),
+        statistics=mean.new_empty(0),
+        statistics_shape=mean.shape,
+    )
 
 
 def _reference(options: Options, *tensors: Tensor | None) -> Tensor:

@@ -180,6 +180,11 @@ def signature(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.device)
 
 
+def have_addresses() -> bool:
+    """False inside modes such as FakeTensorMode, where tensors may only stand for real ones: they have no signature."""
+    return torch._C._len_torch_dispatch_stack() == 0
+
+
 def places(tensors: Call) -> tuple[Any, ...]:
     """What may differ where ``signature`` did not, of tensors that were saved for backward.
 

@@ -24,7 +24,7 @@ from scalelong.kernels import skip_linear_gemm, skip_linear_triton
 from scalelong.kernels.arguments import as_argument, described, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
-from scalelong.kernels.launches import Kept, places, signature
+from scalelong.kernels.launches import Kept, have_addresses, places, signature
 from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
 
 Scale = Tensor | float | None
@@ -133,8 +133,6 @@ class _Kind:
     weight: ModuleType
     product: torch.dtype
     """In which the products are computed."""
-    y: Tensor
-    """Of no element, with dtype and device of the output."""
 
 
 _KINDS: Kept[_Kind] = Kept()
@@ -143,7 +141,7 @@ _KINDS: Kept[_Kind] = Kept()
 def _kind_of_call(
     tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None = None
 ) -> _Kind:
-    if backend != "triton":  # which has plans to keep; others are also called by tensors that only stand for real ones
+    if backend != "triton" or not have_addresses():  # others have no plans to keep
         return _new_kind(tensors, options, backend, check)
     key = (*map(signature, tensors), options, backend, forced_backend(), check)
     return _KINDS.get(key) or _KINDS.keep(key, _new_kind(tensors, options, backend, check))
@@ -159,7 +157,6 @@ def _new_kind(tensors: _Tensors, options: _Options, backend: str, check: Callabl
         inputs=_form("inputs", tensors, options, backend),
         weight=_form("weight", tensors, options, backend),
         product=product_dtype(x, options.dtype),
-        y=torch.empty(0, dtype=options.dtype, device=x.device),
     )
 
 
@@ -210,7 +207,7 @@ def _forward(tensors: _Tensors, kind: _Kind) -> Tensor:
     x, bias, (float_scale, _, channels_last) = tensors.x, tensors.bias, kind.options
     with without_autocast(x):
         products = _products(tensors, kind)
-        y = _empty(x, tensors.weight.shape[0], kind.y, channels_last)
+        y = _empty(x, tensors.weight.shape[0], kind.options.dtype, channels_last)
         y_rows = _rows(y, channels_last)
         if kind.forward is skip_linear_triton:
             skip_linear_triton.forward(*products, bias, y_rows, float_scale, kind)
@@ -308,16 +305,17 @@ def _form(product: str, tensors: _Tensors, options: _Options, backend: str) -> M
     return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_gemm
 
 
-def _empty(x: Tensor, channels: int, like: Tensor, channels_last: bool) -> Tensor:
-    """Shaped and laid out as ``x``, with so many channels, in the dtype of ``like``."""
+def _empty(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
+    """Shaped and laid out as ``x``, with so many channels."""
     if not channels_last:
-        return like.new_empty((*x.shape[:-1], channels))
+        shape = (*x.shape[:-1], channels)
+        return x.new_empty(shape) if x.dtype == dtype else x.new_empty(shape, dtype=dtype)
     order = (0, *range(2, x.dim()), 1)
-    return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=like.dtype, device=x.device)
+    return torch.empty_permuted((x.shape[0], channels, *x.shape[2:]), order, dtype=dtype, device=x.device)
 
 
 def _empty_like(x: Tensor, channels_last: bool) -> Tensor:
-    return _empty(x, x.shape[1], x, True) if channels_last else torch.empty_like(x, memory_format=_DENSE)
+    return _empty(x, x.shape[1], x.dtype, True) if channels_last else torch.empty_like(x, memory_format=_DENSE)
 
 
 _DENSE = torch.contiguous_format

@@ -1,8 +1,14 @@
+import signal
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 LINEAR = F.linear
+
+# Whoever runs the tests in the background, or under nohup, has these ignored, and so would all that the tests start.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

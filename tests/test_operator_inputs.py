@@ -1,9 +1,13 @@
 """What every operator takes that PyTorch's own takes: shapes, subclasses of tensors, copies on write, and counters."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -137,3 +141,32 @@ def test_a_scale_of_one_element_is_learned():
     skip_linear(A, B, scale, W, None).sum().backward()
     assert scale.grad is not None
     torch.testing.assert_close(scale.grad, (B @ W[:, 16:].t()).sum()[None], rtol=1e-3, atol=1e-3)
+
+
+CALLS: dict[str, Callable[[], Tensor]] = {
+    "skip_linear": lambda: skip_linear(*_tensors((2, 5, 8), (2, 5, 8)), 0.7, *_tensors((6, 16), (6,))),  # type: ignore[misc]
+    "gelu_linear": lambda: gelu_linear(*_tensors((2, 5, 8), (6, 8), (6,))),
+    "add_layer_norm": lambda: add_layer_norm(*_tensors((2, 5, 8), (2, 5, 8), (8,), (8,)))[1],
+    "group_norm": lambda: group_norm(_tensors((2, 8, 4))[0], 2, *_tensors((8,), (8,))),
+    "conv3x3": lambda: conv3x3(*_tensors((2, 8, 4, 4), (6, 8, 3, 3), (6,))),
+    "skip_conv1x1": lambda: skip_conv1x1(*_tensors((2, 8, 4, 4), (2, 8, 4, 4)), 0.7, *_tensors((6, 16, 1, 1), (6,))),  # type: ignore[misc]
+}
+
+
+def _tensors(*shapes: tuple[int, ...]) -> Any:
+    return [torch.ones(shape, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_tensors_that_only_stand_for_real_ones(operator):
+    """As memory is planned with, before and after calls of the same kind with real ones, in modes of their own."""
+    call = CALLS[operator]
+    for _ in range(2):
+        with FakeTensorMode():
+            y = call()
+            y.sum().backward()
+        assert isinstance(y, FakeTensor)
+        real = call()
+        real.sum().backward()
+        assert not isinstance(real, FakeTensor)
+        assert (y.shape, y.dtype, y.stride()) == (real.shape, real.dtype, real.stride())

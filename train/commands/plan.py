@@ -28,7 +28,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.objective import PROCESSES, noise_prediction_loss
 from scalelong.train.recipes import RECIPES
-from scalelong.train.zero.engine import BUCKET_SIZE
+from scalelong.train.zero.engine import BUCKET_SIZE, HALVED_LAYERS
 
 GB = 10**9
 STAGES = (0, 1, 2, 3)
@@ -179,10 +179,9 @@ def measure_network(config: TrainConfig) -> Network:
     """Of the network's parameters; under autocast, ZeRO sends those of linear and convolution layers in 16 bits."""
     with FakeTensorMode():
         model = _make_model(config)
-    halved = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
     sizes_by_width = {4: 0, 2: 0}
     for module in model.modules():
-        width = 2 if config.precision in AUTOCAST and type(module) in halved else 4
+        width = 2 if config.precision in AUTOCAST and type(module) in HALVED_LAYERS else 4
         sizes_by_width[width] += sum(parameter.numel() for parameter in module.parameters(recurse=False))
     num_params = sum(sizes_by_width.values())
     bucket_size = min(BUCKET_SIZE, num_params)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from scalelong.model.linear_layers import GeluLinear, SkipLinear, TokenConv1d
 from scalelong.train.config import OffloadName, TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import Processes
@@ -19,6 +20,9 @@ from scalelong.train.zero.user_config import merge_file
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 # Elements that are reduced or gathered at a time.
 BUCKET_SIZE = 200_000_000
+# Layers whose parameters are sent in 16 bits under autocast: DeepSpeed's own list, which goes by the exact class, and
+# what stands in their place in our networks.
+HALVED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, SkipLinear, GeluLinear, TokenConv1d)
 
 
 def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> dict[str, Any]:
@@ -52,7 +56,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> 
     }
     if config.precision != "fp32":
         dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
-        values["torch_autocast"] = {"enabled": True, "dtype": dtype}
+        halved = [f"{layer.__module__}.{layer.__qualname__}" for layer in HALVED_LAYERS]
+        values["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": halved}
     if config.deepspeed_config is not None:
         offloads = config.offload != "none"
         values = merge_file(config.deepspeed_config, values, batch=config.images_per_step, offloads=offloads)
@@ -93,7 +98,10 @@ def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
 def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, micro_batch: int) -> Any:
     """A DeepSpeed engine with AdamW over all parameters."""
     import deepspeed
+    from deepspeed.runtime import torch_autocast
 
+    # A run in 16 bits that came before in this process has left its mark there.
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     o = config.optimizer
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=0.0, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
