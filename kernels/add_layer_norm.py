@@ -13,6 +13,7 @@ Shapes: B samples, T rows of each, D features of a row; without gain, shift and 
 import math
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
 from scalelong.kernels.backend import get_backend
-from scalelong.kernels.launches import Kept, have_addresses, signature
+from scalelong.kernels.launches import Kept
 from scalelong.kernels.products import autocast_dtype, is_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
@@ -131,10 +132,7 @@ _KINDS: Kept[_Kind] = Kept()
 
 def _kind_of_call(inputs: Inputs, eps: float, backend: str, dtype: torch.dtype) -> _Kind:
     """Raises ValueError where the arguments do not fit; those of a kind that has been seen need no check."""
-    if not have_addresses():
-        return _new_kind(inputs, eps, backend, dtype)
-    key = (*map(signature, inputs), eps, backend, dtype)
-    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(inputs, eps, backend, dtype))
+    return _KINDS.of_call(inputs, (eps, backend, dtype), partial(_new_kind, inputs, eps, backend, dtype))
 
 
 def _new_kind(inputs: Inputs, eps: float, backend: str, dtype: torch.dtype) -> _Kind:
@@ -302,7 +300,7 @@ def _empty_outputs(inputs: Inputs, dtype: torch.dtype) -> Outputs:
         else torch.empty_like(x, dtype=dtype, memory_format=dense)
     )
     of_rows = torch.float64 if x.dtype == torch.float64 else torch.float32
-    mean = torch.empty_strided((math.prod(x.shape[:-1]),), (1,), dtype=of_rows, device=x.device)
+    mean = x.new_empty_strided((math.prod(x.shape[:-1]),), (1,), dtype=of_rows)
     return Outputs(stream, y, mean, torch.empty_like(mean))
 
 

@@ -23,7 +23,7 @@ from scalelong.kernels.arguments import as_argument, check_scale, check_skip, de
 from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
-from scalelong.kernels.launches import Kept, have_addresses, signature
+from scalelong.kernels.launches import Kept
 
 Scale = Tensor | float | None
 
@@ -179,10 +179,7 @@ _KINDS: Kept[_Kind] = Kept()
 
 def _kind_of_call(op: str, tensors: Tensors, options: Options, backend: str) -> _Kind:
     """Raises ValueError where the arguments do not fit; those of a kind that has been seen need no check."""
-    if not have_addresses():
-        return _new_kind(op, tensors, options, backend)
-    key = (*map(signature, tensors), options, backend)
-    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(op, tensors, options, backend))
+    return _KINDS.of_call(tensors, (options, backend), partial(_new_kind, op, tensors, options, backend))
 
 
 def _new_kind(op: str, tensors: Tensors, options: Options, backend: str) -> _Kind:
@@ -314,7 +311,7 @@ def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Te
 
 def _empty_statistics(h: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
-    mean = torch.empty((h.shape[0], groups), dtype=dtype, device=h.device)
+    mean = h.new_empty((h.shape[0], groups), dtype=dtype)
     return mean, torch.empty_like(mean)
 
 

@@ -12,6 +12,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from triton import knobs
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
@@ -180,11 +181,6 @@ def signature(x: Tensor | None) -> tuple[Any, ...] | None:
     return None if x is None else (x.shape, x.stride(), x.dtype, x.data_ptr() % 16, x.device)
 
 
-def have_addresses() -> bool:
-    """False inside modes such as FakeTensorMode, where tensors may only stand for real ones: they have no signature."""
-    return torch._C._len_torch_dispatch_stack() == 0
-
-
 def places(tensors: Call) -> tuple[Any, ...]:
     """What may differ where ``signature`` did not, of tensors that were saved for backward.
 
@@ -209,3 +205,14 @@ class Kept(Generic[T]):
             self._kept.clear()
         self._kept[key] = value
         return value
+
+    def of_call(self, tensors: Call, others: tuple[Hashable, ...], make: Callable[[], T]) -> T:
+        """What ``make`` returned for tensors of these signatures and these other values; the first tensor is there.
+
+        Nothing is kept of tensors that only stand for real ones, nor inside modes that follow what is computed: in both
+        a tensor that ``make`` makes belongs to the one call.
+        """
+        if torch._C._len_torch_dispatch_stack() or isinstance(tensors[0], FakeTensor):
+            return make()
+        key = (*map(signature, tensors), *others)
+        return self.get(key) or self.keep(key, make())

@@ -24,7 +24,7 @@ from scalelong.kernels import skip_linear_gemm, skip_linear_triton
 from scalelong.kernels.arguments import as_argument, described, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
-from scalelong.kernels.launches import Kept, have_addresses, places, signature
+from scalelong.kernels.launches import Kept, places
 from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
 
 Scale = Tensor | float | None
@@ -141,10 +141,10 @@ _KINDS: Kept[_Kind] = Kept()
 def _kind_of_call(
     tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None = None
 ) -> _Kind:
-    if backend != "triton" or not have_addresses():  # others have no plans to keep
-        return _new_kind(tensors, options, backend, check)
-    key = (*map(signature, tensors), options, backend, forced_backend(), check)
-    return _KINDS.get(key) or _KINDS.keep(key, _new_kind(tensors, options, backend, check))
+    make = partial(_new_kind, tensors, options, backend, check)
+    if backend != "triton":  # which has plans to keep
+        return make()
+    return _KINDS.of_call(tensors, (options, backend, forced_backend(), check), make)
 
 
 def _new_kind(tensors: _Tensors, options: _Options, backend: str, check: Callable[..., None] | None) -> _Kind:

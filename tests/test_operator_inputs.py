@@ -170,3 +170,13 @@ def test_tensors_that_only_stand_for_real_ones(operator):
         real.sum().backward()
         assert not isinstance(real, FakeTensor)
         assert (y.shape, y.dtype, y.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def test_stand_ins_that_are_met_outside_their_mode_leave_nothing_behind():
+    def calls(x: Tensor, weight: Tensor) -> list[Tensor]:
+        return [group_norm(x, 3, weight, weight), *add_layer_norm(x.mT, x.mT, weight, weight)]
+
+    x, weight = torch.ones(3, 24, 5), torch.ones(24)
+    mode = FakeTensorMode()
+    assert all(isinstance(y, FakeTensor) for y in calls(mode.from_tensor(x), mode.from_tensor(weight)))
+    assert not any(isinstance(y, FakeTensor) for y in calls(x, weight))
