@@ -17,8 +17,8 @@ _held: set[int] = set()
 
 def _let_go_in_a_child() -> None:
     """A forked child would hold locks on for as long as it lives; programs that are started do not inherit them."""
-    for descriptor in _held:
-        os.close(descriptor)
+    while _held:  # forgotten as well: a child of the child may have other files by these numbers
+        os.close(_held.pop())
 
 
 os.register_at_fork(after_in_child=_let_go_in_a_child)
@@ -38,10 +38,10 @@ class RunLock:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._descriptor is not None:
+        if self._descriptor in _held:
             _held.remove(self._descriptor)
             os.close(self._descriptor)
-            self._descriptor = None
+        self._descriptor = None
 
     def take_if_there(self) -> None:
         """Takes the lock of a run that has been started before; nothing is written elsewhere.
