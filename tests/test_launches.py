@@ -3,7 +3,6 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
@@ -13,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 from triton import knobs
-from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
+from scalelong.bench import host
 from scalelong.kernels import launches
 from scalelong.kernels.launches import Kept, Launch, Plan, Slot, places, signature
 
@@ -42,17 +41,13 @@ def _bundled_kernel(pair, y_ptr, num, BLOCK: tl.constexpr):
     tl.store(y_ptr + i, tl.load(pair.a + i, mask=i < num) + pair.b, mask=i < num)
 
 
-class StubbedDriver:
-    """As triton.backends.nvidia.driver.CudaDriver, with launches that are noted."""
+class StubbedDriver(host.StubbedDriver):
+    """Notes launches, and calls their hooks as the real one does."""
 
     def __init__(self) -> None:
+        super().__init__(self._launch)
         self.launches: list[tuple[Any, ...]] = []
-        self.device, self.stream = 0, 11
-        self.launcher_cls = lambda source, metadata: lambda *arguments: self._launch(*arguments)
-        self.utils = SimpleNamespace(
-            load_binary=lambda *_: (1, 2, 32, 0, 1024),
-            get_device_properties=lambda _: {"max_shared_mem": 232448, "multiprocessor_count": 132, "warpSize": 32},
-        )
+        self.device = 0
 
     def _launch(self, *arguments: Any) -> None:
         enter, leave, metadata = arguments[7], arguments[8], arguments[6]
@@ -62,17 +57,8 @@ class StubbedDriver:
         if leave is not None:
             leave(metadata)
 
-    def get_current_device(self) -> int:
-        return self.device
-
     def get_current_stream(self, device: int) -> int:
         return self.stream + 100 * device
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
 
 
 @pytest.fixture

@@ -1,6 +1,6 @@
 """Errors and warnings that a user can act on, shown as one line, never as a traceback; and how commands end on them.
 
-Without an import, so that ``--help`` costs nothing.
+Imports nothing that takes time, so that ``--help`` costs nothing.
 """
 
 import contextlib
