@@ -5,7 +5,11 @@ import torch
 from add_layer_norm_cases import DTYPES, Case
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from interpreter_fixtures import rounding_to_bf16_as_on_a_gpu, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
+from interpreter_fixtures import (  # noqa: F401 (fixtures)
+    one_patch_of_the_language,
+    rounding_to_bf16_as_on_a_gpu,
+    uninitialised_memory_full_of_nan,
+)
 
 from scalelong.kernels import add_layer_norm_triton
 from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from interpreter_fixtures import one_patch_of_the_language, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
 from parity import assert_within_budget
 
 from scalelong.kernels import gelu_triton
@@ -11,11 +12,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(autouse=True)
-def _several_programs_and_uninitialised_memory_full_of_nan(monkeypatch):
+def _several_programs(monkeypatch):
     monkeypatch.setattr(gelu_triton, "BLOCK", 64)
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(False)
 
 
 def make_inputs(dtype: torch.dtype, rows=(3, 7)) -> dict[str, torch.Tensor]:

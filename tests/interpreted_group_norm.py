@@ -7,7 +7,7 @@ from math import ceil, gcd
 import pytest
 import torch
 from group_norm_cases import SCALES, Case, in_channels_last
-from triton.runtime.interpreter import InterpretedFunction
+from interpreter_fixtures import one_patch_of_the_language  # noqa: F401 (a fixture)
 
 from scalelong.kernels import group_norm_triton
 from scalelong.kernels.backend import use_backend
@@ -23,6 +23,19 @@ FORMS = (("flat", False), ("whole", True), ("split", False), ("split", True))
 of_each_form = pytest.mark.parametrize(
     ("form", "channels_last"), [pytest.param(*x, id=f"{x[0]}-{'NHWC' if x[1] else 'NCHW'}") for x in FORMS]
 )
+
+
+def of_a_form_each(names: str, values: list) -> pytest.MarkDecorator:
+    """Each value in one form at least, and in each form a value; all of them in all of them where it is exhaustive."""
+
+    def marks(i: int, j: int) -> list:
+        return [] if i % len(FORMS) == j % len(values) else [pytest.mark.exhaustive]
+
+    pairs = product(enumerate(values), enumerate(FORMS))
+    cases = [pytest.param(*form, *value, marks=marks(i, j)) for (i, value), (j, form) in pairs]
+    return pytest.mark.parametrize(f"form, channels_last, {names}", cases)
+
+
 # 35 positions: pieces, tiles and chunks of them are not full at the end. Groups of 9 channels, one of both inputs.
 STRADDLING = Case(batch=2, num_hidden=20, num_skip=16, spatial=(5, 7), groups=4)
 # For the form that takes whole groups of h or of s: three blocks of two groups.
@@ -41,22 +54,6 @@ def _triton_with_uninitialised_memory_full_of_nan(monkeypatch):
     with use_backend("triton"):
         yield
     torch.use_deterministic_algorithms(False)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_search_through_the_language_a_module():
-    """The interpreter patches triton.language anew for each call of a device function, half of its time."""
-    call, seen = InterpretedFunction.__call__, set()
-
-    def patch_once(self, *arguments, **keywords):
-        if self.fn.__module__ in seen:
-            return self.rewrite()(*arguments, **keywords)
-        seen.add(self.fn.__module__)
-        return call(self, *arguments, **keywords)
-
-    InterpretedFunction.__call__ = patch_once
-    yield
-    InterpretedFunction.__call__ = call
 
 
 @pytest.fixture
@@ -135,8 +132,7 @@ def test_every_form_is_within_budget(form, channels_last, dtype, force):
     case_of(form, channels_last, dtype=dtype, scale="(N,Cs)", is_adaptive=True).assert_parity()
 
 
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@of_each_form
+@of_a_form_each("dtype", [(dtype,) for dtype in DTYPES[:2]])
 def test_nothing_is_masked_where_tiles_and_pieces_are_full(form, channels_last, dtype, force):
     force(form)
     groups = 4 if form == "whole" else 2  # of 16 channels the second one straddles
@@ -157,8 +153,7 @@ def test_nor_does_it_in_16_bits(form, channels_last, dtype, force):
     small_case_of(form, channels_last, scale="float", mean=100.0, dtype=dtype).assert_parity()
 
 
-@pytest.mark.parametrize("place", [(0, 0), (3, 37), pytest.param((63, 63), marks=pytest.mark.exhaustive)], ids=str)
-@of_each_form
+@of_a_form_each("place", [((0, 0),), ((3, 37),), ((63, 63),)])
 def test_one_outlier_among_equals_costs_no_accuracy(form, channels_last, place, force):
     # The interpreter adds up the rows of a tile one by one, a GPU by halves: few rows.
     force(form, positions=64 if form == "whole" else 512, rows_of_piece=512)
@@ -169,23 +164,19 @@ def test_one_outlier_among_equals_costs_no_accuracy(form, channels_last, place, 
     assert torch.allclose(group_norm(x, 1, None, None, act=None).double(), truth, rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("scale", ["()", "(Cs,)", "(N,Cs)", "(N,1)"])
-@of_each_form
+@of_a_form_each("scale", [("()",), ("(Cs,)",), ("(N,Cs)",), ("(N,1)",)])
 def test_scales_of_every_shape(form, channels_last, scale, force):
     force(form, **SMALL_TILES)
     small_case_of(form, channels_last, scale=scale).assert_parity()
 
 
-@pytest.mark.parametrize("act", ["gelu", None])
-@pytest.mark.parametrize("is_affine", [False, True])
-@of_each_form
+@of_a_form_each("is_affine, act", list(product([False, True], ["gelu", None])))
 def test_activations_and_absent_parameters(form, channels_last, is_affine, act, force):
     force(form, **SMALL_TILES)
     small_case_of(form, channels_last, scale="float", is_affine=is_affine, act=act).assert_parity()
 
 
-@pytest.mark.parametrize("is_affine", [False, True])
-@of_each_form
+@of_a_form_each("is_affine", [(False,), (True,)])
 def test_gain_and_shift_with_and_without_weight_and_bias(form, channels_last, is_affine, force):
     force(form, **SMALL_TILES)
     small_case_of(form, channels_last, scale="none", is_affine=is_affine, is_adaptive=True).assert_parity()
@@ -252,8 +243,7 @@ def test_group_norm_alone(form, channels_last, force):
     Case(num_hidden=12, num_skip=0, spatial=(5, 7), channels_last=channels_last).assert_parity()
 
 
-@pytest.mark.parametrize("scale", ["none", "(N,Cs)"])
-@of_each_form
+@of_a_form_each("scale", [("none",), ("(N,Cs)",)])
 def test_a_skip_or_a_stream_without_channels(form, channels_last, scale, force):
     force(form)
     case = Case(num_hidden=12, num_skip=12, spatial=(5, 7), channels_last=channels_last, scale=scale)

@@ -5,7 +5,11 @@ from itertools import product
 
 import pytest
 import torch
-from interpreter_fixtures import rounding_to_bf16_as_on_a_gpu, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
+from interpreter_fixtures import (  # noqa: F401 (fixtures)
+    one_patch_of_the_language,
+    rounding_to_bf16_as_on_a_gpu,
+    uninitialised_memory_full_of_nan,
+)
 from parity import assert_within_budget
 from torch import Tensor
 

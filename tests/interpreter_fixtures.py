@@ -1,5 +1,9 @@
 """Fixtures of the files that run in Triton's interpreter; a file has those that it imports."""
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -27,3 +31,27 @@ def rounding_to_bf16_as_on_a_gpu():
     interpreter._convert_float = round_to_nearest
     yield
     interpreter._convert_float = convert
+
+
+@contextmanager
+def language_patched_once() -> Iterator[None]:
+    """The interpreter patches triton.language anew for each launch and each call of a device function, and takes more
+    time for that than for the arithmetic: here it stays as the first that needs it has patched it."""
+    modules: Any = interpreter
+    patch, seen = modules._patch_lang, set()
+
+    def patch_once(fn: Callable) -> Any:
+        if fn.__module__ not in seen:
+            seen.add(fn.__module__)
+            patch(fn)
+        return modules._LangPatchScope()  # nothing to put back
+
+    modules._patch_lang = patch_once
+    yield
+    modules._patch_lang = patch
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_patch_of_the_language():
+    with language_patched_once():
+        yield

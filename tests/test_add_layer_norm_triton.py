@@ -1,16 +1,14 @@
-"""Runs interpreted_add_layer_norm.py (Triton reads TRITON_INTERPRET when it is imported: that takes a new process), and
-compiles the kernels ahead of time: what limits them shows in their machine code, without a GPU.
+"""Runs interpreted_add_layer_norm.py, and compiles the kernels ahead of time: what limits them shows in their machine
+code, without a GPU.
 """
 
 import math
 import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import patch
 
 import pytest
 import torch
+from interpreting import run_interpreted
 from torch import Tensor
 
 from scalelong.bench.ahead_of_time import Launch, recorded_launches, spill_bytes
@@ -21,7 +19,6 @@ from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.add_layer_norm_triton import choose_tiling
 from scalelong.kernels.launches import Kept
 
-ROOT = Path(__file__).resolve().parents[1]
 compiled_only = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
 
 # An H100 issues 29.7e12 instructions of a lane a second: at 60 % of that and 3.0 TB/s, memory leaves 12 for each
@@ -32,17 +29,9 @@ BYTES_UNDER_WAY = 14 * 1024
 NETWORKS = ((128, 257, 512), (128, 258, 768), (64, 258, 1024), (32, 258, 1152))  # batch, tokens and width of U-ViTs
 
 
-def run_interpreted(*flags: str) -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/interpreted_add_layer_norm.py"]
-    paths = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    result = subprocess.run([*command, *flags], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert result.returncode == 0, f"{' '.join(command)}\n{result.stdout[-8000:]}{result.stderr[-2000:]}"
-
-
 @pytest.mark.slow
 def test_the_kernels_are_right_in_the_interpreter():
-    run_interpreted("-m", "not exhaustive")
+    run_interpreted("interpreted_add_layer_norm.py", "-m", "not exhaustive")
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

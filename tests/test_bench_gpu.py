@@ -62,7 +62,6 @@ def outcomes(printed: str, part: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_dry_run_walks_through_the_first_call(tmp_path):
     package = tmp_path / "packages" / "apex" / "contrib"
     package.mkdir(parents=True)
@@ -93,7 +92,6 @@ def test_a_dry_run_walks_through_the_first_call(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.alone
 def test_a_dry_run_walks_through_the_second_call(tmp_path):
     printed, rows, _ = dry_run(tmp_path, "second")
     found = outcomes(printed, "second")

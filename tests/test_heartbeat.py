@@ -14,7 +14,7 @@ from scalelong.train.hosts.processes import Processes
 
 pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
-BEAT, LOST = 0.05, 1.0
+BEAT, LOST = 0.05, 0.5
 
 
 @dataclass(frozen=True)
