@@ -22,8 +22,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from scalelong.bench.record import Row, append_rows, environment, print_table
+from scalelong.train.hosts.cores import STAT, busy_seconds
 from scalelong.train.recipes import RECIPES
 from scalelong.train.run_folder import log_path
 
@@ -70,8 +72,11 @@ def training(preset: str, runs: list[Path], variables: dict[str, str]) -> Iterat
             program.wait()
 
 
-def measure(preset: str, number: int, variables: dict[str, str]) -> list[float]:
-    """Seconds of each step of so many runs at once, all of them warm.
+def measure(preset: str, number: int, variables: dict[str, str]) -> tuple[list[float], float]:
+    """So many runs at once, all of them warm.
+
+    Returns:
+        Seconds of each step of all of them, and how many cores other programs kept busy meanwhile.
 
     Raises:
         RuntimeError: a run does not start.
@@ -84,9 +89,19 @@ def measure(preset: str, number: int, variables: dict[str, str]) -> list[float]:
                 if any(program.poll() is not None for program in programs) or time.monotonic() > deadline:
                     raise RuntimeError(f"a run of {preset} does not train")
                 time.sleep(0.2)
-            before = [len(step_times(run)) for run in runs]
+            before, by_all, by_us = [len(step_times(run)) for run in runs], busy(), cpu_seconds(programs)
             time.sleep(SECONDS)
-            return [seconds for run, n in zip(runs, before, strict=True) for seconds in step_times(run)[n:]]
+            steps = [seconds for run, n in zip(runs, before, strict=True) for seconds in step_times(run)[n:]]
+            by_others = busy() - by_all - (cpu_seconds(programs) - by_us)
+            return steps, max(0.0, by_others / SECONDS)
+
+
+def busy() -> float:
+    return busy_seconds(STAT.read_text(), os.sched_getaffinity(0))
+
+
+def cpu_seconds(programs: list[subprocess.Popen]) -> float:
+    return sum(sum(psutil.Process(program.pid).cpu_times()[:2]) for program in programs)
 
 
 def row_of(preset: str, number: int, way: str, seconds: list[float]) -> Row:
@@ -109,10 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset", nargs="?", default="digits-uvit")
     preset = parser.parse_args().preset
-    images, rows, speeds = RECIPES[preset].images_per_step, [], {}
+    images, rows, speeds, others = RECIPES[preset].images_per_step, [], {}, {}
     for way, variables in WAYS.items():
         for number in (1, 2):
-            seconds = measure(preset, number, variables)
+            seconds, by_others = measure(preset, number, variables)
+            others[way] = max(others.get(way, 0.0), by_others)
             # Of all runs together: the mean, because a step that waits for a time slice takes many times the median.
             speeds[way, number] = number * images * len(seconds) / sum(seconds) if seconds else 0.0
             rows.append(row_of(preset, number, way, seconds))
@@ -122,7 +138,8 @@ def main() -> None:
         alone, together = speeds[way, 1], speeds[way, 2]
         print(
             f"{way}: {alone:,.0f} images/s alone ({100 * alone / usual:.0f} % of libgomp's), "
-            f"{together:,.0f} of two together ({100 * together / alone:.0f} % of one alone)"
+            f"{together:,.0f} of two together ({100 * together / alone:.0f} % of one alone); "
+            f"others kept up to {others[way]:.1f} cores busy"
         )
     if os.environ.get("SCALELONG_RECORD") == "1":
         append_rows(rows)
