@@ -44,7 +44,8 @@ def train(config: TrainConfig) -> int:
         if start.is_finished:
             announce_finished(start)
             return 0
-        processes.agree(lambda: lock.take(is_new=start.checkpoint is None) if processes.is_main else None)
+        is_new = start.checkpoint is None or start.is_branch
+        processes.agree(lambda: lock.take(is_new=is_new) if processes.is_main else None)
         return train_on(start)
 
 

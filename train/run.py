@@ -67,7 +67,7 @@ class Run:
 
     def free(self) -> None:
         """Gives up weights, optimizer, averages and readers, so that others of their size find room."""
-        self.engine.destroy()
+        zero.destroy(self.engine)
         self.engine = self.ema = self.monitor = self.batches = None  # type: ignore[assignment]
         self.unchecked_losses.clear()
         gc.collect()  # DeepSpeed's engine and its hooks hold each other
