@@ -1,6 +1,8 @@
 """Steps that are not finite, and losses that climb: left out, undone, or the end of the run."""
 
 import json
+import re
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,18 +15,22 @@ from hypothesis import strategies as st
 pytest.importorskip("deepspeed")
 
 from killing import STEP, killable_config, make_images
-from running import log_rows
+from running import log_rows, run_on_ranks
+from safetensors.torch import load_file
 
 from scalelong.train import loop
+from scalelong.train.checkpoint import numbered_folders
 from scalelong.train.config import GuardConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.guard import LOSSES_BEFORE_JUDGING, Guard
+from scalelong.train.zero import engine as zero
+from scalelong.train.zero.averages import exponent_of_std, share_of_newest
 
 NAN, INF = float("nan"), float("inf")
 
 
 def judge(guard: Guard, losses: list[float]) -> list[bool]:
-    return [guard.admits(loss, True, step, 1) for step, loss in enumerate(losses, start=1)]
+    return [guard.admits(loss, True, step, range(step - 1, step)) for step, loss in enumerate(losses, start=1)]
 
 
 @given(st.lists(st.sampled_from([1.0, NAN, INF]), max_size=40), st.integers(0, 4))
@@ -44,7 +50,7 @@ def test_so_many_steps_in_a_row_may_be_left_out_and_no_more(losses, allowed):
 
 def test_a_gradient_that_is_not_finite_is_told_from_a_loss():
     with pytest.raises(UserError, match="the gradient is not finite at step 7 "):
-        Guard(GuardConfig()).admits(1.0, False, 7, 1)
+        Guard(GuardConfig()).admits(1.0, False, 7, range(6, 7))
 
 
 def test_only_a_row_of_high_losses_asks_to_roll_back():
@@ -52,7 +58,7 @@ def test_only_a_row_of_high_losses_asks_to_roll_back():
     guard = Guard(GuardConfig(roll_back_factor=2.0, roll_back_steps=3))
     judge(guard, [*calm, 3.0, 3.0, 1.0, 3.0, 3.0])
     assert not guard.asks_to_roll_back
-    guard.admits(3.0, True, LOSSES_BEFORE_JUDGING + 6, 10)
+    guard.admits(3.0, True, LOSSES_BEFORE_JUDGING + 6, range(90, 100))
     assert guard.asks_to_roll_back
     # Of the row, the first step's own count is that of judge: one image a step.
     assert guard.roll_back() == LOSSES_BEFORE_JUDGING + 3
@@ -63,7 +69,7 @@ def test_high_losses_do_not_raise_the_median_and_few_losses_are_not_judged():
     guard = Guard(GuardConfig(roll_back_factor=2.0, roll_back_steps=500))
     judge(guard, [1.0] * LOSSES_BEFORE_JUDGING + [3.0] * 499)
     assert not guard.asks_to_roll_back
-    guard.admits(3.0, True, 600, 1)
+    guard.admits(3.0, True, 600, range(599, 600))
     assert guard.asks_to_roll_back
     early = Guard(GuardConfig(roll_back_factor=2.0, roll_back_steps=1))
     judge(early, [1.0] * (LOSSES_BEFORE_JUDGING - 1) + [100.0])
@@ -174,6 +180,72 @@ def test_a_loss_that_climbs_brings_back_the_checkpoint_before(tmp_path, images, 
     # A restart goes on from what the return has saved.
     longer = replace(config, total_images=config.total_images + 2 * STEP)
     assert loop.train(longer) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_return_frees_before_it_builds_and_drops_the_averages_it_gives_up(
+    tmp_path, images, disturb, monkeypatch, stage
+):
+    first = LOSSES_BEFORE_JUDGING + 4
+    config = killable_config(
+        tmp_path / "run",
+        images,
+        steps=first + 8,
+        zero_stage=stage,
+        images_per_average=STEP,
+        guard=GuardConfig(roll_back_factor=5.0, roll_back_steps=3),
+    )
+    config = replace(config, optimizer=replace(config.optimizer, ema_stds=(0.05, 0.2)))
+    disturb(lambda number, loss: loss * 100 if first <= number < first + 3 else loss)
+    engines, alive_when_built, kept_when_built = [], [], []
+    make_engine = zero.make_engine
+
+    def build(model, *arguments):
+        alive_when_built.append(sum(reference() is not None for reference in engines))
+        kept_when_built.append(sorted(int(folder.name) // STEP for folder in numbered_folders(config.run / "averages")))
+        engine = make_engine(model, *arguments)
+        engines.extend([weakref.ref(engine), weakref.ref(next(engine.module.parameters()))])
+        return engine
+
+    monkeypatch.setattr(zero, "make_engine", build)
+    assert loop.train(config) == 0
+    assert alive_when_built == [0, 0]
+    # Back from step 26 to the weights after step 22; the averages of 23 to 25 are given up.
+    assert kept_when_built[1] == list(range(1, first - 1))
+    counted = {
+        int(folder.name) // STEP: json.loads((folder / "state.json").read_text())["step"]
+        for folder in numbered_folders(config.run / "averages")
+    }
+    assert counted == {n: n for n in range(1, first - 1)} | {n: n - 4 for n in range(first + 2, first + 9)}
+
+
+@pytest.mark.slow
+def test_the_main_process_alone_hashes_the_checkpoint_to_return_to(tmp_path, images):
+    main, other = run_on_ranks(2, "rolling_back.py", tmp_path / "run", images)
+    assert re.findall(r"hashed (\d+)", main) == [str(22 * STEP)]
+    assert "back to the weights of" in main
+    assert "hashed" not in other
+
+
+@pytest.mark.slow
+def test_averages_after_a_return_are_those_of_a_run_without_the_steps_given_up(tmp_path, images, disturb):
+    """The steps 23 to 26 are undone; nothing else moves the weights, so that their average is what it was."""
+    first = LOSSES_BEFORE_JUDGING + 4
+    guard = GuardConfig(roll_back_factor=5.0, roll_back_steps=3)
+    config = killable_config(tmp_path / "run", images, steps=first + 8, images_per_average=STEP, guard=guard)
+    config = replace(config, optimizer=replace(config.optimizer, ema_stds=(0.2,)), keep_checkpoints=99)
+    disturb(lambda number, loss: loss * 100 if first <= number < first + 3 else loss)
+    assert loop.train(config) == 0
+    name, exponent = "ema-0.2", exponent_of_std(0.2)
+    before, *after = (load_file(config.run / "averages" / str(n * STEP) / f"{name}.safetensors") for n in (22, 27))
+    model = load_file(config.run / "checkpoints" / str(28 * STEP) / "model.safetensors")
+    at_28 = load_file(config.run / "checkpoints" / str(28 * STEP) / f"{name}.safetensors")
+    for key, value in at_28.items():
+        # Step 28 is the 24th on the way to these weights.
+        expected = after[0][key].lerp(model[key], share_of_newest(exponent, 24))
+        torch.testing.assert_close(value, expected, rtol=0, atol=1e-7)
+    assert before.keys() == at_28.keys()
 
 
 @pytest.mark.slow

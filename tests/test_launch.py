@@ -18,8 +18,14 @@ from running import SMALL, free_port, losses, run_command, run_on_ranks, small_c
 from scalelong.train.checkpoint import list_checkpoints
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
 from scalelong.train.hosts import preflight
+from scalelong.train.hosts.hostfile import (
+    check_environment_files,
+    read_hostfile,
+    select_hosts,
+    without_byte_order_mark,
+)
 from scalelong.train.hosts.launch import Job, LaunchConfig, command_line, find_hosts, split_arguments
-from scalelong.train.hosts.preflight import check_environment_file, check_hosts, read_hostfile, stale_locks
+from scalelong.train.hosts.preflight import check_hosts, stale_locks
 from scalelong.train.loop import train
 
 STEP = 32
@@ -60,7 +66,123 @@ def test_a_hostfile_that_is_not_there():
 def test_a_line_that_would_crash_deepspeed_is_named(tmp_path, line):
     (tmp_path / ".deepspeed_env").write_text(f"A=1\n{line}\n")
     with pytest.raises(UserError, match=r"\.deepspeed_env, line 2"):
-        check_environment_file(tmp_path)
+        check_environment_files(tmp_path, tmp_path / "home", {})
+
+
+@pytest.mark.parametrize(
+    ("environ", "name"),
+    [
+        ({}, "home/.deepspeed_env"),
+        ({"DS_ENV_FILE": "variables"}, "variables"),
+        ({"DS_ENV_FILE": "variables"}, "home/variables"),
+        ({"DS_ENV_FILE": "ROOT/other/variables"}, "other/variables"),
+    ],
+)
+def test_the_files_of_variables_that_deepspeed_reads_are_all_checked(tmp_path, environ, name):
+    environ = {key: value.replace("ROOT", str(tmp_path)) for key, value in environ.items()}
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("A=1\n")
+    check_environment_files(tmp_path, tmp_path / "home", environ)
+    for mistake in ("# comment", "\ufeffA=1"):
+        path.write_text(f"{mistake}\n")
+        with pytest.raises(UserError, match=f"{re.escape(str(path))}, line 1"):
+            check_environment_files(tmp_path, tmp_path / "home", environ)
+    path.write_bytes(b"A=\xff\n")
+    with pytest.raises(UserError, match="cannot read the variables"):
+        check_environment_files(tmp_path, tmp_path / "home", environ)
+
+
+def test_a_file_of_variables_that_is_not_there_is_missed_if_it_was_named(tmp_path):
+    check_environment_files(tmp_path, tmp_path, {})
+    with pytest.raises(UserError, match="DS_ENV_FILE=variables: there is no such file"):
+        check_environment_files(tmp_path, tmp_path, {"DS_ENV_FILE": "variables"})
+
+
+def test_a_byte_order_mark_is_no_part_of_a_name_here_and_in_deepspeed(tmp_path):
+    from deepspeed.launcher.runner import fetch_hostfile
+
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=2\nnode2 slots=1\n", encoding="utf-8-sig")
+    assert list(read_hostfile(path)) == ["node1", "node2"]
+    with without_byte_order_mark(path) as plain:
+        assert fetch_hostfile(plain) == {"node1": 2, "node2": 1}
+    assert not Path(str(plain)).exists()
+    path.write_text("node1 slots=2\n")
+    with without_byte_order_mark(path) as plain:
+        assert plain == path
+    with without_byte_order_mark(None) as plain:
+        assert plain is None
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "left"),
+    [
+        ("", "", {"b": 2, "a": 4, "c": 1}),
+        ("a", "", {"a": 4}),
+        ("a:0,3@b", "", {"b": 2, "a": 2}),
+        ("a:0@a:1,0", "", {"a": 2}),
+        ("", "a", {"b": 2, "c": 1}),
+        ("", "a:0,1,2@c:0", {"b": 2, "a": 1}),
+    ],
+)
+def test_hosts_that_are_included_or_not_excluded_are_those_that_deepspeed_takes(include, exclude, left):
+    from deepspeed.launcher.runner import parse_inclusion_exclusion
+
+    slots = {"b": 2, "a": 4, "c": 1}
+    selected = select_hosts(slots, include, exclude)
+    assert list(selected.items()) == list(left.items())
+    theirs = parse_inclusion_exclusion(slots, include, exclude)
+    assert {host: len(numbers) for host, numbers in theirs.items()} == selected
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "words"),
+    [
+        ("d", "", "--include d: d is none of the hosts a, b"),
+        ("", "a:2", "--exclude a:2: a has slots 0 to 1"),
+        ("a:", "", "expected NAME or NAME:SLOT,SLOT"),
+        ("a:0-1", "", "expected NAME or NAME:SLOT,SLOT"),
+        ("", "a@", "expected NAME"),
+        ("", "a@b", "--exclude a@b leaves no host"),
+    ],
+)
+def test_a_choice_of_hosts_that_cannot_be_is_named(include, exclude, words):
+    with pytest.raises(UserError, match=words):
+        select_hosts({"a": 2, "b": 2}, include, exclude)
+
+
+def test_the_choice_reaches_the_launcher_and_the_check_of_hosts(tmp_path):
+    path = tmp_path / "hosts"
+    path.write_text("node1 slots=2\nnode2 slots=1\nnode3 slots=1\n")
+    config = LaunchConfig(hostfile=path, exclude="node1@node2")
+    assert find_hosts(config) == ["node3"]
+    line = command_line(config, ["node3"], "abc", ["digits-uvit"])
+    assert line[line.index("--exclude") + 1] == "node1@node2"
+    assert line[line.index("--master_addr") + 1] == "node3"
+    assert find_hosts(LaunchConfig(include="localhost:0,3")) == []
+    with pytest.raises(UserError, match="node1 is none of the hosts localhost"):
+        find_hosts(LaunchConfig(include="node1"))
+    with pytest.raises(ValueError, match="only one can be given"):
+        LaunchConfig(include="a", exclude="b")
+
+
+def test_a_host_is_never_an_option(tmp_path, monkeypatch):
+    path = tmp_path / "hosts"
+    path.write_text("-oProxyCommand=touch\tslots=1\n")
+    with pytest.raises(UserError, match="line 1: expected 'NAME slots=NUMBER'"):
+        read_hostfile(path)
+    lines = []
+    answer = subprocess.CompletedProcess([], 0, "", "")
+    monkeypatch.setattr(preflight.subprocess, "run", lambda line, **_: lines.append(line) or answer)
+    preflight.over_ssh("node1", 2222, "module")
+    assert lines[0][lines[0].index("node1") - 1] == "--"
+
+
+def test_that_there_is_no_gpu_is_shown_once(capfd):
+    said = "[2026-11-26 12:00:00,000] [WARNING] [real_accelerator.py:213:f] Setting accelerator to CPU. If you have"
+    assert Job(["sh", "-c", 'for i in 1 2 3; do echo "$0" >&2; done', said], lambda number: 0).run() == 0
+    assert capfd.readouterr().err == said + "\n"
 
 
 def test_options_end_at_the_preset():
@@ -75,7 +197,7 @@ def test_slots_that_are_not_there_and_a_node_rank_out_of_range(tmp_path):
     path.write_text("node1 slots=2\nnode2 slots=1\n")
     with pytest.raises(UserError, match="node2 has 1 slots"):
         find_hosts(LaunchConfig(hostfile=path, num_accelerators=2))
-    with pytest.raises(UserError, match="hosts 0 to 1"):
+    with pytest.raises(UserError, match="hosts 0 to 1 of"):
         find_hosts(LaunchConfig(hostfile=path, node_rank=2, master_addr="10.0.0.1"))
 
 

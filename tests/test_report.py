@@ -16,7 +16,7 @@ from scalelong.train import report
 from scalelong.train.errors import RankError, UserError
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.hosts.signals import STOP_SIGNALS, StopSignals
-from scalelong.train.report import QuietReport, Report, truncate_log
+from scalelong.train.report import Report, open_report, truncate_log
 
 pytest.importorskip("tensorboard")
 
@@ -49,7 +49,7 @@ def clock(monkeypatch):
 
 
 def test_each_row_is_in_the_log_at_once(tmp_path):
-    with Report(tmp_path, 0, 100) as run:
+    with open_report(tmp_path, 0, 100) as run:
         for n in (10, 20):
             run.log(row(n) | {"skip/1/scale": 0.25})
             assert rows_in(tmp_path)[-1] == row(n) | {"skip/1/scale": 0.25}
@@ -59,7 +59,7 @@ def test_each_row_is_in_the_log_at_once(tmp_path):
 def test_tensorboard_gets_each_value_at_its_images_seen(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with Report(tmp_path, 0, 100) as run:
+    with open_report(tmp_path, 0, 100) as run:
         for n in (10, 20):
             run.log(row(n, loss=n / 100))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
@@ -70,7 +70,7 @@ def test_tensorboard_gets_each_value_at_its_images_seen(tmp_path):
 @pytest.mark.parametrize(("images_seen", "kept"), [(0, []), (20, [10, 20]), (25, [10, 20]), (40, [10, 20, 30, 40])])
 def test_resuming_takes_out_what_lies_past_the_checkpoint(tmp_path, images_seen, kept):
     write_log(tmp_path, 10, 20, 30, 40)
-    with Report(tmp_path, images_seen, 100) as run:
+    with open_report(tmp_path, images_seen, 100) as run:
         assert [r["images_seen"] for r in rows_in(tmp_path)] == kept
         run.log(row(50))
     assert [r["images_seen"] for r in rows_in(tmp_path)] == [*kept, 50]
@@ -79,7 +79,7 @@ def test_resuming_takes_out_what_lies_past_the_checkpoint(tmp_path, images_seen,
 @pytest.mark.parametrize("torn", ['{"images_seen": 20, "lo', "{", "\0\0\0\0"])
 def test_resuming_takes_out_a_last_line_that_was_cut_off(tmp_path, torn):
     write_log(tmp_path, 10, torn=torn)
-    with Report(tmp_path, 10, 100) as run:
+    with open_report(tmp_path, 10, 100) as run:
         run.log(row(20))
     assert rows_in(tmp_path) == [row(10), row(20)]
 
@@ -92,7 +92,7 @@ def test_lines_that_are_no_rows_are_taken_out(tmp_path, line):
     write_log(tmp_path, 10, 20)
     first, second = (tmp_path / "log.jsonl").read_bytes().splitlines()
     (tmp_path / "log.jsonl").write_bytes(b"\n".join([line, first, line, second, line]))
-    with Report(tmp_path, 20, 100) as run:
+    with open_report(tmp_path, 20, 100) as run:
         run.log(row(30))
     assert rows_in(tmp_path) == [row(10), row(20), row(30)]
 
@@ -113,7 +113,7 @@ def test_a_long_log_is_not_held_in_memory(tmp_path):
 
 def test_a_checkpoint_finds_the_log_on_the_disk(tmp_path, monkeypatch):
     synced = []
-    with Report(tmp_path, 0, 100) as run:
+    with open_report(tmp_path, 0, 100) as run:
         run.log(row(10))
         monkeypatch.setattr(os, "fsync", lambda file: synced.append(Path(f"/proc/self/fd/{file}").readlink()))
         run.sync()
@@ -122,19 +122,19 @@ def test_a_checkpoint_finds_the_log_on_the_disk(tmp_path, monkeypatch):
 
 def test_resuming_leaves_no_other_file_beside_the_log(tmp_path):
     write_log(tmp_path, 10, 20)
-    with Report(tmp_path, 10, 100):
+    with open_report(tmp_path, 10, 100):
         pass
     assert sorted(path.name for path in tmp_path.iterdir()) == ["log.jsonl", "tensorboard"]
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
     with pytest.raises(UserError, match=r"cannot write .*no-run/log\.jsonl"):
-        Report(tmp_path / "no-run", 0, 100)
+        open_report(tmp_path / "no-run", 0, 100)
 
 
 def test_the_other_processes_report_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with QuietReport() as run:
+    with Report() as run:
         run.log(row(10))
         run.say("hello")
     assert capsys.readouterr() == ("", "")
@@ -142,14 +142,14 @@ def test_the_other_processes_report_nothing(tmp_path, capsys, monkeypatch):
 
 
 def test_without_a_terminal_progress_is_a_plain_line(tmp_path, capsys, clock):
-    with Report(tmp_path, 0, 1_000_000) as run:
+    with open_report(tmp_path, 0, 1_000_000) as run:
         run.log(row(1234, loss=0.12345, speed=1000.0))
     shown = "1,234 / 1,000,000 images  loss 0.1235  1,000 images/s  0:16:39 left\n"
     assert capsys.readouterr() == (shown, "")
 
 
 def test_lines_come_every_ten_seconds_and_at_the_end(tmp_path, capsys, clock):
-    with Report(tmp_path, 0, 50) as run:
+    with open_report(tmp_path, 0, 50) as run:
         for n, clock.now in ((10, 1000.0), (20, 1009.0), (30, 1010.5), (40, 1011.0), (50, 1012.0)):
             run.log(row(n))
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["10", "30", "50"]
@@ -160,19 +160,19 @@ def test_lines_come_every_ten_seconds_and_at_the_end(tmp_path, capsys, clock):
     ("left", "speed", "shown"), [(59, 1, "0:00:59"), (3661, 1, "1:01:01"), (360_000, 1, "100:00:00")]
 )
 def test_the_time_left_is_shown_as_a_clock(tmp_path, capsys, clock, left, speed, shown):
-    with Report(tmp_path, 0, left + 1) as run:
+    with open_report(tmp_path, 0, left + 1) as run:
         run.log(row(1, speed=speed))
     assert capsys.readouterr().out.endswith(f" {shown} left\n")
 
 
 def test_a_speed_of_zero_is_no_division_by_zero(tmp_path, capsys, clock):
-    with Report(tmp_path, 0, 100) as run:
+    with open_report(tmp_path, 0, 100) as run:
         run.log(row(1, speed=0.0))
     assert "0 images/s" in capsys.readouterr().out
 
 
 def test_messages_are_plain_lines(tmp_path, capsys):
-    with Report(tmp_path, 0, 100) as run:
+    with open_report(tmp_path, 0, 100) as run:
         run.say("resumed from [checkpoint] 10")
     assert capsys.readouterr().out == "resumed from [checkpoint] 10\n"
 
@@ -181,7 +181,7 @@ def test_on_a_terminal_a_bar_shows_progress_and_messages_stay_above_it(tmp_path,
     screen = io.StringIO()
     terminal = Console(file=screen, force_terminal=True, width=100, color_system=None)
     monkeypatch.setattr(report, "Console", lambda: terminal)
-    with Report(tmp_path, 50, 200) as run:
+    with open_report(tmp_path, 50, 200) as run:
         run.say("resumed from [checkpoint] 50")
         run.log(row(100, loss=0.25, speed=1234.0))
     shown = screen.getvalue()
@@ -274,3 +274,90 @@ def test_what_one_process_cannot_do_is_an_error_of_all(kind):
 def test_errors_of_the_program_are_not_agreed_upon():
     with pytest.raises(ZeroDivisionError):
         ALONE.agree(lambda: 1 // 0)
+
+
+class Tracker:
+    """A sink of one's own, that fails from its second row on."""
+
+    def __init__(self):
+        self.rows, self.told, self.ended = [], [], 0
+
+    def log(self, row):
+        self.rows.append(row)
+        if len(self.rows) == 2:
+            raise ConnectionError("the server is gone")
+
+    def sync(self):
+        pass
+
+    def say(self, message):
+        self.told.append(message)
+
+    def close(self):
+        self.ended += 1
+
+
+def test_a_sink_of_ones_own_stands_in_the_table(tmp_path, monkeypatch):
+    tracker = Tracker()
+    monkeypatch.setitem(report.SINKS, "tracker", lambda run, images_seen, total_images: tracker)
+    with open_report(tmp_path, 0, 100) as run:
+        run.say("hello")
+        run.log(row(10))
+    assert (tracker.rows, tracker.told, tracker.ended) == ([row(10)], ["hello"], 1)
+
+
+def test_a_sink_that_fails_is_warned_of_once_and_the_run_goes_on(tmp_path, monkeypatch, capsys):
+    tracker = Tracker()
+    monkeypatch.setitem(report.SINKS, "tracker", lambda run, images_seen, total_images: tracker)
+    with open_report(tmp_path, 0, 100) as run:
+        for n in (10, 20, 30):
+            run.log(row(n))
+    assert len(tracker.rows) == 2
+    assert tracker.ended == 0
+    assert rows_in(tmp_path) == [row(10), row(20), row(30)]
+    warned = "warning: no more rows go to Tracker: ConnectionError: the server is gone\n"
+    assert capsys.readouterr().err == warned
+
+
+def test_a_tensorboard_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with open_report(tmp_path, 0, 100) as run:
+        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        run.log(row(10))
+        run.log(row(20))
+    assert capsys.readouterr().err.count("no more rows go to TensorBoard") == 1
+    assert rows_in(tmp_path) == [row(10), row(20)]
+
+
+def test_a_log_that_cannot_be_written_any_more_ends_the_run(tmp_path):
+    with open_report(tmp_path, 0, 100) as run:
+        (tmp_path / "log.jsonl").unlink()
+        with pytest.raises(UserError, match=r"cannot write .*log\.jsonl"):
+            run.sync()
+
+
+def test_a_sink_that_cannot_be_opened_is_named_and_the_others_are_closed(tmp_path, monkeypatch):
+    tracker = Tracker()
+
+    def refuse(*_):
+        raise OSError(13, "Permission denied")
+
+    monkeypatch.setattr(report, "SINKS", {"tracker": lambda *_: tracker, "other": refuse})
+    with pytest.raises(UserError, match=r"cannot open the other of .*Permission denied"):
+        open_report(tmp_path, 0, 100)
+    assert tracker.ended == 1
+
+
+def test_the_time_left_does_not_jump_with_the_speed_of_the_moment(clock):
+    pace, left = report.Pace(), []
+    for second in range(300):
+        clock.now += 1
+        # Two speeds by turns, 100 images a second on the whole.
+        left.append(pace.seconds_for(30_000, images_seen=100 * second, speed=(10, 1000)[second % 2]))
+    assert all(seconds == pytest.approx(300) for seconds in left[1:])
+    for second in range(300, 420):
+        clock.now += 2  # from here on it is half as fast
+        left.append(pace.seconds_for(30_000, images_seen=100 * second, speed=50))
+    assert left[-1] == pytest.approx(600, rel=0.05)

@@ -21,6 +21,7 @@ from scalelong.model.skip_scale import SKIP_SCALE_NAMES
 from scalelong.model.uvit import UViT
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
+from scalelong.train.hosts import meeting
 from scalelong.train.loop import train
 from scalelong.train.run_folder import lock_path
 from scalelong.train.zero import engine as zero
@@ -292,3 +293,18 @@ def test_sample_export_and_evaluate_work_on_a_run(straight, tmp_path):
     assert [s["guidance"] for s in scores["samples"]] == [1.0, 0.0]
     assert "label accuracy" in done.stdout
     (straight / "evaluation.json").unlink()
+
+
+def test_progress_ends_at_the_images_of_the_last_step(tmp_path, capsys):
+    assert train(small_config(tmp_path / "run", total_images=100)) == 0
+    assert "128 / 128 images" in capsys.readouterr().out
+    assert train(small_config(tmp_path / "run", total_images=130)) == 0
+    assert "160 / 160 images" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_long", [True, False])
+def test_a_first_step_that_takes_long_is_said(tmp_path, capsys, monkeypatch, is_long):
+    monkeypatch.setattr(meeting, "SECONDS_TO_SAY", 0.0 if is_long else 60.0)
+    assert train(small_config(tmp_path / "run", total_images=2 * STEP)) == 0
+    said = capsys.readouterr().err.count("still in the first step, of 32 images\n")
+    assert said == is_long

@@ -14,7 +14,7 @@ pytest.importorskip("deepspeed")
 
 from running import SMALL, log_rows, losses, run_as_own_process, run_command, small_config, train_on_ranks
 
-from scalelong.train.checks import find_checkpoint
+from scalelong.train.checks import find_start
 from scalelong.train.commands.evaluate import main as evaluate_main
 from scalelong.train.commands.sample import main as sample_main
 from scalelong.train.config import DataConfig
@@ -54,6 +54,7 @@ def expect_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -
         (["digits-uvit", "--kappa", "1.5"], ["kappa", "1.5"]),
         (["digits-uvit", "--model.width", "33"], ["33"]),
         (["digits-uvit", "--images-per-step", "30", "--accumulation-steps", "4"], ["30", "4 accumulation steps"]),
+        (["digits-uvit", "--images-per-step", "10000000000000"], ["10000000000000", "GB", "--accumulation-steps"]),
         (["cifar10-uvit-s2"], ["--data.path"]),
         (["cifar10-uvit-s2", "--data.path", "no/such/folder"], ["no/such/folder"]),
     ],
@@ -156,21 +157,21 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 @pytest.mark.parametrize("name", ["slurm-17.out", "train.log", "stderr.txt", "job.err"])
 def test_the_output_of_the_run_itself_may_stand_in_its_folder(tmp_path, name):
     (tmp_path / name).write_text("srun: job 17 has been allocated resources")
-    assert find_checkpoint(small_config(tmp_path)) is None
+    assert find_start(small_config(tmp_path)) == (None, None)
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "logo.png", "output.png", "log.jsonl", "model.safetensors"])
 def test_other_files_make_it_another_folder(tmp_path, name):
     (tmp_path / name).write_text("mine")
     with pytest.raises(UserError, match="no run folder"):
-        find_checkpoint(small_config(tmp_path))
+        find_start(small_config(tmp_path))
 
 
 @pytest.mark.parametrize("text", [b"", b"[]", b"\xff", b"[" * 200_000])
 def test_a_damaged_configuration_is_named(tmp_path, text):
     (tmp_path / "config.json").write_bytes(text)
     with pytest.raises(UserError, match=r"config\.json") as caught:
-        find_checkpoint(small_config(tmp_path))
+        find_start(small_config(tmp_path))
     assert "\n" not in str(caught.value)
 
 
@@ -197,7 +198,10 @@ def test_data_that_has_moved_is_known_by_its_fingerprint(tmp_path):
     assert read_config(tmp_path / "run").data.path == str(moved)
     other = ten_classes(tmp_path / "other")
     (other / "3" / "0.png").write_bytes(b"")
-    with pytest.raises(UserError, match=r"not those that .* take another --run, or the --data.path that holds them"):
+    with pytest.raises(
+        UserError,
+        match=r"not those that .* another --run, .*branch-from .*, or the --data.path",
+    ):
         train(replace(config, data=DataConfig(path=str(other)), total_images=3 * STEP))
     # Samples and scores find the data where the command line says.
     again = moved.rename(tmp_path / "again")

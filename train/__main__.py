@@ -17,6 +17,10 @@ def main(argv: list[str] | None = None) -> None:
         print(usage())
         return
 
+    from scalelong.train.hosts.cores import bound_spinning
+
+    bound_spinning(os.environ)  # before torch is loaded
+
     from scalelong.train.command_line import parse_train_arguments
     from scalelong.train.hosts.environment import find_place
 

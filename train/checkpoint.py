@@ -45,6 +45,12 @@ class TrainState:
     optimizer_steps: int
     data_fingerprint: str
     grad_scaler: dict[str, Any] | None = None
+    averaged_steps: int | None = None
+    """Steps that the averages have taken in; None in checkpoints from before this was counted."""
+
+    @property
+    def num_averaged(self) -> int:
+        return self.step if self.averaged_steps is None else self.averaged_steps
 
 
 def list_checkpoints(run: Path) -> list[Path]:
@@ -136,6 +142,9 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
 def save_averages(run: Path, images_seen: int, step: int, engine, ema: Ema, processes: Processes) -> None:
     """Keeps the power-function averages as they stand, for ``ema_posthoc``. All ranks must call it.
 
+    Args:
+        step: how many steps they have taken in.
+
     Raises:
         UserError: they cannot be written.
     """
@@ -145,6 +154,23 @@ def save_averages(run: Path, images_seen: int, step: int, engine, ema: Ema, proc
     problem = _write_on_main(final, state, tensors, processes)
     if problem:
         raise UserError(f"cannot write the averages {final}: {problem}")
+
+
+def remove_averages(run: Path, *, after: int) -> None:
+    """Removes the averages that were kept past a checkpoint, on the way that a run has given up.
+
+    Args:
+        after: images_seen of the checkpoint.
+
+    Raises:
+        UserError: they cannot be removed.
+    """
+    for folder in numbered_folders(averages_folder(run)):
+        if int(folder.name) > after:
+            try:
+                _remove(folder)
+            except OSError as error:
+                raise UserError(f"cannot remove {folder}: {error.strerror}") from error
 
 
 def _write_on_main(final: Path, state: dict[str, Any], tensors: dict[str, Tensors], processes: Processes) -> str | None:
@@ -198,11 +224,15 @@ def _prune(newest: Path, keep: int) -> None:
     # Those with a higher number were passed over as damaged when the run resumed: they must not push out whole ones.
     counted = [c for c in list_checkpoints(run) if int(c.name) <= int(newest.name)]
     for old in counted[keep:]:
-        # The manifest goes first, so that half a removal never looks whole.
-        (old / MANIFEST).unlink(missing_ok=True)
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
     for left_over in checkpoints_folder(run).glob(".*.writing"):
         shutil.rmtree(left_over, ignore_errors=True)
+
+
+def _remove(folder: Path) -> None:
+    # The manifest goes first, so that half a removal never looks whole.
+    (folder / MANIFEST).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _exhaust(iterator: Iterable) -> None:

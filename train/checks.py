@@ -1,9 +1,12 @@
 """Before the first step: all that can be wrong is found before anything is written."""
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import psutil
+
+from scalelong.train.branch import find_origin, keep_origin, with_origin
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
 from scalelong.train.config import TrainConfig, config_differences, config_to_dict
 from scalelong.train.data.batches import choose_reader, num_reader_threads, prepare_source
@@ -11,9 +14,10 @@ from scalelong.train.data.order import BatchPlan
 from scalelong.train.data.source import LatentSource, open_source
 from scalelong.train.data.stand_ins import BadSamples, SoundImages, spread_indices
 from scalelong.train.errors import UserError, warn
+from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.preflight import check_versions, installed_versions
-from scalelong.train.hosts.processes import Processes, cores_per_process
-from scalelong.train.run_folder import config_path, holds_something_else, read_config
+from scalelong.train.hosts.processes import Processes
+from scalelong.train.run_folder import checkpoints_folder, config_path, holds_something_else, read_config
 from scalelong.train.zero import engine as zero
 
 OF_ONE_HOST = {"--data.path", "--data.vae", "--data.reader", "--data.num-threads", "--deepspeed-config"}
@@ -27,12 +31,17 @@ class Start:
     config: TrainConfig
     processes: Processes
     checkpoint: Path | None
-    """What it resumes from; None for a new run."""
+    """What it resumes from, a checkpoint of another run if it is a branch; None for a new run."""
     source: SoundImages | LatentSource
     """What batches are read from."""
     data_fingerprint: str
     plan: BatchPlan
     """Which part of the data this rank takes, from which position on."""
+
+    @property
+    def is_branch(self) -> bool:
+        """Whether it goes on from a checkpoint of another run."""
+        return self.checkpoint is not None and self.checkpoint.parent != checkpoints_folder(self.config.run)
 
     @property
     def is_finished(self) -> bool:
@@ -48,7 +57,8 @@ def check_before_training(config: TrainConfig, processes: Processes) -> Start:
     """
     mine = installed_versions() | values_of(config)
     check_versions(processes.gather((f"rank {processes.rank} on {socket.gethostname()}", mine)))
-    checkpoint = processes.on_main(lambda: find_checkpoint(config))
+    checkpoint, origin = processes.on_main(lambda: find_start(config))
+    config = replace(config, branch_from=origin)
     start = processes.agree(lambda: check_input(config, processes, checkpoint))
     check_same_data(config, processes.gather((socket.gethostname(), start.data_fingerprint)))
     if not start.is_finished:
@@ -85,11 +95,31 @@ def check_same_data(config: TrainConfig, fingerprints: list[tuple[str, str]]) ->
             raise UserError(f"rank {rank} on {host} has other images in {config.data.path} than rank 0 on {first_host}")
 
 
-def find_checkpoint(config: TrainConfig) -> Path | None:
-    """The checkpoint to resume from; None for a new run. It is read whole to see that it is undamaged.
+def find_start(config: TrainConfig) -> tuple[Path | None, str | None]:
+    """The checkpoint to go on from, None for a new run; and which other run this is a branch of.
 
     Raises:
-        UserError: the folder holds another run, or something else, or no checkpoint that is whole.
+        UserError: the folder holds another run, or something else, or no checkpoint that is whole; or there is nothing
+            to branch from.
+    """
+    there = run_that_is_there(config)
+    if there is not None:
+        config = keep_origin(there, config)
+        checkpoint = find_checkpoint(config)
+        if checkpoint is not None:
+            return checkpoint, config.branch_from
+    if config.branch_from is None:
+        return None, None
+    # Of a run that is there, too: it was killed before it had saved what it branched from.
+    checkpoint = find_origin(config)
+    return checkpoint, with_origin(config, checkpoint).branch_from
+
+
+def run_that_is_there(config: TrainConfig) -> TrainConfig | None:
+    """The configuration that the run folder was made with; None if there is no run.
+
+    Raises:
+        UserError: the folder holds something else, or a run that computes something else.
     """
     if not config.run.exists():
         return None
@@ -97,11 +127,22 @@ def find_checkpoint(config: TrainConfig) -> Path | None:
         if not config.run.is_dir() or holds_something_else(config.run):
             raise UserError(f"{config.run} exists and is no run folder; take another --run")
         return None
-    differences = config_differences(read_config(config.run), config)
+    there = read_config(config.run)
+    differences = config_differences(there, config)
     if differences:
         raise UserError(
-            f"{config.run} was made with another configuration: {', '.join(differences)}; take another --run"
+            f"{config.run} was made with another configuration: {', '.join(differences)}; take another --run, "
+            f"with --branch-from {config.run} to go on from there"
         )
+    return there
+
+
+def find_checkpoint(config: TrainConfig) -> Path | None:
+    """The newest checkpoint of the run itself, None if there is none. It is read whole to see that it is undamaged.
+
+    Raises:
+        UserError: it has no checkpoint that is whole.
+    """
     checkpoint = newest_checkpoint(config.run, warn)
     if checkpoint is None and list_checkpoints(config.run):
         raise UserError(f"{config.run} has no checkpoint that is whole; remove its checkpoints to start again")
@@ -131,15 +172,40 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
         )
     except ValueError as error:
         raise UserError(str(error)) from error
+    check_memory(config, plan)
     zero.check_engine_config(config, plan.micro_batch)
     source = open_source(config.data.path, config.num_data_classes)
     fingerprint = source.fingerprint()
-    if state is not None and state.data_fingerprint != fingerprint:
+    start = Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)
+    if state is not None and state.data_fingerprint != fingerprint and not start.is_branch:
         raise UserError(
             f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "
-            f"removed or changed); take another --run, or the --data.path that holds them"
+            f"removed or changed); take another --run, with --branch-from {config.run} to go on from there, or the "
+            f"--data.path that holds them"
         )
-    return Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)
+    if start.is_branch and start.is_finished:
+        raise UserError(
+            f"--branch-from {config.branch_from} starts at {plan.first_position:,} images, and nothing is left to be "
+            f"trained; take a larger --total-images"
+        )
+    return start
+
+
+def check_memory(config: TrainConfig, plan: BatchPlan) -> None:
+    """A micro-batch and its noise fit this host's memory, long before what the network makes of them.
+
+    Raises:
+        UserError: they cannot.
+    """
+    model = config.model
+    num_bytes = 2 * 4 * plan.micro_batch * model.in_channels * model.img_size**2
+    there_are = psutil.virtual_memory().total
+    if num_bytes > there_are:
+        raise UserError(
+            f"--images-per-step {config.images_per_step}: {plan.micro_batch:,} images at a time and their noise are "
+            f"{num_bytes / 1e9:,.0f} GB, {socket.gethostname()} has {there_are / 1e9:,.0f} GB; lower it, or raise "
+            f"--accumulation-steps"
+        )
 
 
 def check_images(start: Start) -> None:

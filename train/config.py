@@ -114,6 +114,8 @@ class TrainConfig:
 
     run: Path = bookkeeping(Path("runs/default"))
     """Run folder; running the same command again resumes it."""
+    branch_from: str | None = bookkeeping(None)
+    """RUN or RUN@IMAGES: start from the newest or that checkpoint of another run; what the network computes stays."""
     total_images: int = bookkeeping(64_000_000)
     """Images to train on in all; a larger number continues a finished run."""
     images_per_step: int = 128

@@ -7,16 +7,34 @@ import contextlib
 import io
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 EXIT_USER_ERROR = 2
 EXIT_SAVED_AFTER_SIGNAL = 75
 """EX_TEMPFAIL of sysexits.h: the run was saved and wants to be started again."""
+SECONDS_FOR_MAIN = 1.0
+"""A launcher may end the others when the first process ends; the main one is to have said why by then."""
 
 
 class UserError(Exception):
     """What went wrong and what to do about it, in one line. Commands print it and exit with code 2."""
+
+
+class DivergedError(UserError):
+    """A run that cannot go on because its loss or its gradient did not stay within bounds.
+
+    Args:
+        message: the whole line.
+        what: the loss is nan, say.
+        step: where it was seen first; the first step is 1.
+        images_seen: after that step.
+    """
+
+    def __init__(self, message: str, *, what: str, step: int, images_seen: int):
+        super().__init__(message)
+        self.what, self.step, self.images_seen = what, step, images_seen
 
 
 class RankError(UserError):
@@ -110,6 +128,8 @@ def run_command(main: Callable[[], None]) -> None:
     except UserError as error:
         if is_main_process() or isinstance(error, RankError):
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(SECONDS_FOR_MAIN)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -3,23 +3,27 @@
 import os
 import shlex
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
+from scalelong.train.checkpoint import read_state
 from scalelong.train.checks import Start, check_before_training
 from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
-from scalelong.train.hosts.heartbeat import Heartbeat
-from scalelong.train.hosts.processes import join_processes
+from scalelong.train.hosts.heartbeat import Heartbeat, end_process
+from scalelong.train.hosts.meeting import says_if_it_takes_long
+from scalelong.train.hosts.processes import join_processes, others_at_work
 from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import PROCESSES, noise_prediction_loss
-from scalelong.train.report import Meter, QuietReport, Report
+from scalelong.train.outcome import OutcomeFile
+from scalelong.train.report import Meter, Report, open_report
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
-from scalelong.train.run_folder import grid_path
+from scalelong.train.run_folder import grid_path, write_config
 from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
@@ -40,49 +44,69 @@ def train(config: TrainConfig) -> int:
         if start.is_finished:
             announce_finished(start)
             return 0
-        processes.agree(lambda: lock.take(is_new=start.checkpoint is None) if processes.is_main else None)
+        is_new = start.checkpoint is None or start.is_branch
+        processes.agree(lambda: lock.take(is_new=is_new) if processes.is_main else None)
         return train_on(start)
 
 
 def train_on(start: Start) -> int:
     """Trains from a start, which nothing is wrong with, to the end or a signal; returns the exit code."""
-    config, processes = start.config, start.processes
-    run, meter = start_run(start), Meter()
-    note_bad_samples(run)
-    with StopSignals() as signals, Heartbeat(processes), processes.agree(lambda: open_report(run)) as report:
-        report.say(describe(run))
-        while True:
-            due = what_is_due(config, run.images_seen)
-            with meter:
-                taken, measured = train_step(run, measures=due.log)
-                stops = processes.any(signals.received is not None)
-                if due.log or due.checkpoint or stops or run.looks_at_each_step:
-                    loss, counts = check_losses(run, taken)
-                else:
-                    counts = True  # left on the GPU, so that no step waits for it
-                if counts:
-                    run.ema.update(run.step)
-                else:
-                    report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
-                if run.guard.asks_to_roll_back:
-                    # Saved at once: a restart must not walk into the same steps again.
-                    run, due = roll_back(run, report), due._replace(checkpoint=True)
-            if due.log:
-                note_bad_samples(run)
-                speed = meter.take(config.images_per_step, run.batches.take_seconds())
-                report.log(log_row(run, loss, speed, measured))
-            if due.grid:
-                make_grid(run)
-            if due.averages:
-                # Before the checkpoint: a run that goes on from there has them all.
-                keep_averages(run)
-            if due.checkpoint or stops:
-                report.sync()
-                save(run)
-            if due.last or stops:
-                break
-    announce_end(run, signals.received, is_finished=due.last)
-    return 0 if due.last else EXIT_SAVED_AFTER_SIGNAL
+    processes = start.processes
+    processes.agree(lambda: write_config(start.config) if processes.is_main else None)
+    with processes.agree(lambda: open_outcome(start)) as outcome:
+        run = start_run(start)
+        note_bad_samples(run)
+        if start.is_branch:
+            save(run)  # from here on it needs the other run no more
+        heartbeat = Heartbeat(processes, on_loss=lambda host, seconds: end_process(host, seconds, outcome.fail))
+        with StopSignals() as signals, heartbeat, processes.agree(lambda: report_of(run)) as report:
+            report.say(describe(run))
+            if busy := others_at_work(processes):
+                report.say(busy)
+            is_finished = take_steps(run, report, signals, outcome)
+        if is_finished:
+            outcome.finish()
+        else:
+            outcome.stop(signals.received)
+    announce_end(start, outcome.images_seen, signals.received, is_finished=is_finished)
+    return 0 if is_finished else EXIT_SAVED_AFTER_SIGNAL
+
+
+def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeFile) -> bool:
+    """The loop. Returns whether it came to the end; if not, a signal stopped it."""
+    config, meter, first = run.config, Meter(), run.images_seen
+    while True:
+        due = what_is_due(config, run.images_seen)
+        with meter, says_if_long(run, is_first=run.images_seen == first):
+            taken, measured = train_step(run, measures=due.log)
+            outcome.reached(run.images_seen, run.step)
+            stops = run.processes.any(signals.received is not None)
+            if due.log or due.checkpoint or stops or run.looks_at_each_step:
+                loss, counts = check_losses(run, taken)
+            else:
+                counts = True  # left on the GPU, so that no step waits for it
+            if counts:
+                run.averaged_steps += 1
+                run.ema.update(run.averaged_steps)
+            else:
+                report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
+            if run.guard.asks_to_roll_back:
+                # Saved at once: a restart must not walk into the same steps again.
+                run, due = roll_back(run, report), due._replace(checkpoint=True)
+        if due.log:
+            note_bad_samples(run)
+            speed = meter.take(config.images_per_step, run.batches.take_seconds())
+            report.log(log_row(run, loss, speed, measured))
+        if due.grid:
+            make_grid(run)
+        if due.averages:
+            # Before the checkpoint: a run that goes on from there has them all.
+            keep_averages(run)
+        if due.checkpoint or stops:
+            report.sync()
+            save(run)
+        if due.last or stops:
+            return due.last
 
 
 def train_step(run: Run, *, measures: bool) -> tuple[StepTaken, dict[str, float]]:
@@ -134,7 +158,8 @@ def check_losses(run: Run, taken: StepTaken) -> tuple[float, bool]:
     values, counts = mean.tolist(), True
     for step, value in enumerate(values, start=run.step - len(values) + 1):
         is_finite = taken.is_finite or step < run.step
-        counts = run.guard.admits(value, is_finite, step, run.config.images_per_step)
+        seen = run.images_seen - (run.step - step) * run.config.images_per_step
+        counts = run.guard.admits(value, is_finite, step, range(seen - run.config.images_per_step, seen))
     return values[-1], counts
 
 
@@ -143,10 +168,26 @@ def log_row(run: Run, loss: float, speed: dict[str, float], measured: dict[str, 
     return {**row, "bad_images": len(run.bad_samples), **measured}
 
 
-def open_report(run: Run) -> QuietReport:
+def open_outcome(start: Start) -> OutcomeFile:
+    state = None if start.checkpoint is None else read_state(start.checkpoint)
+    step = 0 if state is None else state.step
+    return OutcomeFile(start.config.run, start.plan.first_position, step, writes=start.processes.is_main)
+
+
+def report_of(run: Run) -> Report:
     if not run.processes.is_main:
-        return QuietReport()
-    return Report(run.config.run, run.images_seen, run.config.total_images)
+        return Report()
+    config = run.config
+    # Every step is whole: the last one may end past the images that were asked for.
+    steps = -(-(config.total_images - run.images_seen) // config.images_per_step)
+    return open_report(config.run, run.images_seen, run.images_seen + steps * config.images_per_step)
+
+
+def says_if_long(run: Run, *, is_first: bool) -> AbstractContextManager[None]:
+    """The first step shows how long all of them will take, which is said if that is long; others are in the log."""
+    if not is_first or not run.processes.is_main:
+        return nullcontext()
+    return says_if_it_takes_long(f"still in the first step, of {run.config.images_per_step:,} images")
 
 
 def announce_finished(start: Start) -> None:
@@ -157,15 +198,15 @@ def announce_finished(start: Start) -> None:
         announce_results(start.config.run, images_seen)
 
 
-def announce_end(run: Run, signal: str | None, *, is_finished: bool) -> None:
+def announce_end(start: Start, images_seen: int, signal: str | None, *, is_finished: bool) -> None:
     """Where the results are, or how to go on."""
-    if not run.processes.is_main:
+    if not start.processes.is_main:
         return
     if is_finished:
-        announce_results(run.config.run, run.images_seen)
+        announce_results(start.config.run, images_seen)
         return
     cause = signal or "a signal to another process"
-    print(f"{cause}: saved at {run.images_seen:,} images; to go on, run the same command again:")
+    print(f"{cause}: saved at {images_seen:,} images; to go on, run the same command again:")
     print(f"  {command_to_resume()}", flush=True)
 
 

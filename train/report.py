@@ -1,41 +1,91 @@
-"""What a run tells as it goes: log.jsonl and TensorBoard; a progress bar on a terminal, plain lines elsewhere."""
+"""What a run tells as it goes: rows to log.jsonl, TensorBoard and the terminal, and lines for people.
+
+``SINKS`` is the table of where rows go; a tracker of one's own is a further ``Sink`` in it. The log is the source of
+truth: a run whose log cannot be written stops, any other sink that fails is warned of once and left out from then on.
+"""
 
 import json
 import math
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from scalelong.train.errors import UserError
+from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import log_path, tensorboard_folder
 from scalelong.train.write_whole import staged, sync
 
 SECONDS_BETWEEN_LINES = 10.0
+SECONDS_OF_A_PACE = 60.0
+"""How long it takes a change of speed to show in the time left, about."""
+Row = dict[str, float | int]
+"""What there is to tell of a step: at least images_seen, loss and images_per_second, other figures by their names."""
 
 
-class QuietReport:
-    """Tells nothing: the report of the other processes."""
+class Sink(Protocol):
+    """A place that rows go to. What it raises ends it, not the run, but for a UserError, which ends both."""
 
-    def __enter__(self) -> "QuietReport":
+    def log(self, row: Row) -> None:
+        """Takes a row."""
+
+    def sync(self) -> None:
+        """Waits until what it was given is where a power cut leaves it."""
+
+    def say(self, message: str) -> None:
+        """Takes a line for people; places that nobody watches leave it."""
+
+    def close(self) -> None:
+        """Is called once, at the end."""
+
+
+class Report:
+    """Tells every sink. Use it as a context manager; without sinks, as on the other processes, it tells nothing."""
+
+    def __init__(self, sinks: Sequence[Sink] = ()):
+        self._sinks = list(sinks)
+
+    def __enter__(self) -> "Report":
         return self
 
     def __exit__(self, *_: object) -> None:
-        pass
+        self._tell(lambda sink: sink.close())
 
-    def log(self, row: dict[str, float | int]) -> None:
-        pass
+    def log(self, row: Row) -> None:
+        """Gives a row to each sink.
+
+        Raises:
+            UserError: the log cannot be written.
+        """
+        self._tell(lambda sink: sink.log(row))
 
     def sync(self) -> None:
-        pass
+        """Waits until the rows are on the disk: a checkpoint whose rows a power cut took would leave a gap in the log.
+
+        Raises:
+            UserError: the log cannot be written.
+        """
+        self._tell(lambda sink: sink.sync())
 
     def say(self, message: str) -> None:
-        pass
+        """A line for people."""
+        self._tell(lambda sink: sink.say(message))
+
+    def _tell(self, what: Callable[[Sink], None]) -> None:
+        for sink in list(self._sinks):
+            try:
+                what(sink)
+            except UserError:
+                raise
+            except Exception as error:
+                self._sinks.remove(sink)
+                warn(f"no more rows go to {type(sink).__name__}: {type(error).__name__}: {error}")
 
 
-class Report(QuietReport):
-    """The report of the main process. Use it as a context manager.
+def open_report(run: Path, images_seen: int, total_images: int) -> Report:
+    """The report of the main process.
 
     Args:
         run: run folder.
@@ -43,65 +93,108 @@ class Report(QuietReport):
         total_images: where it ends.
 
     Raises:
-        UserError: the log cannot be written.
+        UserError: a sink cannot be opened.
     """
+    sinks: list[Sink] = []
+    for name, open_sink in SINKS.items():
+        try:
+            sinks.append(open_sink(run, images_seen, total_images))
+        except OSError as error:
+            for sink in sinks:
+                sink.close()
+            raise UserError(f"cannot open the {name} of {run}: {error}") from error
+    return Report(sinks)
 
-    def __init__(self, run: Path, images_seen: int, total_images: int):
+
+class LogFile:
+    """``log.jsonl``: an object for each row."""
+
+    def __init__(self, run: Path, images_seen: int, _total_images: int):
+        self._path = log_path(run)
+        try:
+            truncate_log(self._path, images_seen)
+            self._file = self._path.open("a")
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def log(self, row: Row) -> None:
+        try:
+            # JSON knows no NaN and no infinity (the gradient of a step that overflowed in fp16).
+            self._file.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def sync(self) -> None:
+        try:
+            sync(self._path)
+        except OSError as error:
+            raise self._cannot_write(error) from error
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(f"cannot write {self._path}: {error}")
+
+
+class TensorBoard:
+    """``tensorboard/``: each figure of a row over the images seen."""
+
+    def __init__(self, run: Path, images_seen: int, _total_images: int):
         # Imported here: it costs a second, and only the main process reports.
         from torch.utils.tensorboard import SummaryWriter
 
-        self._log_path = log_path(run)
-        self._first, self._total = images_seen, total_images
-        self._line_time = 0.0
-        self._bar: Progress | None = None
-        try:
-            truncate_log(self._log_path, images_seen)
-            self._log = self._log_path.open("a")
-            self._tensorboard = SummaryWriter(str(tensorboard_folder(run)), purge_step=images_seen + 1)
-        except OSError as error:
-            raise UserError(f"cannot write {self._log_path}: {error}") from error
+        self._writer = SummaryWriter(str(tensorboard_folder(run)), purge_step=images_seen + 1)
 
-    def __enter__(self) -> "Report":
-        console = Console()
-        if console.is_terminal:
-            self._bar = Progress(
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("images  loss {task.fields[loss]}  {task.fields[speed]} images/s "),
-                TimeRemainingColumn(),
-                TextColumn("left"),
-                console=console,
-            )
-            self._task = self._bar.add_task("", total=self._total, completed=self._first, loss="-", speed="-")
-            self._bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-        self._log.close()
-        self._tensorboard.close()
-
-    def log(self, row: dict[str, float | int]) -> None:
-        """Writes a row, which has at least images_seen, loss and images_per_second, to the log, and shows it."""
-        images_seen = int(row["images_seen"])
-        try:
-            # JSON knows no NaN and no infinity (the gradient of a step that overflowed in fp16).
-            self._log.write(json.dumps({k: v if math.isfinite(v) else None for k, v in row.items()}) + "\n")
-            self._log.flush()
-            for name, value in row.items():
-                if name != "images_seen":
-                    self._tensorboard.add_scalar(name, value, images_seen)
-        except OSError as error:
-            raise UserError(f"cannot write {self._log_path}: {error}") from error
-        self._show(images_seen, float(row["loss"]), float(row["images_per_second"]))
+    def log(self, row: Row) -> None:
+        for name, value in row.items():
+            if name != "images_seen":
+                self._writer.add_scalar(name, value, int(row["images_seen"]))
 
     def sync(self) -> None:
-        """Waits until the log is on the disk: a checkpoint whose rows a power cut took would leave a gap in it."""
-        try:
-            sync(self._log_path)
-        except OSError as error:
-            raise UserError(f"cannot write {self._log_path}: {error}") from error
+        pass
+
+    def say(self, message: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class Terminal:
+    """Standard output: a progress bar on a terminal, elsewhere a line every ten seconds."""
+
+    def __init__(self, _run: Path, images_seen: int, total_images: int):
+        self._total, self._pace = total_images, Pace()
+        self._line_time = -math.inf
+        self._bar: Progress | None = None
+        console = Console()
+        if console.is_terminal:
+            columns = "images  loss {task.fields[loss]}  {task.fields[speed]} images/s  {task.fields[left]} left"
+            self._bar = Progress(BarColumn(), MofNCompleteColumn(), TextColumn(columns), console=console)
+            unknown = dict.fromkeys(("loss", "speed", "left"), "-")
+            self._task = self._bar.add_task("", total=total_images, completed=images_seen, **unknown)
+            self._bar.start()
+
+    def log(self, row: Row) -> None:
+        images_seen, loss, speed = int(row["images_seen"]), f"{row['loss']:.4f}", float(row["images_per_second"])
+        left = clock(self._pace.seconds_for(self._total - images_seen, images_seen=images_seen, speed=speed))
+        if self._bar is not None:
+            self._bar.update(self._task, completed=images_seen, loss=loss, speed=f"{speed:,.0f}", left=left)
+            return
+        now = time.monotonic()
+        if now - self._line_time < SECONDS_BETWEEN_LINES and images_seen < self._total:
+            return
+        self._line_time = now
+        progress = f"{images_seen:,} / {self._total:,} images"
+        print(f"{progress}  loss {loss}  {speed:,.0f} images/s  {left} left", flush=True)
+
+    def sync(self) -> None:
+        pass
 
     def say(self, message: str) -> None:
         """A line above the progress bar."""
@@ -110,19 +203,50 @@ class Report(QuietReport):
         else:
             print(message, flush=True)
 
-    def _show(self, images_seen: int, loss: float, speed: float) -> None:
+    def close(self) -> None:
         if self._bar is not None:
-            self._bar.update(self._task, completed=images_seen, loss=f"{loss:.4f}", speed=f"{speed:,.0f}")
-            return
+            self._bar.stop()
+
+
+SINKS: dict[str, Callable[[Path, int, int], Sink]] = {
+    "log": LogFile,
+    "TensorBoard folder": TensorBoard,
+    "terminal": Terminal,
+}
+"""Each opened for a run folder, the images seen so far and those in all. The log comes first, the terminal last."""
+
+
+class Pace:
+    """How fast a run gets on, grids and checkpoints included: a mean over time that forgets within a minute or so."""
+
+    def __init__(self):
+        self._images = self._seconds = 0.0
+        self._last: tuple[float, int] | None = None
+
+    def seconds_for(self, images_left: int, *, images_seen: int, speed: float) -> float:
+        """How long the images that are left will take.
+
+        Args:
+            images_seen: now.
+            speed: of the last steps, which is all that is known at the first call.
+        """
         now = time.monotonic()
-        if now - self._line_time < SECONDS_BETWEEN_LINES and images_seen < self._total:
-            return
-        self._line_time = now
-        left = (self._total - images_seen) / speed if speed > 0 else 0.0
-        print(
-            f"{images_seen:,} / {self._total:,} images  loss {loss:.4f}  {speed:,.0f} images/s  {_clock(left)} left",
-            flush=True,
-        )
+        if self._last is not None:
+            seconds = now - self._last[0]
+            kept = math.exp(-seconds / SECONDS_OF_A_PACE)
+            self._images = kept * self._images + images_seen - self._last[1]
+            self._seconds = kept * self._seconds + seconds
+        self._last = now, images_seen
+        if self._images > 0:
+            return images_left * self._seconds / self._images
+        return images_left / speed if speed > 0 else 0.0
+
+
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 class Meter:
@@ -145,12 +269,6 @@ class Meter:
         seconds, steps = self._seconds, self._steps
         self._seconds, self._steps = 0.0, 0
         return {"images_per_second": steps * images_per_step / seconds, "data_wait": seconds_waited / seconds}
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
 
 
 def truncate_log(path: Path, images_seen: int) -> None:

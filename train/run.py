@@ -1,5 +1,6 @@
 """A run in progress: how it is built from nothing or a checkpoint, saved, and rolled back."""
 
+import gc
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from scalelong.train.checkpoint import (
     list_checkpoints,
     read_state,
     read_tensors,
+    remove_averages,
     save_averages,
     save_checkpoint,
 )
@@ -23,13 +25,12 @@ from scalelong.train.data.batches import Batch, choose_reader, num_reader_thread
 from scalelong.train.data.read_ahead import ReadAhead
 from scalelong.train.data.source import LatentSource
 from scalelong.train.data.stand_ins import BadSamples, SoundImages, append_bad_samples, read_bad_samples
-from scalelong.train.errors import UserError
 from scalelong.train.guard import Guard
+from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.host_memory import keep_freed_memory
-from scalelong.train.hosts.processes import Processes, cores_per_process
+from scalelong.train.hosts.processes import Processes
 from scalelong.train.monitor import SkipMonitor
-from scalelong.train.report import QuietReport
-from scalelong.train.run_folder import write_config
+from scalelong.train.report import Report
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import Ema
 
@@ -47,6 +48,8 @@ class Run:
     guard: Guard
     images_seen: int
     step: int
+    averaged_steps: int
+    """Steps that the averages have taken in: those that were not left out, on the way that leads to these weights."""
     unchecked_losses: list[Tensor] = field(default_factory=list)
     """Of this rank's last steps, which nobody has looked at yet."""
 
@@ -62,6 +65,13 @@ class Run:
     def source(self) -> SoundImages | LatentSource:
         return self.start.source
 
+    def free(self) -> None:
+        """Gives up weights, optimizer, averages and readers, so that others of their size find room."""
+        zero.destroy(self.engine)
+        self.engine = self.ema = self.monitor = self.batches = None  # type: ignore[assignment]
+        self.unchecked_losses.clear()
+        gc.collect()  # DeepSpeed's engine and its hooks hold each other
+
     @property
     def looks_at_each_step(self) -> bool:
         """Whether each loss is looked at as soon as its step is taken. Elsewhere they stay on the GPU for a while."""
@@ -73,7 +83,6 @@ def start_run(start: Start) -> Run:
     config, processes, checkpoint = start.config, start.processes, start.checkpoint
     if processes.device.type == "cpu":
         keep_freed_memory()
-    processes.agree(lambda: write_config(config) if processes.is_main else None)
     torch.manual_seed(config.seed)
     model = make_backbone(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
     if checkpoint is not None:
@@ -81,7 +90,7 @@ def start_run(start: Start) -> Run:
     monitor = SkipMonitor(model)
     engine = zero.make_engine(model, config, processes, start.plan.micro_batch)
     ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
-    step = 0 if checkpoint is None else restore(checkpoint, engine, ema)
+    state = None if checkpoint is None else restore(checkpoint, engine, ema)
     known = processes.from_main(read_bad_samples(config.run) if processes.is_main else None)
     threads = num_reader_threads(config, cores_per_process())
     batches = read_batches(config, start.source, start.plan, num_threads=threads, device=processes.device)
@@ -92,56 +101,68 @@ def start_run(start: Start) -> Run:
         monitor=monitor,
         batches=ReadAhead(batches),
         bad_samples=BadSamples(len(start.source), config.data.max_bad_share, known),
-        guard=Guard(config.guard),
+        guard=Guard(config.guard, config.run),
         images_seen=start.plan.first_position,
-        step=step,
+        step=0 if state is None else state.step,
+        averaged_steps=0 if state is None else state.num_averaged,
     )
 
 
-def restore(checkpoint: Path, engine: Any, ema: Ema) -> int:
-    """Puts back what a checkpoint holds besides the model's weights; returns the step that it was written after."""
+def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:
+    """Puts back what a checkpoint holds besides the model's weights; returns what else it says of the run."""
     state = read_state(checkpoint)
     for name in ema.averages:
         ema.restore(name, read_tensors(checkpoint, name))
     zero.restore_optimizer(engine, read_tensors(checkpoint, "optimizer"), state.optimizer_steps)
     zero.restore_scaler(engine, state.grad_scaler)
-    return state.step
+    return state
 
 
 def describe(run: Run) -> str:
     c, p = run.config, run.processes
     skips = f"{c.skip_scale} (kappa {c.kappa})" if c.skip_scale == "cs" else c.skip_scale
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in run.engine.module.parameters())
-    start = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
+    how = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
+    if run.start.is_branch:
+        how = f"starting from {c.branch_from}"
     return (
-        f"{start}: {parameters:,} parameters, skips {skips}, {c.precision}, ZeRO {c.zero_stage}, "
+        f"{how}: {parameters:,} parameters, skips {skips}, {c.precision}, ZeRO {c.zero_stage}, "
         f"{p.world_size} x {p.device.type}, images by {choose_reader(c.data.reader)} from {c.data.path}"
     )
 
 
-def roll_back(run: Run, report: QuietReport) -> Run:
+def roll_back(run: Run, report: Report) -> Run:
     """The run with the weights of its last checkpoint before the loss became too high, at the same place in its data.
 
+    The run given is of no use any more: what it holds is freed before the same is built again. Averages that were kept
+    since that checkpoint are removed, and those kept from now on count the steps from it: a power function over the
+    steps that lead to the weights, as before.
+
     Raises:
-        UserError: there is no such checkpoint, or it has been done too often.
+        DivergedError: there is no such checkpoint, or it has been done too often.
     """
-    calm_until = run.guard.roll_back()
-    checkpoint = run.processes.agree(lambda: checkpoint_up_to(run.config, calm_until))
+    start, guard, step, images_seen = run.start, run.guard, run.step, run.images_seen
+    calm_until = guard.roll_back()
+    found = run.processes.on_main(lambda: checkpoint_up_to(run.config, calm_until))
+    if found is None:
+        raise guard.diverged("and no checkpoint is as old as that")
     report.say(
         f"the loss is above {run.config.guard.roll_back_factor:g} times its median since {calm_until:,} images: "
-        f"back to the weights of {checkpoint}; the images since then are left out"
+        f"back to the weights of {found}; the images since then are left out"
     )
-    run.engine.destroy()
-    plan = replace(run.start.plan, first_position=run.images_seen)
-    fresh = start_run(replace(run.start, checkpoint=checkpoint, plan=plan))
-    return replace(fresh, guard=run.guard, step=run.step)
+    run.processes.on_main(lambda: remove_averages(run.config.run, after=int(found.name)))
+    run.free()
+    plan = replace(start.plan, first_position=images_seen)
+    fresh = start_run(replace(start, checkpoint=found, plan=plan))
+    return replace(fresh, guard=guard, step=step)
 
 
-def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path:
+def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path | None:
+    """The newest whole checkpoint that is as old as that, which is read to see that it is."""
     for checkpoint in list_checkpoints(config.run):
         if int(checkpoint.name) <= images_seen and find_problem(checkpoint) is None:
             return checkpoint
-    raise UserError(f"the loss has diverged since {images_seen:,} images, and no checkpoint is as old as that")
+    return None
 
 
 def note_bad_samples(run: Run) -> None:
@@ -161,6 +182,7 @@ def save(run: Run) -> None:
     state = TrainState(
         images_seen=run.images_seen,
         step=run.step,
+        averaged_steps=run.averaged_steps,
         optimizer_steps=zero.optimizer_step_count(run.engine),
         data_fingerprint=run.start.data_fingerprint,
         grad_scaler=zero.scaler_state(run.engine),
@@ -170,4 +192,4 @@ def save(run: Run) -> None:
 
 def keep_averages(run: Run) -> None:
     """Keeps the power-function averages as they stand, for the command ``ema-posthoc``."""
-    save_averages(run.config.run, run.images_seen, run.step, run.engine, run.ema, run.processes)
+    save_averages(run.config.run, run.images_seen, run.averaged_steps, run.engine, run.ema, run.processes)

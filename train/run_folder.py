@@ -22,6 +22,11 @@ def lock_path(run: Path) -> Path:
     return run / "lock"
 
 
+def outcome_path(run: Path) -> Path:
+    """How the run stands, or has ended (outcome.py)."""
+    return run / "outcome.json"
+
+
 def log_path(run: Path) -> Path:
     return run / "log.jsonl"
 

@@ -5,12 +5,15 @@ import errno
 import fcntl
 import os
 import socket
+import time
 from pathlib import Path
 
 from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import config_path, lock_path
 
 NO_LOCKS_HERE = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+
+TRIES, SECONDS_BETWEEN_TRIES = 3, 0.05
 
 _held: set[int] = set()
 
@@ -22,6 +25,36 @@ def _let_go_in_a_child() -> None:
 
 
 os.register_at_fork(after_in_child=_let_go_in_a_child)
+
+
+def is_locked(run: Path) -> bool | None:
+    """Whether a start trains in a run folder now, on whatever host; None where its file system cannot say."""
+    try:
+        descriptor = os.open(lock_path(run), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return None
+    try:
+        # Shared, so that readers do not take each other for a start, and let go at once.
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    finally:
+        os.close(descriptor)
+    return False
+
+
+def _lock(descriptor: int) -> None:
+    """Raises BlockingIOError if another start holds the lock, for longer than ``is_locked`` looks at it."""
+    for _ in range(TRIES):
+        try:
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(SECONDS_BETWEEN_TRIES)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 class RunLock:
@@ -76,7 +109,7 @@ class RunLock:
     def _take(self) -> None:
         descriptor = os.open(lock_path(self.run), os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
         except BlockingIOError:
             holder = os.pread(descriptor, 1000, 0).decode(errors="replace").strip() or "another process"
             os.close(descriptor)

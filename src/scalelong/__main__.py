@@ -1,9 +1,11 @@
 """The command ``scalelong``: the table of commands. ``python -m scalelong`` is the same where nothing is installed."""
 
 import importlib
+import os
 import sys
 
 from scalelong.train.errors import UserError, run_command
+from scalelong.train.hosts.cores import bound_spinning
 
 COMMANDS = {
     "train": ("scalelong.train.__main__", "train a preset, or go on with a run"),
@@ -34,6 +36,7 @@ def _main() -> None:
     name, *arguments = sys.argv[1:]
     if name not in COMMANDS:
         raise UserError(f"unknown command {name!r}; there are {', '.join(COMMANDS)}")
+    bound_spinning(os.environ)  # before a command loads torch
     importlib.import_module(COMMANDS[name][0]).main(arguments)
 
 

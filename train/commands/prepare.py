@@ -30,7 +30,7 @@ from scalelong.train.data.stand_ins import FILE_NAME as BAD_SAMPLES
 from scalelong.train.data.stand_ins import BadImage
 from scalelong.train.data.tar_shards import find_shards, make_index, unfinished_path
 from scalelong.train.errors import UserError
-from scalelong.train.hosts.processes import cores_per_process
+from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.write_whole import is_staging, remove_left_over, write_whole
 
 PREPARED_WITH = "prepared_with"

@@ -14,11 +14,12 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
 
-from scalelong.train.errors import EXIT_USER_ERROR
+from scalelong.train.errors import EXIT_USER_ERROR, UserError
 from scalelong.train.hosts.processes import Processes
 
 BEAT_SECONDS = 5.0
 LOST_SECONDS = 40.0
+SECONDS_TO_NOTE = 5.0
 
 
 class Heartbeat:
@@ -96,14 +97,22 @@ def connect_to_store() -> Any:
     return TCPStore(address, port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=LOST_SECONDS))
 
 
-def end_process(host: str, seconds: float) -> None:
-    """At once, from whatever thread: the main one may wait in a collective."""
-    print(
-        f"error: no sign of life from {host} for {seconds:.0f} s: the host or the network is down; "
-        f"the same command goes on from the last checkpoint",
-        file=sys.stderr,
-        flush=True,
+def end_process(host: str, seconds: float, note: Callable[[UserError], None] | None = None) -> None:
+    """At once, from whatever thread: the main one may wait in a collective.
+
+    Args:
+        note: is told why, before.
+    """
+    error = UserError(
+        f"no sign of life from {host} for {seconds:.0f} s: the host or the network is down; "
+        f"the same command goes on from the last checkpoint"
     )
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    if note is not None:
+        # On a thread of its own: the file system may have gone with the host.
+        noting = threading.Thread(target=note, args=(error,), daemon=True)
+        noting.start()
+        noting.join(SECONDS_TO_NOTE)
     os._exit(EXIT_USER_ERROR)
 
 

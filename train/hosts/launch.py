@@ -15,14 +15,20 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
 from scalelong.train.command_line import parse, parse_train_arguments
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, EXIT_USER_ERROR, UserError, dropped_if_nobody_reads, warn
 from scalelong.train.hosts.environment import USUAL_PORT
-from scalelong.train.hosts.preflight import check_environment_file, check_hosts, read_hostfile
+from scalelong.train.hosts.hostfile import (
+    check_environment_files,
+    read_hostfile,
+    select_hosts,
+    without_byte_order_mark,
+)
+from scalelong.train.hosts.preflight import check_hosts
 from scalelong.train.hosts.signals import stop_signals
 from scalelong.train.hosts.watcher import signal_everywhere, watched
 from scalelong.train.hosts.workers import FLAG, GIVEN_COMMAND
@@ -35,6 +41,7 @@ SECONDS_TO_END = 10.0
 """How long the other processes may go on after one has ended before its time."""
 NOTICE_LOST_HOST = "-o ServerAliveInterval=4 -o ServerAliveCountMax=3"
 OF_THE_LAUNCHER = re.compile(r"\[(?:launch|runner|multinode_runner)\.py:\d+:")
+NO_GPU = "Setting accelerator to CPU."
 ENDS_THE_OTHERS = "Killing subprocess"
 EXIT_CODE = re.compile(r"exits with return code = (-?\d+)")
 SSH_ENDED = re.compile(r"pdsh@[^:]+: ([^:]+): ssh exited with exit code (\d+)")
@@ -50,6 +57,10 @@ class LaunchConfig:
     """A line 'NAME slots=NUMBER' for each host; without one, this machine alone."""
     num_accelerators: int = 0
     """Processes on each host; 0: the slots of the hostfile, or the GPUs of this machine."""
+    include: str = ""
+    """Of the hostfile, or of this machine (localhost), these alone: NAME or NAME:SLOT,SLOT, several joined by @."""
+    exclude: str = ""
+    """These not."""
     master_addr: str = ""
     """Address of the first host as the others see it; its name in the hostfile if not given."""
     master_port: int = 0
@@ -62,6 +73,8 @@ class LaunchConfig:
     def __post_init__(self):
         if self.num_accelerators < 0:
             raise ValueError(f"num_accelerators must not be negative, got {self.num_accelerators}")
+        if bool(self.include) + bool(self.exclude) + bool(self.num_accelerators) > 1:
+            raise ValueError("of include, exclude and num_accelerators only one can be given")
         if not 0 <= self.master_port < 2**16:
             raise ValueError(f"master_port must be in 0 .. {2**16 - 1}, got {self.master_port}")
         if self.node_rank is not None and (self.hostfile is None or not self.master_addr):
@@ -79,14 +92,16 @@ def main(argv: list[str] | None = None) -> None:
     # A single name in the hostfile may be another machine all the same; DeepSpeed would train here.
     over_hosts = hosts if config.node_rank is None else []
     if over_hosts:
-        check_environment_file(Path.cwd())
+        check_environment_files(Path.cwd(), Path.home(), os.environ)
         check_hosts(over_hosts, config.ssh_port, warn)
-    job = Job(
-        command_line(config, hosts, launch_id, training),
-        lambda number: signal_everywhere(over_hosts, config.ssh_port, number, launch_id),
-        given=shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)]),
-    )
-    with watched(over_hosts, config.ssh_port, launch_id), dropped_if_nobody_reads():
+    given = shlex.join([*PROGRAM.split(), *(sys.argv[1:] if argv is None else argv)])
+    watching = watched(over_hosts, config.ssh_port, launch_id)
+    with without_byte_order_mark(config.hostfile) as hostfile, watching, dropped_if_nobody_reads():
+        job = Job(
+            command_line(replace(config, hostfile=hostfile), hosts, launch_id, training),
+            lambda number: signal_everywhere(over_hosts, config.ssh_port, number, launch_id),
+            given=given,
+        )
         exit_code = job.run()
     sys.exit(exit_code)
 
@@ -100,16 +115,18 @@ def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
 
 
 def find_hosts(config: LaunchConfig) -> list[str]:
-    """The hosts of the hostfile; none for this machine alone.
+    """The hosts of the hostfile that take part; none for this machine alone.
 
     Raises:
-        UserError: a hostfile that cannot be used.
+        UserError: a hostfile that cannot be used, or hosts that are not in it.
     """
     if config.hostfile is None:
+        # How many slots this machine has, DeepSpeed says.
+        select_hosts({"localhost": 1 << 16}, config.include, config.exclude)
         return []
-    slots = read_hostfile(config.hostfile)
+    slots = select_hosts(read_hostfile(config.hostfile), config.include, config.exclude)
     if config.node_rank is not None and not 0 <= config.node_rank < len(slots):
-        raise UserError(f"--node-rank {config.node_rank}: {config.hostfile} has hosts 0 to {len(slots) - 1}")
+        raise UserError(f"--node-rank {config.node_rank}: hosts 0 to {len(slots) - 1} of {config.hostfile} take part")
     for host, count in slots.items():
         if config.num_accelerators > count:
             raise UserError(f"--num-accelerators {config.num_accelerators}: {host} has {count} slots")
@@ -124,6 +141,9 @@ def command_line(config: LaunchConfig, hosts: list[str], launch_id: str, trainin
     line += ["--hostfile", str(config.hostfile or os.devnull)]
     if config.num_accelerators:
         line += ["--num_accelerators", str(config.num_accelerators)]
+    for name in ("include", "exclude"):
+        if getattr(config, name):
+            line += [f"--{name}", getattr(config, name)]
     if hosts:
         line += ["--master_addr", config.master_addr or hosts[0]]
     if config.node_rank is not None:
@@ -153,6 +173,8 @@ class Job:
     causes: list[str] = field(default_factory=list)
     """Why processes ended, the most telling first."""
     ending_since: float | None = None
+    warned: bool = False
+    """Whether DeepSpeed has said that it found no GPU, which each of its processes does."""
     wanted: int | None = None
     """A signal that has not been passed on yet."""
     received: int | None = None
@@ -228,6 +250,9 @@ class Job:
             if int(ssh[2]) == 255:
                 self.causes.insert(0, f"the connection to {ssh[1]} was lost")
             return True
+        if NO_GPU in line:
+            self.warned, again = True, self.warned
+            return again
         if not OF_THE_LAUNCHER.search(line):
             return False
         if ENDS_THE_OTHERS in line:

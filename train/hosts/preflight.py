@@ -6,7 +6,6 @@
 import json
 import os
 import platform
-import re
 import shlex
 import shutil
 import subprocess
@@ -27,49 +26,6 @@ SSH_SECONDS = 20
 INSTALLED = ("torch", "deepspeed")
 COMPILERS = ("gcc", "clang", "cc")
 NVIDIA_DRIVER = Path("/proc/driver/nvidia")
-HOSTFILE_LINE = re.compile(r"(\S+)\s+slots=(\d+)\s*(#.*)?")
-
-
-def read_hostfile(path: Path) -> dict[str, int]:
-    """Slots of each host, in the order of the file.
-
-    Raises:
-        UserError: no such file, or a line that is not ``NAME slots=NUMBER``, naming it.
-    """
-    try:
-        lines = path.read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the hostfile {path}: {getattr(error, 'strerror', error)}") from error
-    slots: dict[str, int] = {}
-    for number, line in enumerate(map(str.strip, lines), start=1):
-        if not line or line.startswith("#"):
-            continue
-        match = HOSTFILE_LINE.fullmatch(line)
-        if match is None:
-            raise UserError(f"{path}, line {number}: expected 'NAME slots=NUMBER', got {line!r}")
-        host, count = match[1], int(match[2])
-        if host in slots:
-            raise UserError(f"{path}, line {number}: {host} stands there twice")
-        if count < 1:
-            raise UserError(f"{path}, line {number}: {host} needs at least one slot")
-        slots[host] = count
-    if not slots:
-        raise UserError(f"the hostfile {path} names no host")
-    return slots
-
-
-def check_environment_file(folder: Path) -> None:
-    """DeepSpeed sends the variables in ``.deepspeed_env`` to all hosts, and stops on a line that is no assignment.
-
-    Raises:
-        UserError: such a line.
-    """
-    path = folder / ".deepspeed_env"
-    if not path.is_file():
-        return
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
-        if not re.fullmatch(r"\s*\w+\s*=.*", line):
-            raise UserError(f"{path}, line {number}: expected NAME=value, no comment and no empty line; got {line!r}")
 
 
 def check_hosts(hosts: list[str], ssh_port: int | None, warn: Callable[[str], None]) -> None:
@@ -127,7 +83,7 @@ def over_ssh(host: str, ssh_port: int | None, module: str, *arguments: str) -> s
         UserError: no answer in time.
     """
     port = ["-p", str(ssh_port)] if ssh_port is not None else []
-    line = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS // 2}", *port, host]
+    line = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={SSH_SECONDS // 2}", *port, "--", host]
     path = ":".join(filter(None, [str(Path.cwd()), os.environ.get("PYTHONPATH")]))
     python = shlex.join([f"PYTHONPATH={path}", sys.executable, "-m", module, *arguments])
     line.append(f"cd {shlex.quote(str(Path.cwd()))} && env {python}")

@@ -6,6 +6,7 @@ Works under the deepspeed launcher, torchrun, srun, mpirun and Kubernetes (envir
 import logging
 import os
 import re
+import socket
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from scalelong.train.errors import RankError, UserError, speak_as
+from scalelong.train.hosts.cores import BEGINNING, cores_per_process, describe_others, threads_are_given, work_so_far
 from scalelong.train.hosts.environment import Place, find_place
 from scalelong.train.hosts.meeting import meet
 
@@ -88,12 +90,6 @@ class Processes:
         return cast(T, result)
 
 
-def cores_per_process() -> int:
-    """Cores of this host for each of its processes."""
-    cores = len(os.sched_getaffinity(0))
-    return max(1, cores // int(os.environ.get("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))))
-
-
 def join_processes() -> Processes:
     """Sets up DeepSpeed's communication, if that has not been done, and returns who we are."""
     place = find_place(os.environ)
@@ -103,7 +99,7 @@ def join_processes() -> Processes:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ or place.world_size > 1:
+        if not threads_are_given(os.environ):
             torch.set_num_threads(cores_per_process())
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -129,6 +125,17 @@ def join_processes() -> Processes:
         device=device,
         control_group=dist.new_group(backend="gloo") if on_gpu else dist.group.WORLD,
     )
+
+
+def others_at_work(processes: Processes) -> str | None:
+    """A line on the main process if programs other than this run keep many cores of its host busy."""
+    now = work_so_far()
+    works = processes.gather((socket.gethostname(), now.by_us if now is not None else 0.0))
+    if now is None or BEGINNING is None or not processes.is_main:
+        return None
+    ours = sum(seconds for host, seconds in works if host == works[0][0])
+    cores = len(os.sched_getaffinity(0))
+    return describe_others(now.moment - BEGINNING.moment, now.by_all - BEGINNING.by_all, ours - BEGINNING.by_us, cores)
 
 
 def join_group(place: Place, backend: str) -> None:

@@ -115,6 +115,16 @@ def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, mic
     return engine
 
 
+def destroy(engine) -> None:
+    """Ends an engine, so that what it holds is freed with the last reference to it."""
+    from deepspeed.runtime.zero import parameter_offload
+
+    engine.destroy()
+    # Under ZeRO 3, DeepSpeed 0.19.8 keeps the network of every engine there.
+    stack = parameter_offload.FWD_MODULE_STACK
+    stack[:] = [module for module in stack if module is not engine.module]
+
+
 def set_learning_rate(engine, learning_rate: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
