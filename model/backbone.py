@@ -1,13 +1,13 @@
 """What the backbones have in common: sizes, long skips to watch, and a folder of safetensors and JSON."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
-from torch import nn
+from torch import Tensor, nn
 
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
 from scalelong.model.checkpointing import Checkpointing
@@ -62,6 +62,13 @@ class Backbone(nn.Module):
         One group, in the order of ``parameters()``, where all are updated alike.
         """
         return [ParameterGroup(tuple(name for name, _ in self.named_parameters()))]
+
+    def after_step(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        """What is put in the place of parameters after each step of an optimizer, by their names: nothing.
+
+        Each function is given a whole parameter (rows, ...), and may let a row depend on that row alone.
+        """
+        return {}
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""

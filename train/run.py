@@ -47,8 +47,8 @@ class Run:
     guard: Guard
     images_seen: int
     step: int
-    unchecked_losses: list[Tensor] = field(default_factory=list)
-    """Of this rank's last steps, which nobody has looked at yet."""
+    unchecked_steps: list[Tensor] = field(default_factory=list)
+    """(loss, 1 if the gradient was finite) of this rank's last steps, which nobody has looked at yet."""
 
     @property
     def config(self) -> TrainConfig:
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def looks_at_each_step(self) -> bool:
-        """Whether each loss is looked at as soon as its step is taken. Elsewhere they stay on the GPU for a while."""
+        """Whether each step is looked at as soon as it is taken. Elsewhere they stay on the GPU for a while."""
         return self.guard.watches or self.processes.device.type == "cpu"
 
 
