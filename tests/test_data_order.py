@@ -32,6 +32,16 @@ def test_the_order_does_not_depend_on_what_was_asked_before(seed, num_images, as
     assert [order.index(p) for p in asked] == [Order(seed, num_images).index(p) for p in asked]
 
 
+def test_a_permutation_is_drawn_once_though_readers_are_ahead_of_their_labels(monkeypatch):
+    drawn: list[int] = []
+    monkeypatch.setattr(data_order, "_permutation", lambda seed, n, epoch: drawn.append(epoch) or np.arange(n))
+    order = Order(0, 10)
+    for position in range(40):
+        order.index(position + 5)
+        order.index(position)
+    assert drawn == [0, 1, 2, 3, 4]
+
+
 def test_epochs_and_seeds_are_shuffled_differently():
     shuffles = {tuple(Order(seed, 50).index(e * 50 + i) for i in range(50)) for seed in range(4) for e in range(4)}
     assert len(shuffles) == 16

@@ -14,7 +14,7 @@ from running import SMALL, losses, run_command, small_config
 
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
-from scalelong.train.zero.engine import deepspeed_config
+from scalelong.train.zero.engine_config import deepspeed_config
 
 STEP = 32
 

@@ -1,4 +1,4 @@
-"""The two forward processes against their formulas, and the training objective against a computation by hand."""
+"""Forward processes against their formulas, and the training objective against a computation by hand."""
 
 import math
 
@@ -7,8 +7,9 @@ import pytest
 import torch
 from scipy.integrate import quad
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from scalelong.train.objective import PROCESSES, VPSDE, ScaledLinear, add_noise, noise_prediction_loss
+from scalelong.train.objective import OBJECTIVES, PROCESSES, VPSDE, Discrete, ScaledLinear
 
 LARGEST_U = float(np.nextafter(np.float32(1), np.float32(0)))
 COSINE = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -93,14 +94,50 @@ def test_the_network_is_told_the_time_as_published(name, expected):
 
 def test_noising_weighs_image_and_noise_by_hand():
     x0, noise = torch.full((2, 1, 1, 1), 2.0), torch.full((2, 1, 1, 1), 10.0)
-    noisy = add_noise(x0, noise, torch.tensor([0.36, 1.0]))
+    levels = torch.tensor([0.6, 1.0])[:, None, None, None], torch.tensor([0.8, 0.0])[:, None, None, None]
+    noisy = OBJECTIVES["vp-sde"].corrupt(x0, noise, *levels)
     assert noisy.flatten().tolist() == pytest.approx([0.6 * 2 + 0.8 * 10, 2.0])
 
 
-def test_noising_preserves_the_variance():
+@each_process
+def test_noising_preserves_the_variance(name):
     x0, noise = torch.randn(2, 5, 3, 64, 64).unbind()
-    noisy = add_noise(x0, noise, torch.tensor([0.0, 0.1, 0.5, 0.9, 1.0]))
+    process = PROCESSES[name]
+    t_B = process.draw_time(torch.tensor([0.0, 0.1, 0.5, 0.9, 0.999]))
+    noisy = OBJECTIVES[name].corrupt(x0, noise, *process.levels(t_B[:, None, None, None]))
     torch.testing.assert_close(noisy.var(dim=(1, 2, 3)), torch.ones(5), rtol=0, atol=0.06)
+
+
+def test_a_table_is_made_once_for_a_device_and_dtype_and_left_alone_by_stand_ins():
+    process = ScaledLinear()
+    made = []
+    process._make_table = lambda: made.append(None) or Discrete._make_table(process)  # type: ignore[method-assign]
+    t = torch.tensor([1.0, 1000.0])
+    for _ in range(3):
+        process.alpha_bar(t)
+    assert len(made) == 1
+    with FakeTensorMode():
+        assert isinstance(process.alpha_bar(torch.ones(2)), FakeTensor)
+    assert type(process.alpha_bar(t)) is Tensor
+    assert process.alpha_bar(t.double()).dtype == torch.float64
+
+
+@each_process
+def test_the_time_of_a_sigma_is_the_time_at_which_it_was(name):
+    process, n = PROCESSES[name], torch.arange(1, 1001, dtype=torch.float64)
+    t = process.grid_time(n)
+    signal, noise_level = process.levels(t)
+    for time, alpha, sigma in zip(t.tolist(), signal.tolist(), (noise_level / signal).tolist(), strict=True):
+        assert process.time_of_sigma(sigma) == pytest.approx(time, rel=1e-9)
+        assert process.signal_of_sigma(sigma) == pytest.approx(alpha, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", BETAS)
+def test_between_two_training_times_the_time_goes_with_the_logarithm_of_sigma(name):
+    process = PROCESSES[name]
+    signal, noise_level = process.levels(torch.tensor([500, 501], dtype=torch.float64))
+    sigma = (noise_level / signal).log().mean().exp()
+    assert process.time_of_sigma(float(sigma)) == pytest.approx(500.5)
 
 
 def batch(dtype: torch.dtype = torch.float32, B: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -111,10 +148,7 @@ def batch(dtype: torch.dtype = torch.float32, B: int = 6) -> tuple[Tensor, Tenso
 @each_process
 def test_the_loss_is_the_mean_square_by_hand(name):
     x0, noise, u = batch()
-    process = PROCESSES[name]
-    loss = noise_prediction_loss(
-        lambda x, t, y: torch.tanh(x) + t[:, None, None, None] / 1000, process, x0, noise, u, None
-    )
+    loss = OBJECTIVES[name].loss(lambda x, t, y: torch.tanh(x) + t[:, None, None, None] / 1000, x0, noise, u, None)
     total = 0.0
     for n in range(len(u)):
         if name == "vp-sde":
@@ -140,24 +174,51 @@ def test_a_model_that_knows_the_image_has_no_loss(name):
     def oracle(x, t, y):
         return (x - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
 
-    assert noise_prediction_loss(oracle, process, x0, noise, u, None).item() < 1e-12
+    assert OBJECTIVES[name].loss(oracle, x0, noise, u, None).item() < 1e-12
 
 
 @each_process
 def test_a_model_that_predicts_nothing_has_the_loss_of_the_noise(name):
     x0, noise, u = batch()
-    loss = noise_prediction_loss(lambda x, t, y: torch.zeros_like(x), PROCESSES[name], x0, noise, u, None)
+    loss = OBJECTIVES[name].loss(lambda x, t, y: torch.zeros_like(x), x0, noise, u, None)
     assert loss.item() == pytest.approx(noise.square().mean().item())
 
 
 def test_labels_reach_the_model_untouched():
     x0, noise, u = batch()
     labels, seen = torch.arange(6), []
-    noise_prediction_loss(lambda x, t, y: seen.append(y) or x, PROCESSES["vp-sde"], x0, noise, u, labels)
+    OBJECTIVES["vp-sde"].loss(lambda x, t, y: seen.append(y) or x, x0, noise, u, labels)
     assert seen[0] is labels
 
 
 def test_the_loss_is_fp32_whatever_the_model_computes_in():
     x0, noise, u = batch()
-    loss = noise_prediction_loss(lambda x, t, y: x.bfloat16(), PROCESSES["vp-sde"], x0, noise, u, None)
+    loss = OBJECTIVES["vp-sde"].loss(lambda x, t, y: x.bfloat16(), x0, noise, u, None)
     assert loss.dtype == torch.float32
+
+
+@each_process
+@pytest.mark.parametrize("sigma", [0.01, 0.7, 30.0])
+def test_a_network_that_knows_the_noise_denoises_to_the_image(name, sigma):
+    x0, noise, _ = batch(torch.float64)
+    shown = []
+
+    def oracle(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        shown.append((x_BCHW, t_B))
+        return noise
+
+    denoised = OBJECTIVES[name].denoiser(oracle)(x0 + sigma * noise, sigma)
+    torch.testing.assert_close(denoised, x0, rtol=0, atol=1e-12 * max(1.0, sigma))
+    ((x_BCHW, t_B),) = shown
+    # As in training: scaled to what x_t is at the time of this sigma, which each image is told.
+    torch.testing.assert_close(x_BCHW, (x0 + sigma * noise) / math.sqrt(1 + sigma**2))
+    process = PROCESSES[name]
+    expected = process.network_time(torch.tensor(process.time_of_sigma(sigma), dtype=torch.float64))
+    torch.testing.assert_close(t_B, expected.expand(len(x0)))
+
+
+def test_a_network_in_16_bits_denoises_in_the_dtype_of_the_image():
+    x0, noise, _ = batch()
+    denoised = OBJECTIVES["linear"].denoiser(lambda x, t: noise.bfloat16())(x0 + 0.1 * noise, 0.1)
+    assert denoised.dtype == torch.float32
+    torch.testing.assert_close(denoised, x0, rtol=0, atol=0.1 * 2**-7)

@@ -75,3 +75,15 @@ def test_damaged_files_are_replaced_and_accounted_for():
         pass
     assert shown.isfinite().all()
     assert {bad.index for bad in on_gpu.take_found()} == {bad.index for bad in on_cpu.take_found()}
+
+
+def test_reading_waits_for_no_kernel_of_the_training_and_nothing_is_overwritten(photographs):
+    device = torch.device("cuda", 0)
+    quiet = [batch.cpu() for batch in islice(with_nvjpeg(as_source(photographs)), 6)]
+    reading = with_nvjpeg(as_source(photographs))
+    next(reading)  # decoders are built
+    torch.cuda._sleep(20_000_000_000)  # some ten seconds on the stream that trains
+    busy = list(islice(reading, 5))
+    assert not torch.cuda.current_stream(device).query(), "reading has waited for the training"
+    for expected, got in zip(quiet[1:], busy, strict=True):
+        torch.testing.assert_close(got.cpu(), expected)

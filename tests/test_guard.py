@@ -23,6 +23,8 @@ from scalelong.train.checkpoint import numbered_folders
 from scalelong.train.config import GuardConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.guard import LOSSES_BEFORE_JUDGING, Guard
+from scalelong.train.objective import Objective
+from scalelong.train.run import Run
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import exponent_of_std, share_of_newest
 
@@ -108,14 +110,14 @@ def disturb(monkeypatch) -> Callable[[Callable], None]:
     """Lets a function of (number of the loss in this process, loss) replace each loss."""
 
     def install(change: Callable[[int, torch.Tensor], torch.Tensor]) -> None:
-        original, count = loop.noise_prediction_loss, 0
+        original, count = Objective.loss, 0
 
         def changed(*arguments):
             nonlocal count
             count += 1
             return change(count, original(*arguments))
 
-        monkeypatch.setattr(loop, "noise_prediction_loss", changed)
+        monkeypatch.setattr(Objective, "loss", changed)
 
     return install
 
@@ -146,6 +148,42 @@ def test_a_step_that_is_not_finite_changes_nothing_and_the_run_goes_on(tmp_path,
     rows = log_rows(config.run)
     assert [row["loss"] is None for row in rows] == [False, False, True, True, False, False]
     assert rows[-1]["steps_left_out"] == 2
+
+
+def with_gradient(loss: torch.Tensor, factor: float) -> torch.Tensor:
+    """The same loss, whose gradient is multiplied."""
+    loss.register_hook(lambda gradient: gradient * factor)
+    return loss
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("looks", [True, False], ids=["as on a CPU", "as on a GPU"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("first", [2, 8])
+def test_no_gradient_that_is_not_finite_passes_unnoticed(tmp_path, images, disturb, monkeypatch, stage, looks, first):
+    """On a GPU nothing is looked at between two logs; here there is one look, after the eighth step."""
+    monkeypatch.setattr(Run, "looks_at_each_step", looks)
+    config = killable_config(
+        tmp_path / "run", images, steps=8, zero_stage=stage, images_per_checkpoint=8 * STEP, images_per_log=8 * STEP
+    )
+    disturb(lambda number, loss: with_gradient(loss, NAN) if number in (first, first + 1) else loss)
+    with pytest.raises(UserError, match=f"the gradient is not finite at step {first} "):
+        loop.train(config)
+    assert not (config.run / "checkpoints").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 2])
+def test_steps_that_are_not_looked_at_compute_the_same(tmp_path, images, monkeypatch, stage):
+    config = killable_config(
+        tmp_path / "looks", images, steps=8, zero_stage=stage, images_per_checkpoint=8 * STEP, images_per_log=4 * STEP
+    )
+    assert loop.train(config) == 0
+    monkeypatch.setattr(Run, "looks_at_each_step", False)
+    looks_seldom = replace(config, run=tmp_path / "seldom")
+    assert loop.train(looks_seldom) == 0
+    assert hashes(config.run, 8) == hashes(looks_seldom.run, 8)
+    assert [row["loss"] for row in log_rows(config.run)] == [row["loss"] for row in log_rows(looks_seldom.run)]
 
 
 @pytest.mark.slow

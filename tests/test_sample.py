@@ -1,8 +1,13 @@
 """Sampling: every sampler against a distribution whose denoiser is known exactly, guidance, grids of images."""
 
+import math
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import cast
+from functools import partial
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,9 +21,10 @@ from scalelong.model.backbone import Backbone
 from scalelong.model.presets import UVIT_PRESETS
 from scalelong.train.config import SAMPLER_NAMES
 from scalelong.train.errors import UserError
-from scalelong.train.objective import PROCESSES, Process
+from scalelong.train.hosts.processes import Processes
+from scalelong.train.objective import OBJECTIVES, PROCESSES, VariancePreserving
 from scalelong.train.sampling import generate as generate_module
-from scalelong.train.sampling.generate import default_labels, generate, guided, to_uint8
+from scalelong.train.sampling.generate import generate, guided, labels_in_turn, to_uint8
 from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
 from scalelong.train.sampling.samplers import denoise, make_scheduler
 
@@ -32,22 +38,19 @@ each_process = pytest.mark.parametrize("name", PROCESSES)
 
 
 class ExactDenoiser:
-    """The best prediction of the noise for such data, and what the probability-flow ODE makes of a noise."""
+    """D(x, sigma) of such data, and what the probability-flow ODE makes of a noise."""
 
-    def __init__(self, process: Process):
+    def __init__(self, process: VariancePreserving):
         self.process = process
-        self.network_times: list[float] = []
+        self.sigmas: list[float] = []
 
-    def alpha_bar(self, network_time: Tensor) -> Tensor:
-        # Network time is a straight line over time.
-        at_0, at_1 = (float(self.process.network_time(torch.tensor(t, dtype=torch.float64))) for t in (0.0, 1.0))
-        return self.process.alpha_bar((network_time.double() - at_0) / (at_1 - at_0))
+    def __call__(self, x_BCHW: Tensor, sigma: float) -> Tensor:
+        self.sigmas.append(sigma)
+        return MEAN + STD**2 / (STD**2 + sigma**2) * (x_BCHW - MEAN)
 
-    def __call__(self, x_BCHW: Tensor, network_time: Tensor) -> Tensor:
-        self.network_times.append(float(network_time))
-        alpha_bar = self.alpha_bar(network_time)
-        variance = alpha_bar * STD**2 + 1 - alpha_bar
-        return ((1 - alpha_bar).sqrt() * (x_BCHW - alpha_bar.sqrt() * MEAN) / variance).to(x_BCHW.dtype)
+    def network_times(self) -> list[float]:
+        times = torch.tensor([self.process.time_of_sigma(sigma) for sigma in self.sigmas], dtype=torch.float64)
+        return self.process.network_time(times).tolist()
 
     def solution(self, noise_BCHW: Tensor) -> Tensor:
         """The ODE keeps (x - √ᾱ m) / √(ᾱ s² + 1 - ᾱ) as it was at the start."""
@@ -124,7 +127,7 @@ def test_the_network_is_asked_steps_times_from_pure_noise_downwards(name, sample
     denoiser = ExactDenoiser(PROCESSES[name])
     noise = torch.randn(2, 1, 4, 4)
     denoise(denoiser, PROCESSES[name], noise, sampler=sampler, steps=steps, generators=generators(2))
-    times = np.array(denoiser.network_times)
+    times = np.array(denoiser.network_times())
     assert len(times) == steps
     assert times[0] == pytest.approx(1000 if name == "scaled-linear" else 999)
     assert (np.diff(times) < 0).all()
@@ -134,7 +137,7 @@ def test_euler_maruyama_asks_the_network_from_time_one_to_a_thousandth():
     denoiser = ExactDenoiser(PROCESSES["vp-sde"])
     noise = torch.randn(2, 1, 4, 4)
     denoise(denoiser, PROCESSES["vp-sde"], noise, sampler="euler-maruyama", steps=10, generators=generators(2))
-    np.testing.assert_allclose(denoiser.network_times, 999 * np.linspace(1, 1e-3, 10), rtol=1e-5)
+    np.testing.assert_allclose(denoiser.network_times(), 999 * np.linspace(1, 1e-3, 10), rtol=1e-5)
 
 
 def test_euler_maruyama_needs_a_continuous_process():
@@ -147,19 +150,62 @@ def test_an_unknown_sampler_is_told_the_known_ones():
         make_scheduler("no-such", PROCESSES["vp-sde"])
 
 
-@pytest.mark.parametrize(
-    ("sampler", "steps"),
-    [("dpm-solver++", 1001), ("dpm-solver++", 2000), ("ddim", 2000), ("euler", 2000), ("euler-ancestral", 2000)],
-)
-def test_more_steps_than_the_grid_has_work_or_are_refused(sampler, steps):
-    process, noise = PROCESSES["vp-sde"], torch.randn(1, 1, 2, 2)
-    try:
-        samples = denoise(
-            ExactDenoiser(process), process, noise, sampler=sampler, steps=steps, generators=generators(1)
-        )
-    except UserError:
-        return
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+@pytest.mark.parametrize("steps", [0, 1001, 2000])
+def test_more_steps_than_the_grid_has_and_none_are_refused(sampler, steps):
+    denoiser = ExactDenoiser(PROCESSES["vp-sde"])
+    with pytest.raises(UserError, match=f"1 to 1000 steps, not {steps}"):
+        denoise(denoiser, PROCESSES["vp-sde"], torch.randn(1, 1, 2, 2), sampler=sampler, steps=steps)
+    assert not denoiser.sigmas
+
+
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_as_many_steps_as_the_grid_has_visit_all_of_it(sampler):
+    denoiser = ExactDenoiser(PROCESSES["vp-sde"])
+    noise = torch.randn(1, 1, 2, 2)
+    samples = denoise(denoiser, PROCESSES["vp-sde"], noise, sampler=sampler, steps=1000, generators=generators(1))
     assert samples.isfinite().all()
+    assert len(set(denoiser.sigmas)) == 1000
+
+
+class PlainUse:
+    """diffusers' schedulers as their documentation has them: asked for the noise at the network's time."""
+
+    def __init__(self, process: VariancePreserving):
+        self.process, self.denoiser = process, ExactDenoiser(process)
+
+    def predict(self, x_BCHW: Tensor, t: Tensor) -> Tensor:
+        signal, noise_level = (float(level) for level in self.process.levels(t.double()))
+        sigma = noise_level / signal
+        return (x_BCHW / signal - self.denoiser(x_BCHW / signal, sigma)) / sigma
+
+    def draw(self, noise_BCHW: Tensor, sampler: str, steps: int) -> Tensor:
+        scheduler, own = make_scheduler(sampler, self.process), generators(len(noise_BCHW))
+        if sampler == "euler-maruyama":
+            scheduler.set_timesteps(steps)
+            x_BCHW = mean_BCHW = noise_BCHW
+            for t in scheduler.timesteps:
+                predicted = self.predict(x_BCHW, t)
+                x_BCHW, mean_BCHW = scheduler.step_pred(predicted, x_BCHW, t, generator=own)
+            return mean_BCHW
+        scheduler.register_to_config(prediction_type="epsilon")
+        scheduler.set_timesteps(steps)
+        x_BCHW = noise_BCHW * scheduler.init_noise_sigma
+        for k in scheduler.timesteps:
+            predicted = self.predict(scheduler.scale_model_input(x_BCHW, k), self.process.grid_time(k + 1.0))
+            x_BCHW = scheduler.step(predicted, k, x_BCHW, generator=own).prev_sample
+        return x_BCHW
+
+
+@each_process
+@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+def test_samplers_of_d_give_what_schedulers_give_that_are_asked_for_the_noise(name, sampler):
+    process, noise = PROCESSES[name], torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    if sampler == "euler-maruyama" and name != "vp-sde":
+        return
+    expected = PlainUse(process).draw(noise, sampler, 30)
+    drawn = denoise(ExactDenoiser(process), process, noise, sampler=sampler, steps=30, generators=generators(2))
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=1e-3)
 
 
 class LabelModel:
@@ -176,21 +222,39 @@ class LabelModel:
 
 @pytest.mark.parametrize("strength", [0.0, 0.4, 1.0, 3.0])
 def test_guidance_moves_away_from_the_unconditional_prediction(strength):
-    x, labels, t = torch.randn(3, 1, 2, 2), torch.tensor([1, 5, 7]), torch.tensor(2.0)
-    found = guided(cast(Backbone, LabelModel()), labels, 9, strength)(x, t)
-    conditional = labels[:, None, None, None] + 2 * x
-    unconditional = 9 + 2 * x
-    torch.testing.assert_close(found, conditional + strength * (conditional - unconditional))
+    x, labels, sigma = torch.randn(3, 1, 2, 2), torch.tensor([1, 5, 7]), 2.0
+    found = guided(cast(Backbone, LabelModel()), OBJECTIVES["vp-sde"], labels, 9, strength)(x, sigma)
+    shown, time = x / math.sqrt(1 + sigma**2), 999 * PROCESSES["vp-sde"].time_of_sigma(sigma)
+    conditional = labels[:, None, None, None] + time * shown
+    unconditional = 9 + time * shown
+    noise = conditional + strength * (conditional - unconditional)
+    torch.testing.assert_close(found, x - sigma * noise, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("labels", "strength", "passes"), [([1, 5], 0.0, 2), ([1, 5], 1.0, 4), (None, 1.0, 2)])
 def test_only_guidance_doubles_the_batch(labels, strength, passes):
     model = LabelModel()
     condition = None if labels is None else torch.tensor(labels)
-    guided(cast(Backbone, model), condition, 9, strength)(torch.randn(2, 1, 2, 2), torch.tensor(3.0))
+    sigma = float(
+        PROCESSES["linear"].levels(torch.tensor([4.0]))[1] / PROCESSES["linear"].levels(torch.tensor([4.0]))[0]
+    )
+    guided(cast(Backbone, model), OBJECTIVES["linear"], condition, 9, strength)(torch.randn(2, 1, 2, 2), sigma)
     ((x_BCHW, t_B, _),) = model.calls
     assert x_BCHW.shape == (passes, 1, 2, 2)
-    assert t_B.tolist() == [3.0] * passes
+    assert t_B.tolist() == pytest.approx([3.0] * passes, abs=1e-3)
+
+
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16])
+def test_the_network_computes_in_the_dtype_that_is_asked_for(autocast):
+    linear, seen = torch.nn.Linear(4, 4), []
+
+    def network(x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
+        seen.append(linear(x_BCHW))
+        return seen[-1]
+
+    denoiser = guided(cast(Backbone, network), OBJECTIVES["vp-sde"], None, None, 0.0, autocast)
+    assert denoiser(torch.randn(1, 1, 4, 4), 0.5).dtype == torch.float32
+    assert seen[0].dtype == (autocast or torch.float32)
 
 
 class ToyNetwork:
@@ -207,12 +271,13 @@ class ToyNetwork:
         return (x_BCHW - shift) * 0.9
 
 
-SETTINGS = {"num_images": 7, "null_condition": 9, "steps": 4, "guidance": 0.5, "seed": 3, "sampler": "ddim"}
+SETTINGS = {"null_condition": 9, "steps": 4, "guidance": 0.5, "seed": 3, "sampler": "ddim"}
 
 
 def generate_toys(**changes) -> np.ndarray:
-    settings = {"labels": list(range(7)), **SETTINGS, **changes}
-    return generate(cast(Backbone, ToyNetwork()), PROCESSES["vp-sde"], settings.pop("labels"), **settings)
+    settings = {"labels": range(7), "numbers": range(7), **SETTINGS, **changes}
+    conditions, numbers = labels_in_turn(settings.pop("labels")), settings.pop("numbers")
+    return np.stack(list(generate(cast(Backbone, ToyNetwork()), OBJECTIVES["vp-sde"], conditions, numbers, **settings)))
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
@@ -224,8 +289,73 @@ def test_an_image_does_not_depend_on_the_batches(sampler):
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
 def test_an_image_does_not_depend_on_how_many_there_are(sampler):
-    few = generate_toys(sampler=sampler, num_images=3, labels=[0, 1, 2])
-    np.testing.assert_array_equal(few, generate_toys(sampler=sampler)[:3])
+    few = generate_toys(sampler=sampler, numbers=[5, 0, 2])
+    np.testing.assert_array_equal(few, generate_toys(sampler=sampler)[[5, 0, 2]])
+
+
+class Together:
+    """Ranks that share a generation, on threads: what each gets of the others."""
+
+    def __init__(self, world_size: int):
+        self.world_size = world_size
+        self._barrier = threading.Barrier(world_size, timeout=30)
+        self._values: list[Any] = [None] * world_size
+
+    def rank(self, rank: int) -> Processes:
+        return cast(
+            Processes,
+            SimpleNamespace(
+                rank=rank, world_size=self.world_size, gather=partial(self.gather, rank), agree=lambda action: action()
+            ),
+        )
+
+    def gather(self, rank: int, value: Any) -> list[Any]:
+        self._values[rank] = value
+        self._barrier.wait()
+        values = list(self._values)
+        self._barrier.wait()
+        return values
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler-ancestral"])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_ranks_share_images_and_each_gets_all_in_their_order(sampler, world_size):
+    alone, together = generate_toys(sampler=sampler), Together(world_size)
+    with ThreadPoolExecutor(world_size) as pool:
+        shared = pool.map(lambda rank: generate_toys(sampler=sampler, processes=together.rank(rank)), range(world_size))
+        for images in shared:
+            np.testing.assert_array_equal(images, alone)
+
+
+def test_ranks_have_even_shares_of_at_most_a_batch():
+    sizes: list[list[int]] = [[], []]
+    together = Together(2)
+
+    def count(rank: int) -> None:
+        network = ToyNetwork()
+        conditions = labels_in_turn(range(7))
+        counted = lambda numbers: sizes[rank].append(len(numbers)) or conditions(numbers)  # noqa: E731
+        how = {**SETTINGS, "batch_size": 3, "processes": together.rank(rank)}
+        assert len(list(generate(cast(Backbone, network), OBJECTIVES["vp-sde"], counted, range(10), **how))) == 10
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(count, range(2)))
+    assert sizes == [[3, 3], [3, 1]]
+
+
+def test_images_come_as_they_are_drawn():
+    asked: list[int] = []
+    conditions = labels_in_turn(range(7))
+    images = generate(
+        cast(Backbone, ToyNetwork()),
+        OBJECTIVES["vp-sde"],
+        lambda numbers: asked.extend(numbers) or conditions(numbers),
+        range(1000),
+        **{**SETTINGS, "batch_size": 2},
+    )
+    next(images)
+    assert asked == [0, 1]
+    assert not torch.is_inference_mode_enabled()
 
 
 def test_images_depend_on_seed_number_and_label():
@@ -254,7 +384,10 @@ def test_every_seed_that_a_run_may_have_can_be_sampled(seed):
 
 
 def test_images_are_eight_bit_channels_last_and_leave_no_gradient():
-    images = generate(cast(Backbone, ToyNetwork(channels=3, img_size=8)), PROCESSES["vp-sde"], None, **SETTINGS)
+    network = ToyNetwork(channels=3, img_size=8)
+    images = np.stack(
+        list(generate(cast(Backbone, network), OBJECTIVES["vp-sde"], labels_in_turn([]), range(7), **SETTINGS))
+    )
     assert (images.shape, images.dtype) == ((7, 8, 8, 3), np.uint8)
 
 
@@ -271,9 +404,9 @@ def test_every_level_survives_a_round_trip():
     np.testing.assert_array_equal(found, levels.reshape(1, 4, 8, 8).permute(0, 2, 3, 1))
 
 
-@pytest.mark.parametrize(("count", "classes", "expected"), [(5, 3, [0, 1, 2, 0, 1]), (2, 10, [0, 1]), (4, 0, None)])
-def test_classes_take_turns(count, classes, expected):
-    assert default_labels(count, classes) == expected
+def test_labels_take_turns():
+    assert labels_in_turn([4, 0, 2])([0, 1, 2, 3, 7]).tolist() == [4, 0, 2, 4, 0]  # type: ignore[union-attr]
+    assert labels_in_turn([])([0, 1]) is None
 
 
 @pytest.mark.parametrize("channels", [1, 3])

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from running import small_config
 
-from scalelong.train.schedule import Due, learning_rate, passes, what_is_due
+from scalelong.train.schedule import SCHEDULES, Due, learning_rate, passes, what_is_due
 
 
 @pytest.fixture
@@ -57,3 +57,12 @@ def test_the_learning_rate_rises_over_the_warm_up_and_stays(config):
     config = replace(config, optimizer=optimizer)
     assert [learning_rate(config, seen) for seen in (0, 16, 64, 1000)] == pytest.approx([0, 2.5e-4, 1e-3, 1e-3])
     assert learning_rate(replace(config, optimizer=replace(optimizer, warmup_images=0)), 0) == 1e-3
+
+
+def test_schedules_are_functions_of_the_images_seen_that_rise_over_the_warm_up(config):
+    optimizer = replace(config.optimizer, warmup_images=64)
+    for schedule in SCHEDULES.values():
+        factors = [schedule(optimizer, seen) for seen in (0, 16, 32, 48)]
+        assert factors == sorted(factors)
+        assert factors[0] == 0
+        assert [schedule(optimizer, seen) for seen in (0, 16, 32, 48)] == factors

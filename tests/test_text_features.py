@@ -23,8 +23,9 @@ from scalelong.train.data.mscoco_features import FeatureFolder, read_array
 from scalelong.train.data.order import BatchPlan, Order, draw_samples
 from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
+from scalelong.train.objective import OBJECTIVES
 from scalelong.train.recipes import RECIPES
-from scalelong.train.sampling.generate import default_texts, guided
+from scalelong.train.sampling.generate import guided, spread_texts
 
 CPU = torch.device("cpu")
 SHAPE, TOKENS, FEATURES = (4, 4, 4), 3, 6
@@ -327,15 +328,16 @@ def test_guidance_leads_away_from_the_empty_text():
 
     x, texts = torch.zeros(2, *SHAPE), torch.from_numpy(np.stack([text(1, 0), text(5, 0)]))
     network_of_text: Any = network
-    found = guided(network_of_text, texts, torch.from_numpy(EMPTY), 2.0)(x, torch.tensor(1.0))
-    # 1 + 2 (1 - -1) and 5 + 2 (5 - -1)
-    np.testing.assert_allclose(found[:, 0, 0, 0], [5, 17], rtol=1e-6)
+    found = guided(network_of_text, OBJECTIVES["vp-sde"], texts, torch.from_numpy(EMPTY), 2.0)(x, 1.0)
+    # The noise is 1 + 2 (1 - -1) and 5 + 2 (5 - -1), the image 0 less that.
+    np.testing.assert_allclose(found[:, 0, 0, 0], [-5, -17], rtol=1e-6)
 
 
 def test_grids_are_drawn_for_first_captions_spread_over_the_data(folder):
     source = LatentFolder(folder)
-    np.testing.assert_array_equal(default_texts(4, source)[:, 0, 0], [0, 3, 6, 9])
-    np.testing.assert_array_equal(default_texts(24, source)[:, 0, 0], np.arange(24) // 2)
+    np.testing.assert_array_equal(spread_texts(source, 4)(range(4))[:, 0, 0], [0, 3, 6, 9])
+    np.testing.assert_array_equal(spread_texts(source, 24)(range(24))[:, 0, 0], np.arange(24) // 2)
+    np.testing.assert_array_equal(spread_texts(source, 24)([7, 20])[:, 0, 0], [3, 10])
 
 
 def small_run(folder: Path, run: Path) -> TrainConfig:
@@ -569,7 +571,7 @@ def test_an_image_with_a_broken_file_is_listed_and_left_out(broken, features, tm
     assert re.search(says, bad["reason"])
     source = LatentFolder(tmp_path / "out")
     assert len(source) == 6
-    np.testing.assert_array_equal(default_texts(6, source)[:, 0, 0], [0, 1, 3, 4, 5, 6])
+    np.testing.assert_array_equal(spread_texts(source, 6)(range(6))[:, 0, 0], [0, 1, 3, 4, 5, 6])
 
 
 def test_a_shard_without_a_sound_image_is_left_out(features, tmp_path):

@@ -18,7 +18,7 @@ from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.run_folder import checkpoints_folder, config_path, holds_something_else, read_config
-from scalelong.train.zero import engine as zero
+from scalelong.train.zero.engine_config import check_engine_config
 
 OF_ONE_HOST = {"--data.path", "--data.vae", "--data.reader", "--data.num-threads", "--deepspeed-config"}
 """Flags whose values may differ from host to host: where things lie, and how they are read."""
@@ -173,7 +173,7 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
     except ValueError as error:
         raise UserError(str(error)) from error
     check_memory(config, plan)
-    zero.check_engine_config(config, plan.micro_batch)
+    check_engine_config(config, plan.micro_batch)
     source = open_source(config.data.path, config.num_data_classes)
     fingerprint = source.fingerprint()
     start = Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)

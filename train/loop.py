@@ -19,7 +19,7 @@ from scalelong.train.hosts.meeting import says_if_it_takes_long
 from scalelong.train.hosts.processes import join_processes, others_at_work
 from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
-from scalelong.train.objective import PROCESSES, noise_prediction_loss
+from scalelong.train.objective import OBJECTIVES
 from scalelong.train.outcome import OutcomeFile
 from scalelong.train.report import Meter, Report, open_report
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
@@ -28,7 +28,7 @@ from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
 from scalelong.train.zero import engine as zero
-from scalelong.train.zero.engine import StepTaken
+from scalelong.train.zero.rows import apply_to_rows
 
 
 def train(config: TrainConfig) -> int:
@@ -78,11 +78,11 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
     while True:
         due = what_is_due(config, run.images_seen)
         with meter, says_if_long(run, is_first=run.images_seen == first):
-            taken, measured = train_step(run, measures=due.log)
+            measured = train_step(run, measures=due.log)
             outcome.reached(run.images_seen, run.step)
             stops = run.processes.any(signals.received is not None)
-            if due.log or due.checkpoint or stops or run.looks_at_each_step:
-                loss, counts = check_losses(run, taken)
+            if any(due) or stops or run.looks_at_each_step:
+                loss, counts = check_losses(run)
             else:
                 counts = True  # left on the GPU, so that no step waits for it
             if counts:
@@ -109,13 +109,13 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
             return due.last
 
 
-def train_step(run: Run, *, measures: bool) -> tuple[StepTaken, dict[str, float]]:
+def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     """One optimizer step over this rank's micro-batches, after which the run is one step further.
 
     Returns:
-        What came of it; and what there is to log, if asked for.
+        What there is to log of it, if asked for.
     """
-    engine, config = run.engine, run.config
+    engine, config, objective = run.engine, run.config, OBJECTIVES[run.config.objective]
     rate = learning_rate(config, run.images_seen)
     zero.set_learning_rate(engine, rate)
     run.monitor.active = measures
@@ -123,44 +123,43 @@ def train_step(run: Run, *, measures: bool) -> tuple[StepTaken, dict[str, float]
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
         torch.manual_seed(batch.dropout_seed)
-        loss = noise_prediction_loss(
-            engine, PROCESSES[config.objective], batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition
-        )
+        loss = objective.loss(engine, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition)
         losses.append(loss.detach())
         engine.backward(zero.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
     scale = zero.loss_scale(engine) if measures else 1.0
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures)
-    run.unchecked_losses.append(torch.stack(losses).mean())
+    if taken.applied:
+        apply_to_rows(engine, engine.module.after_step())
+    run.unchecked_steps.append(torch.stack([torch.stack(losses).mean(), taken.is_finite.float()]))
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1
     if taken.gradient_norm is None:
-        return taken, {}
+        return {}
     measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **run.monitor.take()}
     if config.precision == "fp16":
         measured["loss_scale"] = scale
     if config.guard.skip_steps:
         measured["steps_left_out"] = run.guard.left_out
-    return taken, measured
+    return measured
 
 
-def check_losses(run: Run, taken: StepTaken) -> tuple[float, bool]:
+def check_losses(run: Run) -> tuple[float, bool]:
     """The loss of the last step, averaged over all ranks, and whether the step counts; looks at those before it too.
 
     Raises:
         UserError: one that is not finite and may not be left out, naming its step.
     """
-    mean = torch.stack(run.unchecked_losses)
-    run.unchecked_losses.clear()
+    means = torch.stack(run.unchecked_steps)
+    run.unchecked_steps.clear()
     if run.processes.world_size > 1:
-        dist.all_reduce(mean)
-        mean /= run.processes.world_size
-    values, counts = mean.tolist(), True
-    for step, value in enumerate(values, start=run.step - len(values) + 1):
-        is_finite = taken.is_finite or step < run.step
+        dist.all_reduce(means)
+        means /= run.processes.world_size
+    steps, counts = means.tolist(), True
+    for step, (loss, share_finite) in enumerate(steps, start=run.step - len(steps) + 1):
         seen = run.images_seen - (run.step - step) * run.config.images_per_step
-        counts = run.guard.admits(value, is_finite, step, range(seen - run.config.images_per_step, seen))
-    return values[-1], counts
+        counts = run.guard.admits(loss, share_finite == 1, step, range(seen - run.config.images_per_step, seen))
+    return steps[-1][0], counts
 
 
 def log_row(run: Run, loss: float, speed: dict[str, float], measured: dict[str, float]) -> dict[str, float | int]:

@@ -50,8 +50,8 @@ class Run:
     step: int
     averaged_steps: int
     """Steps that the averages have taken in: those that were not left out, on the way that leads to these weights."""
-    unchecked_losses: list[Tensor] = field(default_factory=list)
-    """Of this rank's last steps, which nobody has looked at yet."""
+    unchecked_steps: list[Tensor] = field(default_factory=list)
+    """(loss, 1 if the gradient was finite) of this rank's last steps, which nobody has looked at yet."""
 
     @property
     def config(self) -> TrainConfig:
@@ -69,12 +69,12 @@ class Run:
         """Gives up weights, optimizer, averages and readers, so that others of their size find room."""
         zero.destroy(self.engine)
         self.engine = self.ema = self.monitor = self.batches = None  # type: ignore[assignment]
-        self.unchecked_losses.clear()
+        self.unchecked_steps.clear()
         gc.collect()  # DeepSpeed's engine and its hooks hold each other
 
     @property
     def looks_at_each_step(self) -> bool:
-        """Whether each loss is looked at as soon as its step is taken. Elsewhere they stay on the GPU for a while."""
+        """Whether each step is looked at as soon as it is taken. Elsewhere they stay on the GPU for a while."""
         return self.guard.watches or self.processes.device.type == "cpu"
 
 

@@ -1,14 +1,22 @@
 """When what is due, and the learning rate, as functions of the images seen."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from scalelong.train.config import TrainConfig
+from scalelong.train.config import OptimizerConfig, TrainConfig
+
+
+def constant(optimizer: OptimizerConfig, images_seen: int) -> float:
+    """Linear from 0 over the warm-up, then 1."""
+    return min(images_seen / optimizer.warmup_images, 1.0) if optimizer.warmup_images else 1.0
+
+
+SCHEDULES: dict[str, Callable[[OptimizerConfig, int], float]] = {"constant": constant}
+"""What multiplies the learning rate, as functions of the images seen: of nothing else, so that resuming is exact."""
 
 
 def learning_rate(config: TrainConfig, images_seen: int) -> float:
-    """Linear from 0 over the warm-up, then constant."""
-    warmup = config.optimizer.warmup_images
-    return config.optimizer.learning_rate * (min(images_seen / warmup, 1.0) if warmup else 1.0)
+    return config.optimizer.learning_rate * SCHEDULES["constant"](config.optimizer, images_seen)
 
 
 def passes(previous: int, now: int, every: int) -> bool:

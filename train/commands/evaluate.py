@@ -20,8 +20,8 @@ from scalelong.train.data.order import Stream, generator
 from scalelong.train.data.source import has_test_split, open_source
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import UserError
-from scalelong.train.objective import PROCESSES
-from scalelong.train.sampling.generate import default_labels, generate
+from scalelong.train.objective import OBJECTIVES
+from scalelong.train.sampling.generate import generate, labels_in_turn
 from scalelong.train.sampling.load import SamplingArguments, load_sampling
 
 NUM_FEATURES = 32
@@ -129,7 +129,8 @@ def evaluate(arguments: EvaluateArguments) -> dict:
     config, settings = sampling.config, sampling.settings
     real = read_real_images(config, arguments.max_real_images)
     judge = Judge(real)
-    labels = default_labels(arguments.num_images, config.num_data_classes)
+    classes, numbers = range(config.num_data_classes), range(arguments.num_images)
+    labels = np.arange(arguments.num_images) % len(classes) if classes else None
     shown = f"{settings['sampler']}, {settings['steps']} steps, {arguments.weights} weights, seed {arguments.seed}"
     scores = {
         "settings": f"{arguments.num_images} samples, {shown}",
@@ -139,10 +140,10 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         "samples": [],
     }
     for strength in sorted({0.0, settings["guidance"]}, reverse=True):
-        process, how = PROCESSES[config.objective], {**settings, "guidance": strength}
-        images = generate(sampling.model, process, labels, num_images=arguments.num_images, **how)
+        objective, how = OBJECTIVES[config.objective], {**settings, "guidance": strength}
+        images = np.stack(list(generate(sampling.model, objective, labels_in_turn(classes), numbers, **how)))
         pixels = images.reshape(len(images), -1) / 255
-        accuracy = judge.accuracy(pixels, np.array(labels)) if labels is not None else None
+        accuracy = judge.accuracy(pixels, labels) if labels is not None else None
         distance = judge.distance(pixels, real.held_out)
         scores["samples"].append({"guidance": strength, "accuracy": accuracy, "distance": distance})
     return scores

@@ -26,13 +26,12 @@ from scalelong.model.architectures import make_backbone
 from scalelong.train.command_line import choose_recipe, parse
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
-from scalelong.train.objective import PROCESSES, noise_prediction_loss
+from scalelong.train.objective import OBJECTIVES
 from scalelong.train.recipes import RECIPES
-from scalelong.train.zero.engine import BUCKET_SIZE, HALVED_LAYERS
+from scalelong.train.zero.engine_config import AUTOCAST, BUCKET_SIZE, HALVED_LAYERS
 
 GB = 10**9
 STAGES = (0, 1, 2, 3)
-AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # Left for the CUDA context, libraries' workspaces and what the allocator cannot fill.
 USABLE_SHARE = 0.9
 # ZeRO 3 lets go of gathered weights beyond 10^9 elements only.
@@ -211,8 +210,8 @@ def simulate(config: TrainConfig, micro_batch: int, *, keeps_gradients: bool) ->
         if config.context_shape is not None:
             condition = torch.empty(micro_batch, *config.context_shape)
         with _LiveBytes() as live, autocast:
-            process = PROCESSES[config.objective]
-            noise_prediction_loss(model, process, images, noise, torch.rand(micro_batch), condition).backward()
+            objective = OBJECTIVES[config.objective]
+            objective.loss(model, images, noise, torch.rand(micro_batch), condition).backward()
     return live.peak
 
 

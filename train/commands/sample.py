@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from scalelong.train.command_line import parse
 from scalelong.train.errors import UserError
-from scalelong.train.objective import PROCESSES
-from scalelong.train.sampling.generate import default_texts, generate
+from scalelong.train.objective import OBJECTIVES
+from scalelong.train.sampling.generate import generate, labels_in_turn, spread_texts
 from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
 from scalelong.train.sampling.load import SamplingArguments, load_sampling, read_class_names
 
@@ -37,15 +39,14 @@ def main(argv: list[str] | None = None) -> None:
         known = f"0 to {num_classes - 1}" if num_classes else "none: it was trained without labels"
         raise UserError(f"--label {unknown[0]}: the run's labels are {known}")
     in_turn = arguments.label or range(num_classes)
-    labels = [in_turn[n % len(in_turn)] for n in range(arguments.num_images)] if in_turn else None
-    texts = sampling.texts
-    conditions = labels if texts is None else default_texts(arguments.num_images, texts)
+    texts, numbers = sampling.texts, range(arguments.num_images)
+    conditions = labels_in_turn(in_turn) if texts is None else spread_texts(texts, arguments.num_images)
     captions = []
-    if labels and texts is None:
+    if in_turn and texts is None:
         names = read_class_names(config, must_find=bool(arguments.data.path))
-        captions = [names[label] for label in labels]
-    process = PROCESSES[config.objective]
-    images = generate(sampling.model, process, conditions, num_images=arguments.num_images, **sampling.settings)
+        captions = [names[in_turn[n % len(in_turn)]] for n in numbers]
+    objective = OBJECTIVES[config.objective]
+    images = np.stack(list(generate(sampling.model, objective, conditions, numbers, **sampling.settings)))
     columns = grid_columns(arguments.num_images, len(in_turn))
     try:
         save_grid(images, arguments.out, columns=columns, captions=captions)

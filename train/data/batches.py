@@ -14,6 +14,7 @@ from torch import Tensor
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.latents import EMPTY_CONTEXT
 from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
+from scalelong.train.data.side_stream import beside_training, hand_over
 from scalelong.train.data.source import ImageSource, LatentSource, Source
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import UserError
@@ -134,21 +135,24 @@ def _with_draws(
 ) -> Batch:
     draws = draw_samples(config.seed, positions)
     noise = np.stack([draw_noise(config.seed, p, tuple(images_BCHW.shape[1:])) for p in positions])
-    condition = None if context_BLD is None else context_BLD.to(device)
+    condition = context_BLD
     if config.model.num_classes:
         dropped = draws.drops_label(config.label_drop)
         labels = [
             config.null_label if drop else source.label(order.index(p))
             for p, drop in zip(positions, dropped, strict=True)
         ]
-        condition = torch.tensor(labels).to(device)
-    return Batch(
-        images_BCHW=images_BCHW.to(device),
-        noise_BCHW=torch.from_numpy(noise).to(device),
-        time_u_B=torch.tensor(draws.time_u).to(device),
-        condition=condition,
-        dropout_seed=draw_seed(config.seed, Stream.DROPOUT, positions.start),
-    )
+        condition = torch.tensor(labels)
+    with beside_training(device):
+        batch = Batch(
+            images_BCHW=images_BCHW.to(device),
+            noise_BCHW=torch.from_numpy(noise).to(device),
+            time_u_B=torch.tensor(draws.time_u).to(device),
+            condition=None if condition is None else condition.to(device),
+            dropout_seed=draw_seed(config.seed, Stream.DROPOUT, positions.start),
+        )
+    hand_over(batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition)
+    return batch
 
 
 def read_latents(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from scalelong.train.data.order import BatchPlan, Order, draw_samples
+from scalelong.train.data.side_stream import beside_training
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import RankError, UserError
 
@@ -119,8 +120,10 @@ def read_with_dali(
                 given_up.update(refused)
                 running = built(pipeline(batch))
                 continue
-            # Copied, because DALI writes the next batch into the same memory.
-            yield torch.from_dlpack(decoded.as_tensor()).clone()
+            with beside_training(device):
+                # Copied, because DALI writes the next batch into the same memory.
+                copied = torch.from_dlpack(decoded.as_tensor()).clone()
+            yield copied
             batch += 1
 
 

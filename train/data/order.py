@@ -6,6 +6,7 @@ processes and with any reader. Random numbers are NumPy's Philox, a counter-base
 
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import lru_cache, partial
 
 import numpy as np
 
@@ -33,14 +34,16 @@ class Order:
 
     def __init__(self, seed: int, num_images: int):
         self.seed, self.num_images = seed, num_images
-        self._epoch, self._permutation = -1, np.empty(0, dtype=np.int64)
+        # Two, because readers that are ahead ask for the next epoch while this one's labels are still asked for.
+        self._permutation = lru_cache(maxsize=2)(partial(_permutation, seed, num_images))
 
     def index(self, position: int) -> int:
         epoch, offset = divmod(position, self.num_images)
-        if epoch != self._epoch:
-            self._permutation = generator(self.seed, Stream.ORDER, epoch).permutation(self.num_images)
-            self._epoch = epoch
-        return int(self._permutation[offset])
+        return int(self._permutation(epoch)[offset])
+
+
+def _permutation(seed: int, num_images: int, epoch: int) -> np.ndarray:
+    return generator(seed, Stream.ORDER, epoch).permutation(num_images)
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,13 @@
-"""Images from a model: the noise and the guidance of each, in batches.
+"""Images from a model: the noise, the condition and the guidance of each, in batches that ranks share.
 
-Classifier-free guidance is eps_c + s (eps_c - eps_u) (Ho and Salimans, arXiv:2207.12598, with s = w; s = 0 is none).
+Classifier-free guidance is F_c + s (F_c - F_u) of the network's answers (Ho and Salimans, arXiv:2207.12598, with s = w;
+s = 0 is none), the same as of the images that they stand for.
 
 Shapes: B batch, C channels, H height, W width.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -16,72 +18,106 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.data.order import Stream, draw_noise, draw_seed
 from scalelong.train.data.source import LatentSource
 from scalelong.train.data.stand_ins import SoundImages
-from scalelong.train.objective import Process
-from scalelong.train.sampling.samplers import Denoiser, denoise
+from scalelong.train.hosts.processes import Processes
+from scalelong.train.objective import Denoiser, Objective
+from scalelong.train.sampling.samplers import denoise
+
+Conditions = Callable[[Sequence[int]], Tensor | None]
+"""What images of these numbers are to show: labels (B,), or text features (B, L, D); None of a model without either."""
 
 
-def guided(model: Backbone, condition: Tensor | None, null_condition: int | Tensor | None, guidance: float) -> Denoiser:
-    """The model's noise prediction under the condition, with classifier-free guidance of strength s = ``guidance``.
+def guided(
+    model: Backbone,
+    objective: Objective,
+    condition: Tensor | None,
+    null_condition: int | Tensor | None,
+    guidance: float,
+    autocast: torch.dtype | None = None,
+) -> Denoiser:
+    """D(x, sigma) of the model under the condition, with classifier-free guidance of strength s = ``guidance``.
 
     Args:
         condition: labels (B,), or text features (B, L, D).
         null_condition: what stands for none: a label, or the features (L, D) of the empty text.
+        autocast: what the model computes in; None: as its weights are.
     """
 
-    def predict(x_BCHW: Tensor, t: Tensor) -> Tensor:
-        t_B = t.to(x_BCHW.dtype).expand(len(x_BCHW))
+    def answer(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         if guidance == 0 or condition is None:
             return model(x_BCHW, t_B, condition)
         assert null_condition is not None, "guidance needs a null condition"
         null = torch.as_tensor(null_condition).to(condition).expand_as(condition)
         # One pass over both halves: the batch is doubled, the launches are not.
         both = model(torch.cat([x_BCHW, x_BCHW]), torch.cat([t_B, t_B]), torch.cat([condition, null]))
-        conditional, unconditional = both.chunk(2)
+        conditional, unconditional = both.to(x_BCHW.dtype).chunk(2)
         return conditional + guidance * (conditional - unconditional)
 
-    return predict
+    def network(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        with torch.autocast(x_BCHW.device.type, autocast, enabled=autocast is not None):
+            return answer(x_BCHW, t_B)
+
+    return objective.denoiser(network)
 
 
 @torch.inference_mode()
 def generate(
     model: Backbone,
-    process: Process,
-    conditions: list[int] | Tensor | None,
+    objective: Objective,
+    conditions: Conditions,
+    numbers: Sequence[int],
     *,
-    num_images: int,
     null_condition: int | Tensor | None,
     sampler: str,
     steps: int,
     guidance: float,
     seed: int = 0,
     batch_size: int = 256,
+    autocast: torch.dtype | None = None,
     to_pictures: Callable[[Tensor], Tensor] | None = None,
-) -> np.ndarray:
-    """Images (N, H, W, C) in uint8; image n depends on (seed, n), its condition and the settings, not on the batches.
+    processes: Processes | None = None,
+) -> Iterator[np.ndarray]:
+    """Images (H, W, C) in uint8, one for each number, in their order.
+
+    Image n depends on (seed, n), its condition and the settings, whatever the other images are. Only the rounding of
+    the network may depend on how many it is shown together: batches of the same size give the same bits.
 
     Args:
-        conditions: a label for each image, or text features (N, L, D); None for a model without either.
-        null_condition: as ``guided`` takes it.
+        null_condition, autocast: as ``guided`` takes them.
+        batch_size: at most so many images together.
         to_pictures: makes images (B, C, H, W) in [-1, 1] of what the model draws; None: it draws images.
+        processes: that share the work. Each must ask for the same numbers to the end, and gets all the images.
+
+    Raises:
+        UserError: what any of the processes met, on all of them.
     """
-    config = model.config
     device = next(model.parameters()).device
+    config = model.config
     shape = (config.in_channels, config.img_size, config.img_size)
-    images = []
-    for first in range(0, num_images, batch_size):
-        numbers = range(first, min(first + batch_size, num_images))
-        noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in numbers])
-        condition = None if conditions is None else torch.as_tensor(conditions[first : numbers.stop]).to(device)
+
+    def draw(batch: Sequence[int]) -> np.ndarray:
+        noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in batch])
+        condition = conditions(batch)
+        condition = None if condition is None else condition.to(device)
         x_BCHW = denoise(
-            guided(model, condition, null_condition, guidance),
-            process,
+            guided(model, objective, condition, null_condition, guidance, autocast),
+            objective.process,
             torch.from_numpy(noise).to(device),
             sampler=sampler,
             steps=steps,
-            generators=[_torch_generator(seed, n) for n in numbers],
+            generators=[_torch_generator(seed, n) for n in batch],
         )
-        images.append(to_uint8(x_BCHW if to_pictures is None else to_pictures(x_BCHW)))
-    return np.concatenate(images)
+        return to_uint8(x_BCHW if to_pictures is None else to_pictures(x_BCHW))
+
+    rank, world_size = (0, 1) if processes is None else (processes.rank, processes.world_size)
+    batch_size = min(batch_size, math.ceil(len(numbers) / world_size))
+    for first in range(0, len(numbers), batch_size * world_size):
+        batch = numbers[first + rank * batch_size : first + (rank + 1) * batch_size]
+        if processes is None:
+            yield from draw(batch)
+        else:
+            drawn = processes.agree(lambda batch=batch: draw(batch) if batch else ())
+            for images in processes.gather(drawn):
+                yield from images
 
 
 def _torch_generator(seed: int, number: int) -> torch.Generator:
@@ -94,15 +130,19 @@ def to_uint8(x_BCHW: Tensor) -> np.ndarray:
     return ((x_BCHW.float() + 1) * 127.5).round().clamp(0, 255).byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def default_labels(num_images: int, num_classes: int) -> list[int] | None:
-    """Every class in turn; None for a model without labels."""
-    return [n % num_classes for n in range(num_images)] if num_classes else None
+def labels_in_turn(labels: Sequence[int]) -> Conditions:
+    """Image n is to show the n-th of the labels, which begin anew at their end; none of no labels."""
+    return lambda numbers: torch.tensor([labels[n % len(labels)] for n in numbers]) if labels else None
 
 
-def default_texts(num_images: int, source: LatentSource) -> Tensor:
-    """Text features (N, L, D) of the first captions of images spread evenly over the data."""
-    indices = np.arange(num_images) * len(source) // num_images
-    return source.contexts(indices, np.zeros_like(indices))
+def spread_texts(source: LatentSource, num_images: int) -> Conditions:
+    """Image n of so many is to show the first caption of an image; those are spread evenly over the data."""
+
+    def texts(numbers: Sequence[int]) -> Tensor:
+        indices = np.asarray(numbers) * len(source) // num_images
+        return source.contexts(indices, np.zeros_like(indices))
+
+    return texts
 
 
 def texts_of(config: TrainConfig, source: SoundImages | LatentSource) -> LatentSource | None:
@@ -115,6 +155,6 @@ def null_condition_of(config: TrainConfig, texts: LatentSource | None) -> int | 
     return config.null_label if texts is None else texts.empty_context
 
 
-def default_conditions(config: TrainConfig, texts: LatentSource | None, num_images: int) -> list[int] | Tensor | None:
-    """Every class in turn, or captions spread over the data; None for a model without either."""
-    return default_labels(num_images, config.num_data_classes) if texts is None else default_texts(num_images, texts)
+def default_conditions(config: TrainConfig, texts: LatentSource | None, num_images: int) -> Conditions:
+    """Every class in turn, or captions spread over the data; none for a model without either."""
+    return labels_in_turn(range(config.num_data_classes)) if texts is None else spread_texts(texts, num_images)

@@ -3,14 +3,15 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw
-from torch import Tensor
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.backbone import Backbone
 from scalelong.train.errors import UserError
-from scalelong.train.objective import PROCESSES
+from scalelong.train.objective import OBJECTIVES
 from scalelong.train.run import Run
 from scalelong.train.run_folder import grid_path
 from scalelong.train.sampling.autoencoder import to_pictures
@@ -21,8 +22,8 @@ from scalelong.train.sampling.generate import (
     texts_of,
 )
 from scalelong.train.write_whole import staged
-from scalelong.train.zero import engine as zero
-from scalelong.train.zero.averages import FIXED_DECAY
+from scalelong.train.zero.averages import averaged_network
+from scalelong.train.zero.engine_config import AUTOCAST
 
 CAPTION_HEIGHT = 12
 FORMATS = {
@@ -32,31 +33,36 @@ FORMATS = {
 
 
 def make_grid(run: Run) -> None:
-    """Draws samples with the averaged weights; the same noise, labels and captions each time, to compare grids by."""
-    weights = dict(zero.whole_tensors(run.engine, run.ema.averages[FIXED_DECAY]))
-    run.processes.agree(lambda: _draw_grid(run, weights) if run.processes.is_main else None)
+    """Draws samples with the averaged weights, on all processes together, in the precision that the run computes in.
 
-
-def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
-    config, sample = run.config, run.config.sample
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
-    model.load_state_dict(weights)
+    The noise, labels and captions are the same each time, to compare grids by.
+    """
+    config, sample, processes = run.config, run.config.sample, run.processes
+    model = averaged_network(run.ema, lambda: make_backbone(config.model, skip_scale=config.make_skip_scale()))
     texts = texts_of(config, run.source)
     images = generate(
-        model.to(run.processes.device).eval(),
-        PROCESSES[config.objective],
+        cast(Backbone, model),
+        OBJECTIVES[config.objective],
         default_conditions(config, texts, sample.num_images),
-        num_images=sample.num_images,
+        range(sample.num_images),
         null_condition=null_condition_of(config, texts),
         sampler=sample.sampler,
         steps=sample.steps,
         guidance=sample.guidance,
         seed=config.seed,
-        to_pictures=to_pictures(config),
+        autocast=AUTOCAST.get(config.precision),
+        to_pictures=processes.agree(lambda: to_pictures(config)),
+        processes=processes,
     )
+    drawn = np.stack(list(images))
+    processes.agree(lambda: _write_grid(run, drawn) if processes.is_main else None)
+
+
+def _write_grid(run: Run, images_NHWC: np.ndarray) -> None:
+    config = run.config
     path = grid_path(config.run, run.images_seen)
     try:
-        save_grid(images, path, columns=grid_columns(sample.num_images, config.num_data_classes))
+        save_grid(images_NHWC, path, columns=grid_columns(len(images_NHWC), config.num_data_classes))
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 

@@ -1,9 +1,12 @@
-"""The reverse process, solved by the schedulers of diffusers.
+"""The reverse process from D(x, sigma) alone, by the schedulers of diffusers.
+
+They step through a grid of 1000 times; each keeps the image scaled in its own way and
+takes the answer in its own form, which are made here of x = x_0 + sigma ε and D (Karras et al., arXiv:2206.00364).
 
 Shapes: B batch, C channels, H height, W width.
 """
 
-from collections.abc import Callable
+import math
 from typing import Any
 
 import torch
@@ -11,31 +14,33 @@ from torch import Tensor
 
 from scalelong.train.config import SAMPLER_NAMES
 from scalelong.train.errors import UserError
-from scalelong.train.objective import NUM_TIMES, VPSDE, Process
+from scalelong.train.objective import NUM_TIMES, VPSDE, Denoiser, Process
 
-Denoiser = Callable[[Tensor, Tensor], Tensor]
+TAKE_NOISE = ("euler-ancestral", "euler-maruyama")
+"""Samplers whose schedulers take (x - D) / sigma, the noise; the others take D."""
+KEEP_X = ("euler", "euler-ancestral")
+"""Samplers whose schedulers keep x; the others keep x / √(1 + sigma²)."""
 
 
-def make_scheduler(sampler: str, process: Process):
-    """diffusers' scheduler for a sampler, with the process's ᾱ on the grid n = 1 .. 1000.
+def make_scheduler(sampler: str, process: Process) -> Any:
+    """diffusers' scheduler for a sampler, with the sigmas of the process on the grid n = 1 .. 1000.
 
     Raises:
         UserError: an unknown sampler, or Euler-Maruyama for a process that is no SDE.
     """
     import diffusers
 
-    n = torch.arange(1, NUM_TIMES + 1, dtype=torch.float64)
-    alpha_bar = process.alpha_bar(process.grid_time(n))
+    alpha_bar = 1 / (1 + _sigmas(process, _grid(process)) ** 2)
     betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
     grid = {"num_train_timesteps": NUM_TIMES, "trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
     if sampler == "dpm-solver++":
-        return diffusers.DPMSolverMultistepScheduler(**grid, algorithm_type="dpmsolver++", solver_order=2)
+        return diffusers.DPMSolverMultistepScheduler(**grid, prediction_type="sample", solver_order=2)
     if sampler == "ddim":
         # DDIM is DPM-Solver++ of order 1 (arXiv:2211.01095, section 4). diffusers' own DDIMScheduler steps back by
         # 1000 // steps whatever the grid, which is wrong where steps does not divide 1000.
-        return diffusers.DPMSolverMultistepScheduler(**grid, algorithm_type="dpmsolver++", solver_order=1)
+        return diffusers.DPMSolverMultistepScheduler(**grid, prediction_type="sample", solver_order=1)
     if sampler == "euler":
-        return diffusers.EulerDiscreteScheduler(**grid)
+        return diffusers.EulerDiscreteScheduler(**grid, prediction_type="sample")
     if sampler == "euler-ancestral":
         return diffusers.EulerAncestralDiscreteScheduler(**grid)
     if sampler == "euler-maruyama":
@@ -60,9 +65,9 @@ def denoise(
     """Solves the reverse process from pure noise.
 
     Args:
-        denoiser: (x_BCHW, network time, a scalar) -> predicted noise.
+        denoiser: D(x, sigma), asked at the noise levels of the process.
         noise_BCHW: standard normal.
-        steps: network evaluations.
+        steps: evaluations of the denoiser.
         generators: of the noise that stochastic samplers add, one for each image.
 
     Returns:
@@ -73,32 +78,33 @@ def denoise(
     """
     if not 1 <= steps <= NUM_TIMES:
         raise UserError(f"a sampler takes 1 to {NUM_TIMES} steps, not {steps}")
-    scheduler: Any = make_scheduler(sampler, process)
-    if sampler == "euler-maruyama":
-        return _euler_maruyama(denoiser, process, scheduler, noise_BCHW, steps, generators)
-    scheduler.set_timesteps(steps, device=noise_BCHW.device)
-    stochastic = {"generator": generators} if sampler == "euler-ancestral" else {}
-    x_BCHW = noise_BCHW * scheduler.init_noise_sigma
-    for k in scheduler.timesteps:
-        # diffusers counts its grid from 0.
-        t = process.network_time(process.grid_time(k.to(x_BCHW.dtype) + 1))
-        predicted = denoiser(scheduler.scale_model_input(x_BCHW, k), t)
-        x_BCHW = scheduler.step(predicted, k, x_BCHW, **stochastic).prev_sample
-    return x_BCHW
+    scheduler = make_scheduler(sampler, process)
+    scheduler.set_timesteps(steps)
+    scheduler.is_scale_input_called = True  # Euler's warn otherwise, but it is done here
+    is_sde = sampler == "euler-maruyama"
+    if is_sde:  # eq. 6 of arXiv:2011.13456, on t from 1 to 10⁻³
+        times = scheduler.timesteps.double()
+    else:  # diffusers counts its grid from 0
+        times = _grid(process)[scheduler.timesteps.long()]
+    x_BCHW = mean_BCHW = noise_BCHW if is_sde else noise_BCHW * scheduler.init_noise_sigma
+    for t, sigma in zip(scheduler.timesteps, _sigmas(process, times).tolist(), strict=True):
+        unscaled_BCHW = x_BCHW if sampler in KEEP_X else x_BCHW * math.sqrt(1 + sigma**2)
+        answer_BCHW = denoiser(unscaled_BCHW, sigma)
+        if sampler in TAKE_NOISE:
+            answer_BCHW = (unscaled_BCHW - answer_BCHW) / sigma
+        if is_sde:
+            time = t.to(x_BCHW.device)
+            x_BCHW, mean_BCHW = scheduler.step_pred(answer_BCHW, x_BCHW, time, generator=generators)
+        else:
+            x_BCHW = mean_BCHW = scheduler.step(answer_BCHW, t, x_BCHW, generator=generators).prev_sample
+    return mean_BCHW  # the SDE's last step adds no noise
 
 
-def _euler_maruyama(
-    denoiser: Denoiser,
-    process: Process,
-    scheduler,
-    x_BCHW: Tensor,
-    steps: int,
-    generators: list[torch.Generator] | None,
-) -> Tensor:
-    """The reverse SDE of arXiv:2011.13456, eq. 6, on t from 1 to 10⁻³; the last step takes the mean."""
-    scheduler.set_timesteps(steps, device=x_BCHW.device)
-    mean_BCHW = x_BCHW
-    for t in scheduler.timesteps:
-        predicted = denoiser(x_BCHW, process.network_time(t))
-        x_BCHW, mean_BCHW = scheduler.step_pred(predicted, x_BCHW, t, generator=generators)
-    return mean_BCHW
+def _grid(process: Process) -> Tensor:
+    """The times of n = 1 .. 1000, fp64."""
+    return process.grid_time(torch.arange(1, NUM_TIMES + 1, dtype=torch.float64))
+
+
+def _sigmas(process: Process, times: Tensor) -> Tensor:
+    signal, noise_level = process.levels(times)
+    return noise_level / signal

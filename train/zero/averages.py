@@ -8,13 +8,14 @@ average that nobody kept can be composed as a linear combination of those that w
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from scalelong.train.errors import UserError
 from scalelong.train.zero import engine as zero
 
 FIXED_DECAY = "ema"
@@ -109,4 +110,45 @@ class Ema:
             torch._foreach_lerp_(self.averages[name], weights, share_of_newest(exponent, step))
 
     def restore(self, name: str, whole: dict[str, Tensor]) -> None:
-        self.averages[name] = zero.shards_of(self.engine, whole)
+        # In place: a network may have been made of them.
+        for shard, restored in zip(self.averages[name], zero.shards_of(self.engine, whole), strict=True):
+            shard.copy_(restored)
+
+
+def averaged_network(ema: Ema, make_network: Callable[[], nn.Module]) -> nn.Module:
+    """The average of the fixed decay as a network of its own, in evaluation mode, without gradients.
+
+    Without ZeRO its weights are the average's own memory, which later updates change too; under ZeRO they are whole
+    copies on every rank, as the average stands. Every rank must call it.
+
+    Args:
+        make_network: makes one of the kind that is trained; nothing is allocated or drawn for its weights.
+    """
+    with torch.device("meta"):
+        network = make_network()
+    network.load_state_dict(dict(zero.gathered(ema.engine, ema.averages[FIXED_DECAY])), assign=True)
+    return network.requires_grad_(False).eval()
+
+
+class Teacher:
+    """The averaged network beside the one that is trained, for a loss that compares the two, under ZeRO 0 to 2.
+
+    Args:
+        ema, make_network: as ``averaged_network`` takes them.
+
+    Raises:
+        UserError: under ZeRO 3, which is there because no process has room for whole weights.
+    """
+
+    def __init__(self, ema: Ema, make_network: Callable[[], nn.Module]):
+        if ema.engine.zero_optimization_stage() == 3:
+            raise UserError("an averaged teacher needs whole weights on every process: take --zero-stage 0, 1 or 2")
+        self.ema, self.network = ema, averaged_network(ema, make_network)
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Takes in the average as it stands, which without ZeRO it has already. Every rank must call it."""
+        if self.ema.engine.zero_optimization_stage() > 0:
+            weights = dict(self.network.named_parameters())
+            for name, whole in zero.gathered(self.ema.engine, self.ema.averages[FIXED_DECAY]):
+                weights[name].copy_(whole)

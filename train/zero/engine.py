@@ -4,114 +4,44 @@ Weights are fp32 in every precision (bf16 and fp16 are autocast), so the module'
 replicated under ZeRO 0 to 2, sharded under ZeRO 3.
 """
 
-import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from scalelong.model.linear_layers import GeluLinear, SkipLinear, TokenConv1d
-from scalelong.train.config import OffloadName, TrainConfig
-from scalelong.train.errors import UserError
+from scalelong.model.backbone import Backbone
+from scalelong.train.config import TrainConfig
 from scalelong.train.hosts.processes import Processes
-from scalelong.train.zero.user_config import merge_file
+from scalelong.train.zero.engine_config import deepspeed_config
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
-# Elements that are reduced or gathered at a time.
-BUCKET_SIZE = 200_000_000
-# Layers whose parameters are sent in 16 bits under autocast: DeepSpeed's own list, which goes by the exact class, and
-# what stands in their place in our networks.
-HALVED_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, SkipLinear, GeluLinear, TokenConv1d)
+LEARNING_RATE_FACTOR = "learning_rate_factor"
+SCALER_COUNTS = ("growth_interval", "_growth_tracker")
 
 
-def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> dict[str, Any]:
-    """Every DeepSpeed value that matters, written out: its defaults change between releases.
-
-    What the user's own file adds is merged in.
-
-    Raises:
-        UserError: the file does not fit, or offloading does not fit the ZeRO stage.
-    """
-    # DeepSpeed takes memory for a whole bucket, however small the network, and wants an even number of elements.
-    bucket_size = min(BUCKET_SIZE, num_params + num_params % 2)
-    values: dict[str, Any] = {
-        "train_micro_batch_size_per_gpu": micro_batch,
-        "gradient_accumulation_steps": config.accumulation_steps,
-        "gradient_clipping": config.optimizer.clip_grad_norm,
-        "zero_optimization": {
-            "stage": config.zero_stage,
-            "overlap_comm": False,
-            "contiguous_gradients": True,
-            "reduce_scatter": True,
-            "reduce_bucket_size": bucket_size,
-            "allgather_bucket_size": bucket_size,
-            **_offload_sections(config.offload),
-        },
-        # AdamW of torch has a fused kernel on CPUs too, where DeepSpeed's own is compiled on first use.
-        "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": False,
-        "steps_per_print": 1_000_000_000,
-        "wall_clock_breakdown": False,
-    }
-    if config.precision != "fp32":
-        dtype = {"bf16": "bfloat16", "fp16": "float16"}[config.precision]
-        halved = [f"{layer.__module__}.{layer.__qualname__}" for layer in HALVED_LAYERS]
-        values["torch_autocast"] = {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": halved}
-    if config.deepspeed_config is not None:
-        offloads = config.offload != "none"
-        values = merge_file(config.deepspeed_config, values, batch=config.images_per_step, offloads=offloads)
-    _check_offload(values["zero_optimization"])
-    return values
-
-
-def _offload_sections(offload: OffloadName) -> dict[str, Any]:
-    where = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    sections = {"none": (), "optimizer": ("offload_optimizer",), "parameters": ("offload_optimizer", "offload_param")}
-    return {section: dict(where) for section in sections[offload]}
-
-
-def _check_offload(zero: dict[str, Any]) -> None:
-    def is_off(section: str) -> bool:
-        return (zero.get(section) or {}).get("device", "none") == "none"
-
-    if not is_off("offload_optimizer") and zero["stage"] == 0:
-        raise UserError("optimizer state can be offloaded with --zero-stage 1, 2 or 3, not 0")
-    if not is_off("offload_param") and zero["stage"] != 3:
-        raise UserError(f"parameters can be offloaded with --zero-stage 3, not {zero['stage']}")
-
-
-def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
-    """Refuses what DeepSpeed cannot do, or would accept and compute wrongly.
-
-    Raises:
-        UserError: a DeepSpeed file or offloading that does not fit; fp16 with clipping under ZeRO (0.19.8 clips the
-            gradients before the loss scale is taken out) or with offloading (not tested).
-    """
-    zero = deepspeed_config(config, micro_batch, num_params=1)["zero_optimization"]
-    if config.precision == "fp16" and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
-        raise UserError("--precision fp16 cannot offload: take bf16")
-    if config.precision == "fp16" and config.zero_stage > 0 and config.optimizer.clip_grad_norm > 0:
-        raise UserError("--precision fp16 cannot clip gradients under ZeRO: take bf16, or --zero-stage 0")
-
-
-def make_engine(model: nn.Module, config: TrainConfig, processes: Processes, micro_batch: int) -> Any:
-    """A DeepSpeed engine with AdamW over all parameters."""
+def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micro_batch: int) -> Any:
+    """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them."""
     import deepspeed
     from deepspeed.runtime import torch_autocast
 
     # A run in 16 bits that came before in this process has left its mark there.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     o = config.optimizer
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.0, betas=(o.beta1, o.beta2), weight_decay=o.weight_decay, fused=True
-    )
+    groups = optimizer_groups(model, o.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(
         model=model.to(processes.device),
         optimizer=optimizer,
         config=deepspeed_config(config, micro_batch, num_params),
     )
+    scaler = _grad_scaler(engine)
+    if scaler is not None:
+        scaler.set_growth_interval(scaler.get_growth_interval() * _scaler_updates_per_step(engine))
+    if engine.zero_optimization_stage() in (1, 2):
+        # DeepSpeed 0.19.8 links parameters to their state when the first group has stepped: the others have none then.
+        _start_optimizer(engine, step_count=0)
     return engine
 
 
@@ -125,9 +55,23 @@ def destroy(engine) -> None:
     stack[:] = [module for module in stack if module is not engine.module]
 
 
+def optimizer_groups(model: Backbone, weight_decay: float) -> list[dict[str, Any]]:
+    """The groups of a model as optimizers of torch take them, with the factor of each one's learning rate."""
+    parameters = dict(model.named_parameters())
+    return [
+        {
+            "params": [parameters[name] for name in group.names],
+            "weight_decay": weight_decay * group.weight_decay_factor,
+            LEARNING_RATE_FACTOR: group.learning_rate_factor,
+        }
+        for group in model.parameter_groups()
+    ]
+
+
 def set_learning_rate(engine, learning_rate: float) -> None:
+    """The run's learning rate, times the factor of each group."""
     for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group[LEARNING_RATE_FACTOR]
 
 
 class StepTaken(NamedTuple):
@@ -136,8 +80,9 @@ class StepTaken(NamedTuple):
     applied: bool
     """Whether the weights have moved. True also where only a GPU knows, which is not waited for: of fp16 without ZeRO,
     if nothing else makes it wait."""
-    is_finite: bool
-    """Whether the gradient was finite, or fp16 was finding its loss scale."""
+    is_finite: Tensor
+    """Whether the gradient was finite, or fp16 was finding its loss scale: a scalar on the engine's device, so that no
+    step has to wait for it. The same on all ranks."""
     gradient_norm: float | None
     """Of the whole gradient, without the loss scale and before clipping; None if it was not asked for."""
 
@@ -152,27 +97,30 @@ def take_step(engine, *, only_finite: bool = False, measures: bool = False) -> S
     stage, scaler = engine.zero_optimization_stage(), _grad_scaler(engine)
     waits = only_finite or measures or engine.device.type == "cpu"
     scale = loss_scale(engine) if waits else 1.0
-    looks = only_finite and stage == 0 and scaler is None
     # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
-    norm = gradient_norm(engine) if stage == 0 and (measures or looks) else None
-    if looks and norm is not None and not math.isfinite(norm):
+    norm = _norm_before_step(engine) if stage == 0 and (measures or scaler is None) else None
+    is_finite = None if norm is None or scaler is not None else norm.isfinite()
+    if only_finite and is_finite is not None and not is_finite:
         for parameter in engine.module.parameters():
             # The optimizer passes over parameters without a gradient; DeepSpeed's own counters go on.
             parameter.grad = None
         engine.step()
-        return StepTaken(applied=False, is_finite=False, gradient_norm=norm if measures else None)
+        return StepTaken(
+            applied=False, is_finite=is_finite, gradient_norm=float(norm) if measures and norm is not None else None
+        )
     engine.step()
     applied = engine.was_step_applied()
-    is_finite = applied or scaler is not None
+    if is_finite is None:  # ZeRO, or the scaler, has looked
+        is_finite = torch.full((), applied or scaler is not None, device=engine.device)
     if not applied and scaler is not None:
         # Under ZeRO, DeepSpeed 0.19.8 skips a step that overflowed without telling the scaler, which would then never
         # lower its scale.
         scaler.update(scaler.get_scale() * scaler.get_backoff_factor())
     elif stage == 0 and scaler is not None and waits:
         applied = loss_scale(engine) >= scale  # DeepSpeed says that it was applied in any case
-    if measures and stage > 0:
-        norm = gradient_norm(engine)
-    return StepTaken(applied, is_finite, norm / scale if measures and norm is not None else None)
+    if measures:
+        norm = engine.get_global_grad_norm() if stage > 0 else norm
+    return StepTaken(applied, is_finite, float(norm) / scale if measures and norm is not None else None)
 
 
 def loss_with_telling_gradient(loss: Tensor) -> Tensor:
@@ -181,11 +129,9 @@ def loss_with_telling_gradient(loss: Tensor) -> Tensor:
     return loss * (1 + (value - value))
 
 
-def gradient_norm(engine) -> float:
-    """The norm of the whole gradient before clipping, of the step just taken (ZeRO) or about to be (stage 0)."""
-    if engine.zero_optimization_stage() > 0:
-        return float(engine.get_global_grad_norm())
-    return float(torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None]))
+def _norm_before_step(engine) -> Tensor:
+    """Of the whole gradient without ZeRO, before clipping."""
+    return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 
 def loss_scale(engine) -> float:
@@ -215,15 +161,20 @@ def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
 
 def whole_tensors(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(name, whole tensor on the CPU) from parts laid out as ``master_shards``. Every rank must iterate to the end."""
+    return ((name, whole.cpu()) for name, whole in gathered(engine, shards))
+
+
+def gathered(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """The same on the engine's device; without ZeRO, where the parts lie there, the parts themselves."""
     stage = engine.zero_optimization_stage()
     for (name, parameter), shard in zip(engine.module.named_parameters(), shards, strict=True):
-        yield name, _gather(cast(Any, parameter), shard.to(engine.device), stage).cpu()
+        yield name, gather(parameter, shard.to(engine.device), stage)
 
 
 def shards_of(engine, whole: dict[str, Tensor]) -> list[Tensor]:
     """The inverse of ``whole_tensors``: this rank's part of every tensor, on the device of its master weights."""
     stage = engine.zero_optimization_stage()
-    parts = (_cut(parameter, whole[name], stage) for name, parameter in engine.module.named_parameters())
+    parts = (cut(parameter, whole[name], stage) for name, parameter in engine.module.named_parameters())
     return [part.to(master.device, copy=True) for part, master in zip(parts, master_shards(engine), strict=True)]
 
 
@@ -256,37 +207,59 @@ def restore_optimizer(engine, state: dict[str, Tensor], step_count: int) -> None
 
     stage = engine.zero_optimization_stage()
     base = _base_optimizer(engine)
-    if stage == 3:
-        flat_params = engine.optimizer.fp32_partitioned_groups_flat
-    else:
-        flat_params = [p for group in base.param_groups for p in group["params"]]
-    for flat in flat_params:
-        base.state[flat] = {"step": torch.tensor(float(step_count), device=flat.device)}
-        base.state[flat].update({key: torch.zeros_like(flat) for key in OPTIMIZER_STATES})
-    if stage in (1, 2):
-        # DeepSpeed links its parameters to optimizer state that exists; normally after the first step.
-        engine.optimizer._lazy_init_hp_params_optimizer_state()
+    _start_optimizer(engine, step_count)
     for name, parameter in engine.module.named_parameters():
         for key in OPTIMIZER_STATES:
             value = state[f"{key}.{name}"].to(parameter.device)
             if stage == 0:
                 base.state[parameter][key].copy_(value)
             elif stage == 3:
-                safe_set_local_optimizer_state(parameter, _cut(parameter, value, stage), key)
+                safe_set_local_optimizer_state(parameter, cut(parameter, value, stage), key)
             else:
                 safe_set_full_optimizer_state(parameter, value, key)
 
 
+def _start_optimizer(engine, step_count: int) -> None:
+    """State of zeros, which is otherwise made at the first step."""
+    base = _base_optimizer(engine)
+    if engine.zero_optimization_stage() == 3:
+        flat_params = engine.optimizer.fp32_partitioned_groups_flat
+    else:
+        flat_params = [p for group in base.param_groups for p in group["params"]]
+    for flat in flat_params:
+        base.state[flat] = {"step": torch.tensor(float(step_count), device=flat.device)}
+        base.state[flat].update({key: torch.zeros_like(flat) for key in OPTIMIZER_STATES})
+    if engine.zero_optimization_stage() in (1, 2):
+        engine.optimizer._hp_optimizer_states_linked = False
+        engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
 def scaler_state(engine) -> dict[str, Any] | None:
-    """The loss scaler of fp16, JSON-able; None in other precisions."""
+    """The loss scaler of fp16, JSON-able, counting steps; None in other precisions."""
     scaler = _grad_scaler(engine)
-    return None if scaler is None else scaler.state_dict()
+    if scaler is None:
+        return None
+    state, updates = scaler.state_dict(), _scaler_updates_per_step(engine)
+    return {**state, **{key: state[key] // updates for key in SCALER_COUNTS}}
 
 
 def restore_scaler(engine, state: dict[str, Any] | None) -> None:
+    """Puts back what ``scaler_state`` gave, under any ZeRO stage."""
     scaler = _grad_scaler(engine)
     if scaler is not None and state is not None:
-        scaler.load_state_dict(state)
+        updates = _scaler_updates_per_step(engine)
+        scaler.load_state_dict({**state, **{key: state[key] * updates for key in SCALER_COUNTS}})
+
+
+def _scaler_updates_per_step(engine) -> int:
+    """ZeRO updates the scaler once for each group, so that it must count that much further until the scale grows.
+
+    It then grows behind the last group of a step, never between two.
+    """
+    stage = engine.zero_optimization_stage()
+    if stage == 0:
+        return 1
+    return len(engine.optimizer.fp16_groups if stage == 3 else engine.optimizer.bit16_groups)
 
 
 def _base_optimizer(engine) -> torch.optim.Optimizer:
@@ -309,7 +282,8 @@ def _master_shard(parameter: Any, stage: int) -> Tensor:
     return parameter.new_empty(0).detach() if fragment is None else fragment.hp_fragment.detach()
 
 
-def _gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
+def gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
+    """The whole of a parameter, or of a tensor laid out as it is, from this rank's part, which lies on its device."""
     if stage == 0:
         return shard
     if stage == 3:
@@ -325,7 +299,8 @@ def _gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
     return whole.view(parameter.shape)
 
 
-def _cut(parameter: Any, whole: Tensor, stage: int) -> Tensor:
+def cut(parameter: Any, whole: Tensor, stage: int) -> Tensor:
+    """The inverse of ``gather``."""
     if stage == 0:
         return whole
     if stage == 3:

@@ -1,0 +1,46 @@
+"""What is done to rows of parameters after each step of the optimizer, though ZeRO cuts parameters anywhere."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from scalelong.train.zero import engine as zero
+
+
+@torch.no_grad()
+def apply_to_rows(engine, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
+    """Puts the value of a function in the place of each parameter that is named. Every rank must call it.
+
+    Args:
+        engine: of DeepSpeed.
+        functions: by the names of parameters. Each is given the whole parameter (rows, ...) in fp32, on every rank, and
+            returns as many numbers; what it makes of a row may depend on that row alone. All ranks compute the same
+            bits, so that nothing is sent under ZeRO 0 to 2, and ZeRO 3 gathers one parameter at a time.
+    """
+    parameters = dict(engine.module.named_parameters())
+    for name, function in functions.items():
+        parameter, stage = parameters[name], engine.zero_optimization_stage()
+        if stage == 3:
+            _replace_shard(parameter, function(zero.gather(parameter, parameter.ds_tensor, stage)))
+        else:
+            parameter.copy_(function(parameter))
+            _copy_to_master(parameter, stage)
+
+
+def _copy_to_master(parameter: Any, stage: int) -> None:
+    """ZeRO 1 and 2 update a fragment of their own, of which parameters are whole copies."""
+    if stage > 0 and parameter._hp_mapping is not None:
+        parameter._hp_mapping.hp_fragment.copy_(zero.cut(parameter, parameter, stage))
+
+
+def _replace_shard(parameter: Any, whole: Tensor) -> None:
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+    from deepspeed.utils import safe_set_local_fp32_param
+
+    shard = zero.cut(parameter, whole, 3)
+    parameter.ds_tensor.copy_(shard)
+    safe_set_local_fp32_param(parameter, shard)  # the same memory, but for an optimizer that is offloaded
+    if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered from step to step
+        cast(Tensor, parameter.data).copy_(whole)
