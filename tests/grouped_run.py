@@ -1,9 +1,11 @@
 """Run on every rank: steps of a network with three groups of parameters, whose rows have norm 1 after each step.
 
-Arguments: a ZeRO stage, or "plain" for AdamW of torch without DeepSpeed; the number of the first step and of the last;
-where what came of the steps before is read from; where what comes of these is written to.
+Arguments: a ZeRO stage, with "offload" behind it if its state is offloaded or "partitioned" if it keeps no parameter
+whole, or "plain" for AdamW of torch without DeepSpeed; the number of the first step and of the last; where what came of
+the steps before is read from; where what comes of these is written to.
 """
 
+import os
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -86,7 +88,7 @@ def expect_rows_alone_to_change(engine, functions) -> None:
     for name, weight in zero.whole_tensors(engine, zero.master_shards(engine)):
         assert torch.equal(weight, expected[name]), name
     for name, weight in engine.module.named_parameters():
-        if weight.numel() == expected[name].numel():  # ZeRO 3 keeps small ones whole, and gathers the others
+        if weight.numel() == expected[name].numel():  # else it is gathered where it is used
             assert torch.equal(weight, expected[name]), name
 
 
@@ -96,7 +98,12 @@ def clones(tensors: Iterator[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]
 
 how, first, last = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 came_from, goes_to = Path(sys.argv[4]), Path(sys.argv[5])
-config = small_config(Path("unused"), zero_stage=0 if how == "plain" else int(how))
+config = small_config(Path("unused"), zero_stage=0 if how == "plain" else int(how[0]))
+config = replace(config, offload="parameters" if how == "3offload" else "optimizer" if "offload" in how else "none")
+if "partitioned" in how:
+    rank_file = goes_to.with_name(f"deepspeed-{os.environ['RANK']}.json")
+    rank_file.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
+    config = replace(config, deepspeed_config=rank_file)
 config = replace(config, images_per_step=BATCH, optimizer=replace(config.optimizer, weight_decay=0.1))
 BETAS, WEIGHT_DECAY = (config.optimizer.beta1, config.optimizer.beta2), config.optimizer.weight_decay
 torch.manual_seed(0)

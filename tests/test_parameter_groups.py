@@ -60,6 +60,13 @@ def test_every_stage_takes_the_steps_of_plain_adamw(world_size, stage, by_hand, 
     torch.testing.assert_close(torch.cat(norms), torch.ones(sum(map(len, norms))), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("how", ["2offload", "3offload", "3partitioned"])
+def test_wherever_state_and_parameters_lie(how, by_hand, tmp_path):
+    """Small parameters, which here all are, stay whole under ZeRO 3 unless DeepSpeed is told otherwise."""
+    run_on_ranks(2, "grouped_run.py", how, 1, STEPS, "-", tmp_path / "found.pt")
+    assert_same(torch.load(tmp_path / "found.pt"), by_hand[STEPS], tolerance(int(how[0])))
+
+
 @pytest.mark.parametrize(("before", "after"), [((2, 0), (1, 3)), ((4, 2), (2, 1)), ((4, 3), (1, 0))])
 def test_other_stages_and_numbers_of_ranks_go_on(before, after, by_hand, tmp_path):
     (ranks_before, stage_before), (ranks_after, stage_after) = before, after

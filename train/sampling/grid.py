@@ -3,13 +3,11 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from scalelong.model.architectures import make_backbone
-from scalelong.model.backbone import Backbone
 from scalelong.train.errors import UserError
 from scalelong.train.objective import OBJECTIVES
 from scalelong.train.run import Run
@@ -41,7 +39,7 @@ def make_grid(run: Run) -> None:
     model = averaged_network(run.ema, lambda: make_backbone(config.model, skip_scale=config.make_skip_scale()))
     texts = texts_of(config, run.source)
     images = generate(
-        cast(Backbone, model),
+        model,
         OBJECTIVES[config.objective],
         default_conditions(config, texts, sample.num_images),
         range(sample.num_images),

@@ -10,6 +10,7 @@ average that nobody kept can be composed as a linear combination of those that w
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.zero import engine as zero
 
 FIXED_DECAY = "ema"
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Ema:
             shard.copy_(restored)
 
 
-def averaged_network(ema: Ema, make_network: Callable[[], nn.Module]) -> nn.Module:
+def averaged_network(ema: Ema, make_network: Callable[[], Network]) -> Network:
     """The average of the fixed decay as a network of its own, in evaluation mode, without gradients.
 
     Without ZeRO its weights are the average's own memory, which later updates change too; under ZeRO they are whole

@@ -23,7 +23,7 @@ def apply_to_rows(engine, functions: Mapping[str, Callable[[Tensor], Tensor]]) -
     for name, function in functions.items():
         parameter, stage = parameters[name], engine.zero_optimization_stage()
         if stage == 3:
-            _replace_shard(parameter, function(zero.gather(parameter, parameter.ds_tensor, stage)))
+            _replace_shard(parameter, function(zero.gather(parameter, parameter.ds_tensor.to(engine.device), stage)))
         else:
             parameter.copy_(function(parameter))
             _copy_to_master(parameter, stage)
