@@ -47,8 +47,10 @@ class Run:
     guard: Guard
     images_seen: int
     step: int
-    unchecked_steps: list[Tensor] = field(default_factory=list)
-    """(loss, 1 if the gradient was finite) of this rank's last steps, which nobody has looked at yet."""
+    unchecked_losses: list[Tensor] = field(default_factory=list)
+    """Of this rank's last steps, which nobody has looked at yet."""
+    unchecked_gradients: list[Tensor] = field(default_factory=list)
+    """Whether they were finite in the same steps."""
 
     @property
     def config(self) -> TrainConfig:
