@@ -90,7 +90,7 @@ def test_a_run_that_diverges_says_where(tmp_path, monkeypatch):
         count += 1
         taken = original(run, **options)
         if count >= 3:
-            run.unchecked_steps[-1][0] = torch.nan
+            run.unchecked_losses[-1] = run.unchecked_losses[-1] * torch.nan
         return taken
 
     monkeypatch.setattr(loop, "train_step", poisoned)

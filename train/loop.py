@@ -132,7 +132,8 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures)
     if taken.applied:
         apply_to_rows(engine, engine.module.after_step())
-    run.unchecked_steps.append(torch.stack([torch.stack(losses).mean(), taken.is_finite.float()]))
+    run.unchecked_losses.append(torch.stack(losses).mean())
+    run.unchecked_gradients.append(taken.is_finite)
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1
     if taken.gradient_norm is None:
         return {}
@@ -150,16 +151,18 @@ def check_losses(run: Run) -> tuple[float, bool]:
     Raises:
         UserError: one that is not finite and may not be left out, naming its step.
     """
-    means = torch.stack(run.unchecked_steps)
-    run.unchecked_steps.clear()
+    means = torch.stack([torch.stack(run.unchecked_losses), torch.stack(run.unchecked_gradients).float()])
+    run.unchecked_losses.clear()
+    run.unchecked_gradients.clear()
     if run.processes.world_size > 1:
         dist.all_reduce(means)
         means /= run.processes.world_size
-    steps, counts = means.tolist(), True
-    for step, (loss, share_finite) in enumerate(steps, start=run.step - len(steps) + 1):
+    (losses, shares_finite), counts = means.tolist(), True
+    first = run.step - len(losses) + 1
+    for step, (loss, share_finite) in enumerate(zip(losses, shares_finite, strict=True), start=first):
         seen = run.images_seen - (run.step - step) * run.config.images_per_step
         counts = run.guard.admits(loss, share_finite == 1, step, range(seen - run.config.images_per_step, seen))
-    return steps[-1][0], counts
+    return losses[-1], counts
 
 
 def log_row(run: Run, loss: float, speed: dict[str, float], measured: dict[str, float]) -> dict[str, float | int]:

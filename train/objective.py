@@ -1,4 +1,4 @@
-"""The training objective: what the network is shown, what it is to answer, and the image that its answer stands for.
+"""The training objective: what the network is shown, what it is to predict, and the image that its output stands for.
 
 VPSDE: Song et al., arXiv:2011.13456 (as U-ViT trains its pixel models). Discrete schedules: of DDPM (arXiv:2006.11239),
 of ADM (Nichol and Dhariwal, arXiv:2102.09672) and of latent diffusion (arXiv:2112.10752). Loss: DDPM's, eq. 14.
@@ -171,7 +171,7 @@ PROCESSES: dict[str, VariancePreserving] = {
 
 
 class Objective(ABC):
-    """What a network learns under a process; a subclass says what it answers with, and how answers are weighed.
+    """What a network learns under a process; a subclass says what it predicts and how errors are weighted.
 
     ``signal`` and ``noise_level`` are those of x_t: tensors that broadcast over images, or numbers.
     """
@@ -181,7 +181,7 @@ class Objective(ABC):
 
     @abstractmethod
     def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, signal: Tensor, noise_level: Tensor) -> Tensor:
-        """What the network is to answer, (B, C, H, W)."""
+        """What the network is to predict, (B, C, H, W)."""
 
     @abstractmethod
     def weight(self, signal: Tensor, noise_level: Tensor) -> Tensor | float:
@@ -189,7 +189,7 @@ class Objective(ABC):
 
     @abstractmethod
     def denoised(self, output_BCHW: Tensor, x_BCHW: Tensor, signal: float, noise_level: float) -> Tensor:
-        """The x_0 that the answer to x_t stands for: affine in the answer, so that guidance of either is the same."""
+        """The x_0 that the output for x_t stands for: affine in the output, so that guidance of either is the same."""
 
     def draw_time(self, u_B: Tensor) -> Tensor:
         """The training time of each image from a uniform number in [0, 1)."""
@@ -240,7 +240,7 @@ class Objective(ABC):
 
 
 class NoisePrediction(Objective):
-    """The network answers with ε, and all images weigh the same: L_simple of arXiv:2006.11239, eq. 14."""
+    """The network predicts ε, and all images weigh the same: L_simple of arXiv:2006.11239, eq. 14."""
 
     def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, signal: Tensor, noise_level: Tensor) -> Tensor:
         return noise_BCHW

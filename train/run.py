@@ -50,8 +50,10 @@ class Run:
     step: int
     averaged_steps: int
     """Steps that the averages have taken in: those that were not left out, on the way that leads to these weights."""
-    unchecked_steps: list[Tensor] = field(default_factory=list)
-    """(loss, 1 if the gradient was finite) of this rank's last steps, which nobody has looked at yet."""
+    unchecked_losses: list[Tensor] = field(default_factory=list)
+    """Of this rank's last steps, which nobody has looked at yet."""
+    unchecked_gradients: list[Tensor] = field(default_factory=list)
+    """Whether they were finite in the same steps."""
 
     @property
     def config(self) -> TrainConfig:
@@ -69,7 +71,8 @@ class Run:
         """Gives up weights, optimizer, averages and readers, so that others of their size find room."""
         zero.destroy(self.engine)
         self.engine = self.ema = self.monitor = self.batches = None  # type: ignore[assignment]
-        self.unchecked_steps.clear()
+        self.unchecked_losses.clear()
+        self.unchecked_gradients.clear()
         gc.collect()  # DeepSpeed's engine and its hooks hold each other
 
     @property

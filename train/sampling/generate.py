@@ -1,6 +1,6 @@
 """Images from a model: the noise, the condition and the guidance of each, in batches that ranks share.
 
-Classifier-free guidance is F_c + s (F_c - F_u) of the network's answers (Ho and Salimans, arXiv:2207.12598, with s = w;
+Classifier-free guidance is F_c + s (F_c - F_u) of the network's outputs (Ho and Salimans, arXiv:2207.12598, with s = w;
 s = 0 is none), the same as of the images that they stand for.
 
 Shapes: B batch, C channels, H height, W width.
@@ -42,7 +42,7 @@ def guided(
         autocast: what the model computes in; None: as its weights are.
     """
 
-    def answer(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+    def predict(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         if guidance == 0 or condition is None:
             return model(x_BCHW, t_B, condition)
         assert null_condition is not None, "guidance needs a null condition"
@@ -54,7 +54,7 @@ def guided(
 
     def network(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
         with torch.autocast(x_BCHW.device.type, autocast, enabled=autocast is not None):
-            return answer(x_BCHW, t_B)
+            return predict(x_BCHW, t_B)
 
     return objective.denoiser(network)
 
@@ -135,7 +135,7 @@ def labels_in_turn(labels: Sequence[int]) -> Conditions:
     return lambda numbers: torch.tensor([labels[n % len(labels)] for n in numbers]) if labels else None
 
 
-def spread_texts(source: LatentSource, num_images: int) -> Conditions:
+def spread_texts(source: LatentSource, num_images: int) -> Callable[[Sequence[int]], Tensor]:
     """Image n of so many is to show the first caption of an image; those are spread evenly over the data."""
 
     def texts(numbers: Sequence[int]) -> Tensor:

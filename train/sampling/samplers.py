@@ -1,7 +1,7 @@
 """The reverse process from D(x, sigma) alone, by the schedulers of diffusers.
 
 They step through a grid of 1000 times; each keeps the image scaled in its own way and
-takes the answer in its own form, which are made here of x = x_0 + sigma ε and D (Karras et al., arXiv:2206.00364).
+takes the prediction in its own form, which are made here of x = x_0 + sigma ε and D (Karras et al., arXiv:2206.00364).
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -89,14 +89,14 @@ def denoise(
     x_BCHW = mean_BCHW = noise_BCHW if is_sde else noise_BCHW * scheduler.init_noise_sigma
     for t, sigma in zip(scheduler.timesteps, _sigmas(process, times).tolist(), strict=True):
         unscaled_BCHW = x_BCHW if sampler in KEEP_X else x_BCHW * math.sqrt(1 + sigma**2)
-        answer_BCHW = denoiser(unscaled_BCHW, sigma)
+        predicted_BCHW = denoiser(unscaled_BCHW, sigma)
         if sampler in TAKE_NOISE:
-            answer_BCHW = (unscaled_BCHW - answer_BCHW) / sigma
+            predicted_BCHW = (unscaled_BCHW - predicted_BCHW) / sigma
         if is_sde:
             time = t.to(x_BCHW.device)
-            x_BCHW, mean_BCHW = scheduler.step_pred(answer_BCHW, x_BCHW, time, generator=generators)
+            x_BCHW, mean_BCHW = scheduler.step_pred(predicted_BCHW, x_BCHW, time, generator=generators)
         else:
-            x_BCHW = mean_BCHW = scheduler.step(answer_BCHW, t, x_BCHW, generator=generators).prev_sample
+            x_BCHW = mean_BCHW = scheduler.step(predicted_BCHW, t, x_BCHW, generator=generators).prev_sample
     return mean_BCHW  # the SDE's last step adds no noise
 
 
