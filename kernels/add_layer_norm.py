@@ -25,7 +25,7 @@ from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
 from scalelong.kernels.backend import get_backend
 from scalelong.kernels.launches import Kept
-from scalelong.kernels.products import autocast_dtype, is_autocast
+from scalelong.kernels.precision import autocast_dtype, is_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
 _HALVES = (torch.bfloat16, torch.float16)

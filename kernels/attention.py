@@ -18,7 +18,7 @@ from scalelong.kernels import attention_backends
 from scalelong.kernels.attention_backends import PACKAGES, Backend, join_heads, split_heads
 from scalelong.kernels.backend import forced_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients
-from scalelong.kernels.products import without_autocast
+from scalelong.kernels.precision import without_autocast
 
 
 def attention_ref(qkv_BT3D: Tensor, num_heads: int) -> Tensor:

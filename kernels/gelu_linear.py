@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from scalelong.kernels import gelu_triton
+from scalelong.kernels import gelu_linear_triton
 from scalelong.kernels.backend import get_backend
 from scalelong.kernels.double_backward import differentiable_gradients
-from scalelong.kernels.products import autocast_dtype, product_dtype, without_autocast
+from scalelong.kernels.precision import autocast_dtype, product_dtype, without_autocast
 
 
 def gelu_linear_ref(x_MD: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -87,7 +87,7 @@ def _gelu(x: Tensor, dtype: torch.dtype) -> Tensor:
     x = x.contiguous()
     if backend == "triton":
         y = torch.empty_like(x, dtype=dtype)
-        gelu_triton.forward(x, y)
+        gelu_linear_triton.forward(x, y)
         return y
     y = torch.empty_like(x)
     torch.ops.scalelong_native.gelu_forward.default(y, x)
@@ -102,7 +102,7 @@ def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     dtype, x = dy.dtype, x.contiguous()
     if backend == "triton":
         dx, y = torch.empty_like(x), torch.empty_like(x, dtype=dtype)
-        gelu_triton.backward(dy, x, dx, y)
+        gelu_linear_triton.backward(dy, x, dx, y)
         return dx, y
     dy, y = dy.to(x.dtype), torch.empty_like(x)
     torch.ops.scalelong_native.gelu_backward.default(dy, y, dy, x)

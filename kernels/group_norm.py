@@ -19,13 +19,21 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
-from scalelong.kernels.arguments import as_argument, check_scale, check_skip, described, none_as_empty
+from scalelong.kernels.arguments import (
+    Scale,
+    as_argument,
+    as_layout,
+    check_scale,
+    check_skip,
+    concatenated,
+    described,
+    is_channels_last,
+    none_as_empty,
+)
 from scalelong.kernels.backend import get_backend, in_transform
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept
-
-Scale = Tensor | float | None
 
 ACTIVATIONS = ("silu", "gelu", None)
 _LAUNCHERS = {"triton": group_norm_triton, "native": group_norm_native}
@@ -291,15 +299,6 @@ def _as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.to(x.dtype)
 
 
-def concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
-    """``cat([h, scale * s], 1)``, written out."""
-    if s is None:
-        return h
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        scale = scale[(..., *[None] * (s.dim() - 2))]
-    return torch.cat([h, s if scale is None else (s * scale).to(s.dtype)], dim=1)
-
-
 def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     N, C, *spatial = h.shape
     C += 0 if s is None else s.shape[1]
@@ -313,24 +312,6 @@ def _empty_statistics(h: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     mean = h.new_empty((h.shape[0], groups), dtype=dtype)
     return mean, torch.empty_like(mean)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Dense with the channels innermost; a tensor that is contiguous as well counts as contiguous."""
-    return x.dim() > 2 and not x.is_contiguous() and _has_channels_innermost(x)
-
-
-def _has_channels_innermost(x: Tensor) -> bool:
-    if x.dim() == 4:  # for which torch knows it
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.movedim(1, -1).is_contiguous()
-
-
-def as_layout(x: Tensor, channels_last: bool) -> Tensor:
-    """x itself where it has that layout already."""
-    if not channels_last:
-        return x.contiguous()
-    return x if _has_channels_innermost(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 _ARGUMENTS = (

@@ -15,10 +15,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scalelong.kernels.arguments import check_scale, check_skip, described
+from scalelong.kernels.arguments import (
+    Scale,
+    as_layout,
+    check_scale,
+    check_skip,
+    concatenated,
+    described,
+    is_channels_last,
+)
 from scalelong.kernels.backend import get_backend, in_transform
-from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
-from scalelong.kernels.products import cast_by_autocast
+from scalelong.kernels.precision import cast_by_autocast
 from scalelong.kernels.skip_linear import projected
 
 
@@ -126,16 +133,3 @@ def _check(h: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != h.dtype or x.device != h.device):
             raise ValueError(f"skip_conv1x1: h is {described(h)} but {name} is {described(x)}")
-
-
-# Made of differentiable operators alone, so that whoever sees it sees through it.
-torch.library.define(
-    "scalelong::skip_conv1x1",
-    "(Tensor h, Tensor s, Tensor? scale, Tensor weight, Tensor? bias, float float_scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("scalelong::skip_conv1x1", "CompositeImplicitAutograd")
-def _(h, s, scale, weight, bias, float_scale):
-    return skip_conv1x1(h, s, float_scale if scale is None else scale, weight, bias)

@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scalelong.kernels import skip_linear_gemm, skip_linear_triton
-from scalelong.kernels.arguments import as_argument, described, none_as_empty
+from scalelong.kernels import skip_linear_blas, skip_linear_triton
+from scalelong.kernels.arguments import Scale, as_argument, concatenated_tokens, described, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.launches import Kept, places
-from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
-
-Scale = Tensor | float | None
+from scalelong.kernels.precision import autocast_dtype, is_autocast, product_dtype, without_autocast
 
 # What runs in Triton on a GPU, the rest by the BLAS library over copies in 16 bits. Chosen by modelled traffic, until
 # bench_skip_linear.py has rows of a GPU. One product rounds its sum once, where the library would round twice. fp32
@@ -40,13 +38,6 @@ IN_TRITON = {"16 bits": ("forward",), "fp32 operands": ("forward", "inputs", "we
 def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     """The specification, as published: scale the skip, concatenate, project."""
     return F.linear(concatenated_tokens(x_BTD1, s_BTD2, scale), weight_OD, bias_O)
-
-
-def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
-    """``cat([x, scale * s], -1)``, written out."""
-    if isinstance(scale, Tensor) and 1 < scale.dim() < s_BTD2.dim():
-        scale = scale.unsqueeze(-1)
-    return torch.cat([x_BTD1, s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)], dim=-1)
 
 
 def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,7 +203,7 @@ def _forward(tensors: _Tensors, kind: _Kind) -> Tensor:
         if kind.forward is skip_linear_triton:
             skip_linear_triton.forward(*products, bias, y_rows, float_scale, kind)
         else:
-            skip_linear_gemm.forward(*products.matrices, bias, _matrix(y_rows), float_scale)
+            skip_linear_blas.forward(*products.matrices, bias, _matrix(y_rows), float_scale)
     return y
 
 
@@ -238,7 +229,7 @@ def _backward(dy: Tensor, tensors: _Tensors, kind: _Kind, needed: Sequence[bool]
                 skip_linear_triton.backward_weight(*given, kind.options.float_scale, key)
             else:
                 given = (_matrix(dy), *products.matrices[:3], dweight)
-                skip_linear_gemm.backward_weight(*given, kind.options.float_scale)
+                skip_linear_blas.backward_weight(*given, kind.options.float_scale)
             if scale is not None and products.row_scale is None:
                 # So far that of the weights with the scale in them.
                 dweight_s = dweight[:, products.x.shape[-1] :]
@@ -275,7 +266,7 @@ def _gradients_of_inputs(
         dx_MD1 = None if dx_rows is None else _matrix(dx_rows)
         ds_MD2 = None if ds_rows is None else _matrix(ds_rows)
         given = (_matrix(dy), weight_x, weight_s, s_MD2, row_scale_M, dx_MD1, ds_MD2, dscale, float_scale)
-        skip_linear_gemm.backward_inputs(*given)
+        skip_linear_blas.backward_inputs(*given)
     return dx, ds, dscale
 
 
@@ -296,13 +287,13 @@ def _form(product: str, tensors: _Tensors, options: _Options, backend: str) -> M
     """Which of the two ways to multiply takes "forward", "inputs" or "weight"."""
     x, s, _, _, _ = tensors
     if backend != "triton":
-        return skip_linear_gemm
+        return skip_linear_blas
     if forced_backend() == "triton" or x.device.type == "cpu":
         return skip_linear_triton
     if options.dtype == torch.float32:
-        return skip_linear_gemm
+        return skip_linear_blas
     operands = "16 bits" if x.dtype == s.dtype == options.dtype else "fp32 operands"
-    return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_gemm
+    return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_blas
 
 
 def _empty(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from parity import assert_within_budget
 
-from scalelong.kernels import gelu_triton
+from scalelong.kernels import gelu_linear_triton
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _several_programs_and_uninitialised_memory_full_of_nan(monkeypatch):
-    monkeypatch.setattr(gelu_triton, "BLOCK", 64)
+    monkeypatch.setattr(gelu_linear_triton, "BLOCK", 64)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -49,8 +49,8 @@ def test_x_is_read_as_it_is_under_autocast(x_dtype):
 def test_every_pair_of_dtypes(dtype, out_dtype):
     x, dy = (torch.randn(1000).to(d) for d in (dtype, out_dtype))
     y, again, dx = torch.empty_like(x, dtype=out_dtype), torch.empty_like(x, dtype=out_dtype), torch.empty_like(x)
-    gelu_triton.forward(x, y)
-    gelu_triton.backward(dy, x, dx, again)
+    gelu_linear_triton.forward(x, y)
+    gelu_linear_triton.backward(dy, x, dx, again)
     truth = x.double().requires_grad_()
     expected = torch.nn.functional.gelu(truth)
     (d_truth,) = torch.autograd.grad(expected, truth, dy.double())
