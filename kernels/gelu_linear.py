@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import gelu_linear_triton
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import backend_of
 from scalelong.kernels.double_backward import differentiable_gradients
 from scalelong.kernels.precision import autocast_dtype, product_dtype, without_autocast
 
@@ -45,7 +45,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         raise ValueError(f"gelu_linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"gelu_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    if torch.compiler.is_compiling() or get_backend(x) == "reference":
+    if torch.compiler.is_compiling() or backend_of(x) == "reference":
         return gelu_linear_ref(x, weight, bias)
     return _GeluLinear.apply(x, weight, bias, autocast_dtype(x))
 
@@ -81,7 +81,7 @@ class _GeluLinear(torch.autograd.Function):
 
 
 def _gelu(x: Tensor, dtype: torch.dtype) -> Tensor:
-    backend = get_backend(x)
+    backend = backend_of(x)
     if backend == "reference":
         return F.gelu(x).to(dtype)
     x = x.contiguous()
@@ -96,7 +96,7 @@ def _gelu(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _gelu_backward(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
     """The gradient of x in its dtype, and gelu(x) anew in that of ``dy``, which may be overwritten."""
-    backend = get_backend(x)
+    backend = backend_of(x)
     if backend == "reference":
         return torch.ops.aten.gelu_backward(dy.to(x.dtype), x), F.gelu(x).to(dy.dtype)
     dtype, x = dy.dtype, x.contiguous()

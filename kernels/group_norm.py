@@ -30,7 +30,7 @@ from scalelong.kernels.arguments import (
     is_channels_last,
     none_as_empty,
 )
-from scalelong.kernels.backend import get_backend, in_transform
+from scalelong.kernels.backend import Backends, backend_of, get_backend, in_transform, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept
@@ -142,9 +142,7 @@ def skip_group_norm(
     Raises:
         ValueError: arguments that do not fit, naming their shapes.
     """
-    if h.dtype != s.dtype and torch.is_autocast_enabled(h.device.type):
-        dtype = torch.promote_types(h.dtype, s.dtype)
-        h, s = h.to(dtype), s.to(dtype)
+    h, s = _promoted(h, s)
     float_scale = 1.0
     if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
         scale = as_argument(scale, h)
@@ -156,8 +154,25 @@ def skip_group_norm(
     return _run("skip_group_norm", tensors, Options(float_scale, groups, eps, act))
 
 
+def _promoted(h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    if h.dtype == s.dtype or not torch.is_autocast_enabled(h.device.type):
+        return h, s
+    dtype = torch.promote_types(h.dtype, s.dtype)
+    return h.to(dtype), s.to(dtype)
+
+
+@tells(group_norm)
+def _(x: Tensor, *_: Any, **__: Any) -> Backends:
+    return Backends(backend_of(x), backend_of(x))
+
+
+@tells(skip_group_norm)
+def _(h: Tensor, s: Tensor, *_: Any, **__: Any) -> Backends:
+    return get_backend(group_norm, _promoted(h, s)[0])
+
+
 def _run(op: str, tensors: Tensors, options: Options) -> Tensor:
-    backend = get_backend(tensors.h)
+    backend = backend_of(tensors.h)
     if backend == "reference":
         _check_arguments(op, tensors, options)
         return _reference(options, *tensors)
@@ -333,13 +348,13 @@ torch.library.define(
 @torch.library.impl("scalelong::skip_group_norm", "default")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, options = Tensors(*arguments[:7]), Options(*arguments[7:])
-    return _forward(tensors, _kind_of_call("skip_group_norm", tensors, options, get_backend(tensors.h)))
+    return _forward(tensors, _kind_of_call("skip_group_norm", tensors, options, backend_of(tensors.h)))
 
 
 @torch.library.impl("scalelong::skip_group_norm_backward", "default")
 def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, (mean, rstd), options, wanted = _of_backward(*arguments)
-    kind = _kind_of_call("skip_group_norm", tensors, options, get_backend(tensors.h))
+    kind = _kind_of_call("skip_group_norm", tensors, options, backend_of(tensors.h))
     grads = _backward(dy, tensors, mean, rstd, kind, wanted)
     return none_as_empty(grads, dy)
 

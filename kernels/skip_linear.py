@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels import skip_linear_blas, skip_linear_triton
 from scalelong.kernels.arguments import Scale, as_argument, concatenated_tokens, described, none_as_empty
-from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
+from scalelong.kernels.backend import FUSED_DTYPES, Backends, backend_of, forced_backend, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.launches import Kept, places
 from scalelong.kernels.precision import autocast_dtype, is_autocast, product_dtype, without_autocast
@@ -63,11 +63,28 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     if isinstance(scale, Tensor) and scale.dim() == 1 and (scale.numel() == 1 or scale.shape != s.shape[-1:]):
         _check(x, s, scale, weight, bias)  # before it has another shape
         scale = scale.reshape(()) if scale.numel() == 1 else scale[:, None]
-    backend = get_backend(x)
-    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (x, s, weight))):
+    backend = backend_of_products(x, s, weight)
+    if backend == "reference":
         _check(x, s, scale, weight, bias)
         return skip_linear_ref(x, s, scale, weight, bias)
     return projected(x, s, scale, weight, bias, channels_last=False, backend=backend, check=_check)
+
+
+def backend_of_products(x: Tensor, s: Tensor, weight: Tensor) -> str:
+    """``backend_of`` x, but the reference for subclasses of tensors, which kernels cannot read."""
+    backend = backend_of(x)
+    return "reference" if any(map(is_traceable_wrapper_subclass, (x, s, weight))) else backend
+
+
+@tells(skip_linear)
+def backends_of_projection(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Backends:
+    backend = backend_of_products(x, s, weight)
+    if backend == "reference":
+        return Backends(backend, backend)
+    tensors = _Tensors(x, s, scale if isinstance(scale, Tensor) else None, weight, bias)
+    kind = _new_kind(tensors, _Options(1.0, autocast_dtype(x)), backend, None)
+    names = {skip_linear_triton: "triton", skip_linear_blas: "torch"}
+    return Backends(names[kind.forward], "+".join(dict.fromkeys((names[kind.inputs], names[kind.weight]))))
 
 
 def projected(
@@ -144,9 +161,9 @@ def _new_kind(tensors: _Tensors, options: _Options, backend: str, check: Callabl
         check(x, s, options.float_scale if scale is None else scale, weight, bias)
     return _Kind(
         options=options,
-        forward=_form("forward", tensors, options, backend),
-        inputs=_form("inputs", tensors, options, backend),
-        weight=_form("weight", tensors, options, backend),
+        forward=_way_to_multiply("forward", tensors, options, backend),
+        inputs=_way_to_multiply("inputs", tensors, options, backend),
+        weight=_way_to_multiply("weight", tensors, options, backend),
         product=product_dtype(x, options.dtype),
     )
 
@@ -283,7 +300,7 @@ def _reference(options: _Options, *tensors: Tensor | None) -> Tensor:
         return y.movedim(-1, 1) if channels_last else y
 
 
-def _form(product: str, tensors: _Tensors, options: _Options, backend: str) -> ModuleType:
+def _way_to_multiply(product: str, tensors: _Tensors, options: _Options, backend: str) -> ModuleType:
     """Which of the two ways to multiply takes "forward", "inputs" or "weight"."""
     x, s, _, _, _ = tensors
     if backend != "triton":
@@ -342,14 +359,14 @@ torch.library.define(
 @torch.library.impl("scalelong::skip_linear", "default")
 def _(x, s, scale, weight, bias, float_scale, dtype=None):
     tensors = _Tensors(x, s, scale, weight, bias)
-    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), get_backend(x)))
+    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), backend_of(x)))
 
 
 @torch.library.impl("scalelong::skip_linear_backward", "default")
 def _(dy: Tensor, x, s, scale, weight, bias, float_scale, dtype, needed) -> tuple[Tensor, ...]:
     with torch.no_grad():
         tensors = _Tensors(x, s, scale, weight, bias)
-        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), get_backend(x)), needed)
+        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), backend_of(x)), needed)
         return none_as_empty(grads, dy)
 
 
