@@ -35,7 +35,7 @@ from scalelong.kernels.double_backward import differentiable_gradients, second_d
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept
 
-ACTIVATIONS = ("silu", "gelu", None)
+ACTIVATIONS = ("silu", "gelu", "gelu-tanh", None)
 _LAUNCHERS = {"triton": group_norm_triton, "native": group_norm_native}
 
 
@@ -61,7 +61,9 @@ def group_norm_ref(
         y = y * (1 + gain[over_space])
     if shift is not None:
         y = y + shift[over_space]
-    return F.silu(y) if act == "silu" else F.gelu(y) if act == "gelu" else y
+    if act == "silu":
+        return F.silu(y)
+    return y if act is None else F.gelu(y, approximate="tanh" if act == "gelu-tanh" else "none")
 
 
 def skip_group_norm_ref(
@@ -100,7 +102,7 @@ def group_norm(
         weight, bias: (C,), both or neither; any floating dtype.
         shift, gain: (N, C) or None: the adaptive form of ADM (arXiv:2105.05233).
         eps: added to the variance.
-        act: "silu", "gelu" (the exact one) or None.
+        act: "silu", "gelu" (the exact one), "gelu-tanh" (its approximation by tanh, arXiv:1606.08415) or None.
 
     Returns:
         The shape, dtype and layout of x. Differentiable in every tensor argument; statistics are fp32; two runs

@@ -176,7 +176,7 @@ def test_scales_of_every_shape(form, channels_last, scale, force):
     small_case_of(form, channels_last, scale=scale).assert_parity()
 
 
-@pytest.mark.parametrize("act", ["gelu", None])
+@pytest.mark.parametrize("act", ["gelu", "gelu-tanh", None])
 @pytest.mark.parametrize("is_affine", [False, True])
 @of_each_form
 def test_activations_and_absent_parameters(form, channels_last, is_affine, act, force):
@@ -350,7 +350,9 @@ def test_only_the_gradients_that_are_wanted_are_computed(form, channels_last, la
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("form", "dtype", "scale", "act"), list(product(FORMS, DTYPES, SCALES, ["silu", "gelu", None])), ids=str
+    ("form", "dtype", "scale", "act"),
+    list(product(FORMS, DTYPES, SCALES, ["silu", "gelu", "gelu-tanh", None])),
+    ids=str,
 )
 def test_everything_together(form, dtype, scale, act, force):
     force(form[0])

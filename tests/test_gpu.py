@@ -108,7 +108,7 @@ def test_group_norm_takes_every_scale_and_the_adaptive_form(shape, channels_last
 
 
 @each_regime
-@pytest.mark.parametrize(("act", "is_affine"), [("gelu", True), (None, False), (None, True)])
+@pytest.mark.parametrize(("act", "is_affine"), [("gelu", True), ("gelu-tanh", True), (None, False), (None, True)])
 def test_group_norm_takes_every_activation(shape, act, is_affine):
     norm_case(shape, act=act, is_affine=is_affine).assert_parity()
 

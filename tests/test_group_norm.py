@@ -59,7 +59,7 @@ import itertools, torch
 from group_norm_cases import Case
 torch.set_num_threads(1)
 for dtype, act, spatial, mean in itertools.product(
-    [torch.float32, torch.bfloat16, torch.float16], ["silu", "gelu"], [(9, 9), (64, 33)], [0.0, 100.0]
+    [torch.float32, torch.bfloat16, torch.float16], ["silu", "gelu", "gelu-tanh"], [(9, 9), (64, 33)], [0.0, 100.0]
 ):
     torch.manual_seed(0)
     Case(num_hidden=20, num_skip=13, spatial=spatial, groups=3, dtype=dtype, act=act, mean=mean,
@@ -110,7 +110,7 @@ def test_one_outlier_among_many_numbers_stays_within_budget(channels_last, seed)
 @both_layouts
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("power", [11, 14, 24])
-@pytest.mark.parametrize("act", ["silu", None])
+@pytest.mark.parametrize("act", ["silu", "gelu-tanh", None])
 def test_tiny_factors_stay_within_budget(channels_last, dtype, power, act):
     case = Case(num_hidden=5, num_skip=7, groups=3, spatial=(12, 12), dtype=dtype, act=act, channels_last=channels_last)
     inputs = case.inputs() | {"scale": torch.tensor(0.5**power, dtype=dtype)}
