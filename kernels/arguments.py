@@ -1,6 +1,6 @@
 """What the operators share: how they read, check, concatenate and lay out their arguments."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -29,6 +29,11 @@ def as_argument(scale: float, like: Tensor) -> Tensor | float:
     return torch.full((), scale, dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
 
 
+def is_one_of(shape: Sequence[int], shapes: Iterable[Sequence[int]]) -> bool:
+    """Python would compare the first sizes of shapes of other lengths, each of them a guard under torch.compile."""
+    return any(len(shape) == len(other) and tuple(shape) == tuple(other) for other in shapes)
+
+
 def check_skip(op: str, h: Tensor, s: Tensor) -> None:
     """h (N, Ch, *) and its skip s (N, Cs, *)."""
     if s.dim() != h.dim() or s.shape[0] != h.shape[0] or s.shape[2:] != h.shape[2:]:
@@ -41,7 +46,7 @@ def check_scale(op: str, scale: Tensor, h: Tensor, s: Tensor) -> Tensor:
     """One factor, one a channel of s, or those of each sample; one of shape (1,) becomes a scalar."""
     N, Cs = s.shape[:2]
     shapes = ((), (1,), (Cs,), (N, Cs), (N, 1))
-    if tuple(scale.shape) not in shapes:
+    if not is_one_of(scale.shape, shapes):
         raise ValueError(
             f"{op}: scale has shape {tuple(scale.shape)}, but s {tuple(s.shape)} takes a scalar, "
             f"{', '.join(map(str, shapes[1:]))}"

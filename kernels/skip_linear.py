@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels import skip_linear_blas, skip_linear_triton
-from scalelong.kernels.arguments import Scale, as_argument, concatenated_tokens, described, none_as_empty
+from scalelong.kernels.arguments import Scale, as_argument, concatenated_tokens, described, is_one_of, none_as_empty
 from scalelong.kernels.backend import FUSED_DTYPES, Backends, backend_of, forced_backend, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.launches import Kept, places
@@ -432,7 +432,7 @@ def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
             raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
     if isinstance(scale, Tensor):
         *leading, D2 = s.shape
-        if tuple(scale.shape) not in ((), (1,), tuple(leading), (*leading, 1), (D2,)):
+        if not is_one_of(scale.shape, ((), (1,), leading, (*leading, 1), (D2,))):
             raise ValueError(
                 f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {tuple(leading)}, {(*leading, 1)}, {(D2,)}"
             )
