@@ -107,7 +107,9 @@ def fused_activation(activation: nn.Module) -> str | None:
         return None
     if type(activation) is nn.SiLU:
         return "silu"
-    return "gelu" if type(activation) is nn.GELU and activation.approximate == "none" else None
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu-tanh"
+    return None
 
 
 def _norm_as_it_is(
