@@ -2,7 +2,6 @@
 
 Every backend that this machine has runs by its name; "ours" is what "auto" takes of them, "eager" the plain formula,
 and "published" the form of U-ViT's code: a copy of the projection in fp32, and three selects of it.
-The table of "auto" (FASTEST in kernels/attention.py) cites the rows of direction "both".
 """
 
 from functools import partial
@@ -27,7 +26,7 @@ from scalelong.bench.compare import (
     make_case,
 )
 from scalelong.bench.timing import IS_DRY_RUN
-from scalelong.kernels.attention import BACKENDS, attention, attention_backend, attention_ref
+from scalelong.kernels.attention import BACKENDS, attention, attention_ref
 
 SHAPES = {  # T, D, H
     "cifar10-S/2": (257, 512, 8),
@@ -74,7 +73,6 @@ def case(request, note) -> Case:
             note(f"attention E={D // H}: no {name!r}, {reason}")
     for line in case.notes:
         note(line)
-    note(f"attention {shape}: auto takes {attention_backend(qkv, H)!r}")
     return case
 
 

@@ -39,7 +39,7 @@ from scalelong.bench.compare import (
 )
 from scalelong.bench.shapes import GROUPS, LARGE_BYTES, SKIP_CONCATS, SkipConcat
 from scalelong.bench.timing import IS_DRY_RUN
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import backend_of
 from scalelong.kernels.group_norm import skip_group_norm, skip_group_norm_ref
 
 LAYOUTS = ("contiguous", "channels_last")
@@ -197,7 +197,7 @@ def test_skip_group_norm(benchmark, report, note, planned):
         pytest.skip("its compilers were not warm in time")
     concat, layout = planned.concat, planned.layout
     inputs = make_inputs(concat, planned.dtype, layout)
-    note(f"ours is the backend {get_backend(inputs[0])!r}")
+    note(f"ours is the backend {backend_of(inputs[0])!r}")
     others = other_providers(inputs, layout)
     apex = apex_provider(inputs, layout)
     if isinstance(apex, str):

@@ -32,8 +32,9 @@ from scalelong.bench.compare import (
     make_case,
 )
 from scalelong.bench.timing import IS_DRY_RUN
+from scalelong.kernels.arguments import Scale
 from scalelong.kernels.backend import use_backend
-from scalelong.kernels.skip_linear import IN_TRITON, Scale, skip_linear, skip_linear_ref
+from scalelong.kernels.skip_linear import IN_TRITON, skip_linear, skip_linear_ref
 
 SHAPES = ((5, 16), (6, 24), (6, 32)) if IS_DRY_RUN else ((257, 512), (258, 768), (258, 1024))  # T, D
 CONSTANT = 0.5

@@ -22,7 +22,7 @@ from triton.runtime import driver
 
 from scalelong.bench.record import Row, append_rows, environment
 from scalelong.bench.timing import Function, Timing, measure
-from scalelong.kernels import add_layer_norm_triton, backend, gelu_triton, group_norm_triton, skip_linear_triton
+from scalelong.kernels import add_layer_norm_triton, backend, gelu_linear_triton, group_norm_triton, skip_linear_triton
 from scalelong.kernels.add_layer_norm import add_layer_norm
 from scalelong.kernels.attention import attention
 from scalelong.kernels.gelu_linear import gelu_linear
@@ -40,7 +40,7 @@ CALLS = 5  # in a row to a sample, which is short enough for few to be interrupt
 SCALES = ("float", "tensor")
 PROVIDERS = {"bare": "host-bare", "ours": "host"}  # in rows, where "ours" is held against eager and compile
 # What keeps plans, made for the driver that was active.
-_PLANNERS = (add_layer_norm_triton, gelu_triton, group_norm_triton, skip_linear_triton)
+_PLANNERS = (add_layer_norm_triton, gelu_linear_triton, group_norm_triton, skip_linear_triton)
 _DEVICES = count(1000)
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalelong.kernels.group_norm import Scale, concatenated
+from scalelong.kernels.arguments import Scale, concatenated
 from scalelong.model.linear_layers import TokenConv1d, queries_first
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, skip_gain
 from scalelong.model.skip_scale import SkipScale

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalelong.kernels.skip_linear import Scale
+from scalelong.kernels.arguments import Scale
 from scalelong.model.linear_layers import GeluLinear, SkipLinear
 from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_scale import SkipScale

@@ -23,9 +23,9 @@ from torch import Tensor
 from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import Backends, backend_of, tells
 from scalelong.kernels.launches import Kept
-from scalelong.kernels.products import autocast_dtype, is_autocast
+from scalelong.kernels.precision import autocast_dtype, is_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
 _HALVES = (torch.bfloat16, torch.float16)
@@ -80,7 +80,7 @@ def add_layer_norm(
         ValueError: arguments that do not fit, naming their shapes.
     """
     inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
-    backend = get_backend(x)
+    backend = backend_of(x)
     if backend == "reference":
         _check(inputs, eps)
         return add_layer_norm_ref(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, eps=eps)
@@ -97,6 +97,11 @@ def add_layer_norm(
     # Without the Python that torch.library wraps around an operator.
     stream, y = _AddLayerNorm.apply(*inputs, kind)
     return stream, y if kind.casts_y is None else y.to(kind.casts_y)
+
+
+@tells(add_layer_norm)
+def _(x: Tensor, *_: Any, **__: Any) -> Backends:
+    return Backends(backend_of(x), backend_of(x))
 
 
 def _dtypes(inputs: Inputs, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype | None]:
@@ -344,7 +349,7 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     """Without a branch, an empty tensor stands for the stream, which may not be x itself."""
     *tensors, eps, dtype = arguments
     inputs = Inputs(x, *tensors)
-    return none_as_empty(_forward(inputs, _kind_of_call(inputs, eps, get_backend(x), dtype)), x)
+    return none_as_empty(_forward(inputs, _kind_of_call(inputs, eps, backend_of(x), dtype)), x)
 
 
 @torch.library.register_fake("scalelong::add_layer_norm")
@@ -356,7 +361,7 @@ def _(x, branch, weight, bias, gain, shift, gate, eps, dtype):
 @torch.library.impl("scalelong::add_layer_norm_backward", "default")
 def _(dstream: Tensor | None, dy: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     kept, (mean, rstd, branch_dtype, eps, wanted) = Inputs(*arguments[:7]), arguments[7:]
-    backend = get_backend(kept.x)
+    backend = backend_of(kept.x)
     gradients = _backward(dstream, dy, kept, mean, rstd, branch_dtype, eps, tuple(wanted), backend)
     return none_as_empty(gradients, kept.x)
 

@@ -1,9 +1,9 @@
-"""What can compute softmax attention over a packed projection, what each needs, and how each is called.
+"""What can compute softmax attention, what each needs, and how each is called.
 
-All take strided views of the projection: nothing is copied or cast on the way in.
+All take strided views of the projections: nothing is copied or cast on the way in.
 Where PyTorch or a package can name its own limits, they are asked; only what they leave to a crash is written here.
 
-Shapes: B batch, T tokens, H heads, D model width, E = D / H width of a head.
+Shapes: B batch, T tokens, S tokens attended to, H heads, D model width, E = D / H width of a head.
 """
 
 import importlib
@@ -24,32 +24,53 @@ from torch.backends.cuda import (
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+Projected = Tensor | tuple[Tensor, Tensor, Tensor]
+"""Queries, keys and values of all heads: side by side, (B, T, 3D), or (B, T, D) and twice (B, S, D)."""
+
 
 @dataclass(frozen=True)
 class Backend:
     """One way to compute attention."""
 
     name: str
-    call: Callable[[Tensor, int], Tensor]
-    """(B, T, 3D) and H to (B, T, D)."""
+    call: Callable[[Projected, int, float | None], Tensor]
+    """The projections, H and the scale of the logits (None: 1 / √E) to (B, T, D)."""
     missing: Callable[[torch.device], str | None] = lambda device: None
     """The device or package that this machine lacks and how to get it; None where all is there."""
-    refuses: Callable[[Tensor, int], str | None] = lambda qkv, num_heads: None
+    refuses: Callable[[Projected, int], str | None] = lambda qkv, num_heads: None
     """Why it cannot take this input on this machine; None where it can."""
     is_deterministic: Callable[[torch.device], bool] = lambda device: True
     """Whether its backward is, under torch.use_deterministic_algorithms(True)."""
 
-    def why_not(self, qkv: Tensor, num_heads: int) -> str | None:
-        return self.missing(qkv.device) or self.refuses(qkv, num_heads)
+    def why_not(self, qkv: Projected, num_heads: int) -> str | None:
+        return self.missing(queries(qkv).device) or self.refuses(qkv, num_heads)
 
 
-def split_heads(qkv_BT3D: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v of (B, H, T, E), views.
+def queries(qkv: Projected) -> Tensor:
+    """A tensor with the dtype and device of all: the queries, or the packed projection."""
+    return qkv if isinstance(qkv, Tensor) else qkv[0]
+
+
+def head_dim(qkv: Projected, num_heads: int) -> int:
+    return queries(qkv).shape[-1] // (3 * num_heads if isinstance(qkv, Tensor) else num_heads)
+
+
+def heads(qkv: Projected, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, T, H, E), k and v (B, S, H, E), views.
 
     The backward of the unbind is one stack, right into the layout of ``qkv``. Three selects would fill and add three
     tensors of its size; an unbind after the permutation stacks in another layout, and the way back copies that.
     """
-    q_BTHE, k_BTHE, v_BTHE = qkv_BT3D.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    if isinstance(qkv, Tensor):
+        q_BTHE, k_BTHE, v_BTHE = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    else:
+        q_BTHE, k_BTHE, v_BTHE = (x_BTD.unflatten(-1, (num_heads, -1)) for x_BTD in qkv)
+    return q_BTHE, k_BTHE, v_BTHE
+
+
+def split_heads(qkv: Projected, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """q (B, H, T, E), k and v (B, H, S, E), views."""
+    q_BTHE, k_BTHE, v_BTHE = heads(qkv, num_heads)
     return q_BTHE.transpose(1, 2), k_BTHE.transpose(1, 2), v_BTHE.transpose(1, 2)
 
 
@@ -60,13 +81,13 @@ def join_heads(x_BHTE: Tensor) -> Tensor:
 # PyTorch's own: scaled_dot_product_attention.
 
 
-def _sdpa(qkv_BT3D: Tensor, num_heads: int) -> Tensor:
-    return join_heads(F.scaled_dot_product_attention(*split_heads(qkv_BT3D, num_heads)))
+def _sdpa(qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
+    return join_heads(F.scaled_dot_product_attention(*split_heads(qkv, num_heads), scale=scale))
 
 
-def _sdpa_on(kernel: SDPBackend, qkv_BT3D: Tensor, num_heads: int) -> Tensor:
+def _sdpa_on(kernel: SDPBackend, qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
     with sdpa_kernel(kernel):
-        return _sdpa(qkv_BT3D, num_heads)
+        return _sdpa(qkv, num_heads, scale)
 
 
 def _not_on(*device_types: str) -> Callable[[torch.device], str | None]:
@@ -78,10 +99,11 @@ def _not_on(*device_types: str) -> Callable[[torch.device], str | None]:
     return missing
 
 
-def _torch_refuses(can_use: Callable[..., bool], qkv_BT3D: Tensor, num_heads: int) -> str | None:
-    if qkv_BT3D.device.type == "cpu":
-        return None if qkv_BT3D.stride(-1) == 1 else "it needs features that lie side by side in memory"
-    params = SDPAParams(*split_heads(qkv_BT3D, num_heads), None, 0.0, False, False)  # no mask, dropout, causality, GQA
+def _torch_refuses(can_use: Callable[..., bool], qkv: Projected, num_heads: int) -> str | None:
+    if queries(qkv).device.type == "cpu":
+        lie_side_by_side = all(x.stride(-1) == 1 for x in ((qkv,) if isinstance(qkv, Tensor) else qkv))
+        return None if lie_side_by_side else "it needs features that lie side by side in memory"
+    params = SDPAParams(*split_heads(qkv, num_heads), None, 0.0, False, False)  # no mask, dropout, causality, GQA
     if can_use(params):
         return None
     with warnings.catch_warnings(record=True) as reasons:
@@ -106,13 +128,15 @@ def _package_missing(module: str, majors: range, install: str, device: torch.dev
     return None
 
 
-def _package_refuses(max_head_dim: Callable[[torch.device], int], qkv_BT3D: Tensor, num_heads: int) -> str | None:
-    if qkv_BT3D.dtype not in (torch.float16, torch.bfloat16):
-        return f"it takes float16 and bfloat16, not {str(qkv_BT3D.dtype).removeprefix('torch.')}"
-    E, limit = qkv_BT3D.shape[-1] // (3 * num_heads), max_head_dim(qkv_BT3D.device)
+def _package_refuses(max_head_dim: Callable[[torch.device], int], qkv: Projected, num_heads: int) -> str | None:
+    q = queries(qkv)
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        return f"it takes float16 and bfloat16, not {str(q.dtype).removeprefix('torch.')}"
+    E, limit = head_dim(qkv, num_heads), max_head_dim(q.device)
     if E % 8 or limit < E:  # the packages would pad, which copies, or fail an assertion
         return f"it takes heads of a width that is a multiple of 8 up to {limit}, not {E}"
-    return None if qkv_BT3D.numel() else "it takes no empty batch or sequence"
+    is_empty = any(x.numel() == 0 for x in ((qkv,) if isinstance(qkv, Tensor) else qkv))
+    return "it takes no empty batch or sequence" if is_empty else None
 
 
 _modules: dict[str, Any] = {}
@@ -131,17 +155,23 @@ def _load(name: str) -> None:
 # The packed calls of FlashAttention 2 and 3 write the gradients of q, k and v into one tensor: no concatenation.
 
 
-def _fa2(qkv_BT3D: Tensor, num_heads: int) -> Tensor:
-    attend = _module("flash_attn.flash_attn_interface").flash_attn_qkvpacked_func
-    qkv_BT3HE = qkv_BT3D.unflatten(-1, (3, num_heads, -1))
-    return attend(qkv_BT3HE, deterministic=torch.are_deterministic_algorithms_enabled()).flatten(2)
+def _fa2(qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
+    return _flash("flash_attn.flash_attn_interface", qkv, num_heads, scale)
 
 
-def _fa3(qkv_BT3D: Tensor, num_heads: int) -> Tensor:
-    attend = _module("flash_attn_interface").flash_attn_qkvpacked_func
-    qkv_BT3HE = qkv_BT3D.unflatten(-1, (3, num_heads, -1))
-    out_BTHE = attend(qkv_BT3HE, deterministic=torch.are_deterministic_algorithms_enabled())
-    # Builds of 2024 return the log-sum-exp as well.
+def _fa3(qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
+    return _flash("flash_attn_interface", qkv, num_heads, scale)
+
+
+def _flash(module: str, qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
+    package, options = _module(module), {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    if scale is not None:
+        options["softmax_scale"] = scale
+    if isinstance(qkv, Tensor):
+        out_BTHE = package.flash_attn_qkvpacked_func(qkv.unflatten(-1, (3, num_heads, -1)), **options)
+    else:
+        out_BTHE = package.flash_attn_func(*heads(qkv, num_heads), **options)
+    # Builds of FlashAttention 3 of 2024 return the log-sum-exp as well.
     return (out_BTHE[0] if isinstance(out_BTHE, tuple) else out_BTHE).flatten(2)
 
 
@@ -153,56 +183,73 @@ def _fa4_max_head_dim(device: torch.device) -> int:
     return 256 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9 else 128
 
 
-def _fa4(qkv_BT3D: Tensor, num_heads: int) -> Tensor:
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    qkv_BT3HE = qkv_BT3D.unflatten(-1, (3, num_heads, -1))
-    if torch.compiler.is_compiling():
-        return _fa4_operator(qkv_BT3HE, deterministic)[0].flatten(2)
-    return _fa4_forward(qkv_BT3HE, deterministic)[0].flatten(2)
+def _fa4(qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
+    arguments = (*heads(qkv, num_heads), scale, torch.are_deterministic_algorithms_enabled())
+    forward = _fa4_operator if torch.compiler.is_compiling() else _fa4_forward
+    return forward(*arguments)[0].flatten(2)
 
 
-def _fa4_forward(qkv_BT3HE: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
+def _fa4_forward(
+    q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, scale: float | None, deterministic: bool
+) -> tuple[Tensor, Tensor]:
     """(B, T, H, E), and the log-sum-exp (B, H, T) in fp32."""
     attend = _module("flash_attn.cute.interface").flash_attn_func
-    deterministic = deterministic and _fa4_is_deterministic(qkv_BT3HE.device)  # elsewhere it would fail an assertion
-    out_BTHE, lse_BHT, *_ = attend(*qkv_BT3HE.unbind(2), deterministic=deterministic, return_lse=True)
+    out_BTHE, lse_BHT, *_ = attend(
+        q_BTHE, k_BSHE, v_BSHE, return_lse=True, **_fa4_options(q_BTHE, scale, deterministic)
+    )
     return out_BTHE, lse_BHT
 
 
-# flash-attn-4 has no operator that torch.compile could trace; this one stands in for it there. Eager calls go round it.
+def _fa4_options(q_BTHE: Tensor, scale: float | None, deterministic: bool) -> dict[str, Any]:
+    # Where it is not deterministic, it would fail an assertion.
+    options: dict[str, Any] = {"deterministic": deterministic and _fa4_is_deterministic(q_BTHE.device)}
+    return options if scale is None else options | {"softmax_scale": scale}
+
+
+# flash-attn-4 has no operator that torch.compile could trace; this one replaces it there. Eager calls go round it.
 @torch.library.custom_op("scalelong::flash_attention_4", mutates_args=())
-def _fa4_operator(qkv_BT3HE: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-    return _fa4_forward(qkv_BT3HE, deterministic)
+def _fa4_operator(
+    q_BTHE: Tensor, k_BSHE: Tensor, v_BSHE: Tensor, scale: float | None, deterministic: bool
+) -> tuple[Tensor, Tensor]:
+    return _fa4_forward(q_BTHE, k_BSHE, v_BSHE, scale, deterministic)
 
 
 @_fa4_operator.register_fake
-def _(qkv_BT3HE: Tensor, deterministic: bool) -> tuple[Tensor, Tensor]:
-    B, T, _, H, E = qkv_BT3HE.shape
-    return qkv_BT3HE.new_empty(B, T, H, E), qkv_BT3HE.new_empty(B, H, T, dtype=torch.float32)
+def _(q_BTHE, k_BSHE, v_BSHE, scale, deterministic):
+    B, T, H, _ = q_BTHE.shape
+    out_BTHE = q_BTHE.new_empty(q_BTHE.shape)
+    return out_BTHE, q_BTHE.new_empty(B, H, T, dtype=torch.float32)
 
 
 @torch.library.custom_op("scalelong::flash_attention_4_backward", mutates_args=())
 def _fa4_backward_operator(
-    d_out_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor, deterministic: bool
-) -> Tensor:
+    d_out_BTHE: Tensor,
+    q_BTHE: Tensor,
+    k_BSHE: Tensor,
+    v_BSHE: Tensor,
+    out_BTHE: Tensor,
+    lse_BHT: Tensor,
+    scale: float | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
     backward = _module("flash_attn.cute.interface")._flash_attn_bwd
-    deterministic = deterministic and _fa4_is_deterministic(qkv_BT3HE.device)
-    dq_dk_dv = backward(*qkv_BT3HE.unbind(2), out_BTHE, d_out_BTHE, lse_BHT, deterministic=deterministic)[:3]
-    return torch.stack(dq_dk_dv, dim=2)
+    options = _fa4_options(q_BTHE, scale, deterministic)
+    dq_BTHE, dk_BSHE, dv_BSHE, *_ = backward(q_BTHE, k_BSHE, v_BSHE, out_BTHE, d_out_BTHE, lse_BHT, **options)
+    return dq_BTHE.contiguous(), dk_BSHE.contiguous(), dv_BSHE.contiguous()
 
 
 @_fa4_backward_operator.register_fake
-def _(d_out_BTHE: Tensor, qkv_BT3HE: Tensor, out_BTHE: Tensor, lse_BHT: Tensor, deterministic: bool) -> Tensor:
-    return qkv_BT3HE.new_empty(qkv_BT3HE.shape)
+def _(d_out_BTHE, q_BTHE, k_BSHE, v_BSHE, out_BTHE, lse_BHT, scale, deterministic):
+    return tuple(x.new_empty(x.shape) for x in (q_BTHE, k_BSHE, v_BSHE))
 
 
-def _fa4_save(ctx, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
-    qkv_BT3HE, ctx.deterministic = inputs
-    ctx.save_for_backward(qkv_BT3HE, *output)
+def _fa4_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *q_k_v, ctx.scale, ctx.deterministic = inputs
+    ctx.save_for_backward(*q_k_v, *output)
 
 
-def _fa4_backward(ctx, d_out_BTHE: Tensor, _: Tensor) -> tuple[Tensor, None]:
-    return _fa4_backward_operator(d_out_BTHE, *ctx.saved_tensors, ctx.deterministic), None
+def _fa4_backward(ctx: Any, d_out_BTHE: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_fa4_backward_operator(d_out_BTHE, *ctx.saved_tensors, ctx.scale, ctx.deterministic), None, None
 
 
 _fa4_operator.register_autograd(_fa4_backward, setup_context=_fa4_save)
@@ -213,7 +260,7 @@ def _package(
     module: str,
     install: str,
     majors: range,
-    call: Callable[[Tensor, int], Tensor],
+    call: Callable[[Projected, int, float | None], Tensor],
     *,
     max_head_dim: Callable[[torch.device], int] = lambda device: 256,
     is_deterministic: Callable[[torch.device], bool] = lambda device: True,

@@ -2,6 +2,7 @@
 
 CUDA tensors take Triton, CPU tensors the native library; with TRITON_INTERPRET=1, CPU tensors take Triton as well.
 What neither can take (fp64, other devices, transforms of torch.func) is computed by the plain PyTorch reference.
+``get_backend`` tells it of a call, a direction of which may also be left to PyTorch's own kernels ("torch").
 """
 
 import os
@@ -9,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,8 +37,51 @@ _forced_last: str | None = None
 """The backend of the last entry, of whatever thread: torch.compile can guard a plain global, and no more than that."""
 
 
-def get_backend(tensor: Tensor) -> str:
-    """What an operator runs when its first argument is ``tensor``.
+class Backends(NamedTuple):
+    """What computes a call of an operator, by direction."""
+
+    forward: str
+    backward: str
+
+
+_TELLING: dict[Callable[..., Any], Callable[..., Backends]] = {}
+
+
+def get_backend(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Backends:
+    """What the call ``operator(*arguments, **options)`` runs here and now, forward and backward.
+
+    Args:
+        operator: one of this package's, such as ``skip_linear``; its arguments follow as it takes them.
+
+    Returns:
+        Of each direction "triton" or "native", the kernels of this package for GPUs and CPUs; "torch", PyTorch's own
+        kernels, which an operator calls where none of ours is faster (products of matrices, convolutions, attention);
+        "reference", the plain formula, differentiated by autograd; or the name of a package of attention, such as
+        "fa3". "triton+torch" where the products of one direction differ. Backward under create_graph=True always
+        takes the reference.
+
+    Raises:
+        TypeError: ``operator`` is none of this package's.
+        RuntimeError: ``use_backend`` forces a backend that cannot take these tensors; says why.
+    """
+    if operator not in _TELLING:
+        known = ", ".join(sorted(each.__name__ for each in _TELLING))
+        raise TypeError(f"get_backend: {operator!r} is no operator that tells what it runs; those imported are {known}")
+    return _TELLING[operator](*arguments, **options)
+
+
+def tells(operator: Callable[..., Any]) -> Callable[[Callable[..., Backends]], Callable[..., Backends]]:
+    """Decorates what answers ``get_backend`` for ``operator``, by the choices that the operator itself makes."""
+
+    def keep(telling: Callable[..., Backends]) -> Callable[..., Backends]:
+        _TELLING[operator] = telling
+        return telling
+
+    return keep
+
+
+def backend_of(tensor: Tensor) -> str:
+    """Whose kernels an operator takes when its first argument is ``tensor``: "triton", "native" or "reference".
 
     Raises:
         RuntimeError: ``use_backend`` forces a backend that cannot take this tensor; says why.

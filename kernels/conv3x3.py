@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scalelong.kernels import native_library
 from scalelong.kernels.arguments import described
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import Backends, backend_of, tells
 
 
 def conv3x3_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -43,14 +43,22 @@ def conv3x3(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """
     if x.dim() not in (3, 4) or tuple(weight.shape[1:]) != (x.shape[-3], 3, 3):
         raise ValueError(f"conv3x3: weight {tuple(weight.shape)} does not fit x {described(x)}")
-    if torch.compiler.is_compiling() or not _runs_natively(x, weight, bias):
+    if not _runs_natively(x, weight, bias):
         return conv3x3_ref(x, weight, bias)
     return _Conv3x3.apply(x, weight, bias)
 
 
+@tells(conv3x3)
+def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Backends:
+    """The formula is PyTorch's convolution."""
+    plain = "reference" if backend_of(x) == "reference" else "torch"
+    return Backends(plain, "native" if _runs_natively(x, weight, bias) else plain)
+
+
 def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        get_backend(x) == "native"
+        not torch.compiler.is_compiling()
+        and backend_of(x) == "native"
         and not torch.is_autocast_enabled("cpu")
         and all(y is None or y.dtype == torch.float32 for y in (x, weight, bias))
         and weight.requires_grad

@@ -19,15 +19,23 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import group_norm_native, group_norm_triton
-from scalelong.kernels.arguments import as_argument, check_scale, check_skip, described, none_as_empty
-from scalelong.kernels.backend import get_backend, in_transform
+from scalelong.kernels.arguments import (
+    Scale,
+    as_argument,
+    as_layout,
+    check_scale,
+    check_skip,
+    concatenated,
+    described,
+    is_channels_last,
+    none_as_empty,
+)
+from scalelong.kernels.backend import Backends, backend_of, get_backend, in_transform, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept
 
-Scale = Tensor | float | None
-
-ACTIVATIONS = ("silu", "gelu", None)
+ACTIVATIONS = ("silu", "gelu", "gelu-tanh", None)
 _LAUNCHERS = {"triton": group_norm_triton, "native": group_norm_native}
 
 
@@ -53,7 +61,9 @@ def group_norm_ref(
         y = y * (1 + gain[over_space])
     if shift is not None:
         y = y + shift[over_space]
-    return F.silu(y) if act == "silu" else F.gelu(y) if act == "gelu" else y
+    if act == "silu":
+        return F.silu(y)
+    return y if act is None else F.gelu(y, approximate="tanh" if act == "gelu-tanh" else "none")
 
 
 def skip_group_norm_ref(
@@ -92,7 +102,7 @@ def group_norm(
         weight, bias: (C,), both or neither; any floating dtype.
         shift, gain: (N, C) or None: the adaptive form of ADM (arXiv:2105.05233).
         eps: added to the variance.
-        act: "silu", "gelu" (the exact one) or None.
+        act: "silu", "gelu" (the exact one), "gelu-tanh" (its approximation by tanh, arXiv:1606.08415) or None.
 
     Returns:
         The shape, dtype and layout of x. Differentiable in every tensor argument; statistics are fp32; two runs
@@ -134,9 +144,7 @@ def skip_group_norm(
     Raises:
         ValueError: arguments that do not fit, naming their shapes.
     """
-    if h.dtype != s.dtype and torch.is_autocast_enabled(h.device.type):
-        dtype = torch.promote_types(h.dtype, s.dtype)
-        h, s = h.to(dtype), s.to(dtype)
+    h, s = _promoted(h, s)
     float_scale = 1.0
     if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
         scale = as_argument(scale, h)
@@ -148,8 +156,25 @@ def skip_group_norm(
     return _run("skip_group_norm", tensors, Options(float_scale, groups, eps, act))
 
 
+def _promoted(h: Tensor, s: Tensor) -> tuple[Tensor, Tensor]:
+    if h.dtype == s.dtype or not torch.is_autocast_enabled(h.device.type):
+        return h, s
+    dtype = torch.promote_types(h.dtype, s.dtype)
+    return h.to(dtype), s.to(dtype)
+
+
+@tells(group_norm)
+def _(x: Tensor, *_: Any, **__: Any) -> Backends:
+    return Backends(backend_of(x), backend_of(x))
+
+
+@tells(skip_group_norm)
+def _(h: Tensor, s: Tensor, *_: Any, **__: Any) -> Backends:
+    return get_backend(group_norm, _promoted(h, s)[0])
+
+
 def _run(op: str, tensors: Tensors, options: Options) -> Tensor:
-    backend = get_backend(tensors.h)
+    backend = backend_of(tensors.h)
     if backend == "reference":
         _check_arguments(op, tensors, options)
         return _reference(options, *tensors)
@@ -291,15 +316,6 @@ def _as_gradient(grad: Tensor, x: Tensor) -> Tensor:
     return grad.to(x.dtype)
 
 
-def concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
-    """``cat([h, scale * s], 1)``, written out."""
-    if s is None:
-        return h
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        scale = scale[(..., *[None] * (s.dim() - 2))]
-    return torch.cat([h, s if scale is None else (s * scale).to(s.dtype)], dim=1)
-
-
 def _empty_outputs(h: Tensor, s: Tensor | None, groups: int) -> tuple[Tensor, Tensor, Tensor]:
     N, C, *spatial = h.shape
     C += 0 if s is None else s.shape[1]
@@ -313,24 +329,6 @@ def _empty_statistics(h: Tensor, groups: int) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if h.dtype == torch.float64 else torch.float32
     mean = h.new_empty((h.shape[0], groups), dtype=dtype)
     return mean, torch.empty_like(mean)
-
-
-def is_channels_last(x: Tensor) -> bool:
-    """Dense with the channels innermost; a tensor that is contiguous as well counts as contiguous."""
-    return x.dim() > 2 and not x.is_contiguous() and _has_channels_innermost(x)
-
-
-def _has_channels_innermost(x: Tensor) -> bool:
-    if x.dim() == 4:  # for which torch knows it
-        return x.is_contiguous(memory_format=torch.channels_last)
-    return x.movedim(1, -1).is_contiguous()
-
-
-def as_layout(x: Tensor, channels_last: bool) -> Tensor:
-    """x itself where it has that layout already."""
-    if not channels_last:
-        return x.contiguous()
-    return x if _has_channels_innermost(x) else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 _ARGUMENTS = (
@@ -352,13 +350,13 @@ torch.library.define(
 @torch.library.impl("scalelong::skip_group_norm", "default")
 def _(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     tensors, options = Tensors(*arguments[:7]), Options(*arguments[7:])
-    return _forward(tensors, _kind_of_call("skip_group_norm", tensors, options, get_backend(tensors.h)))
+    return _forward(tensors, _kind_of_call("skip_group_norm", tensors, options, backend_of(tensors.h)))
 
 
 @torch.library.impl("scalelong::skip_group_norm_backward", "default")
 def _(dy: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     tensors, (mean, rstd), options, wanted = _of_backward(*arguments)
-    kind = _kind_of_call("skip_group_norm", tensors, options, get_backend(tensors.h))
+    kind = _kind_of_call("skip_group_norm", tensors, options, backend_of(tensors.h))
     grads = _backward(dy, tensors, mean, rstd, kind, wanted)
     return none_as_empty(grads, dy)
 

@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 
 from scalelong.kernels.group_norm_walks import (
-    activate,
-    activation_slope,
     channel_affine,
     channel_scale,
     is_folded,
@@ -21,6 +19,7 @@ from scalelong.kernels.group_norm_walks import (
     quotient,
     widened,
 )
+from scalelong.kernels.triton_activations import activate, activation_slope
 
 _SIZES = ("N", "R", "Ch", "Cs", "D", "G")
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from scalelong.kernels.group_norm_arguments import Options, Tensors
 
-_ACTS = {None: 0, "silu": 1, "gelu": 2}  # enum class Act in kernels/native/group_norm.h
+_ACTS = {None: 0, "silu": 1, "gelu": 2, "gelu-tanh": 3}  # enum class Act in kernels/native/group_norm.h
 
 
 def forward(

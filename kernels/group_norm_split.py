@@ -12,8 +12,6 @@ import triton
 import triton.language as tl
 
 from scalelong.kernels.group_norm_walks import (
-    activate,
-    activation_slope,
     aligned,
     channel_affine,
     channel_scale,
@@ -30,6 +28,7 @@ from scalelong.kernels.group_norm_walks import (
     tile_mask,
     widened,
 )
+from scalelong.kernels.triton_activations import activate, activation_slope
 
 # Neither divisibility by 16 (VEC carries what matters) nor the value 1 is worth a compilation of its own.
 _SIZES = ("N", "P", "Ch", "Cs", "D", "walk", "num_chunks")

@@ -1,4 +1,4 @@
-"""What the Triton kernels of ``skip_group_norm`` share: activations, parameters of channels, walks over tiles.
+"""What the Triton kernels of ``skip_group_norm`` share: parameters of channels, walks over tiles.
 
 A walk goes over the positions of a block of channels, tile by tile. The block lies in h or in s, never in both, so that
 one scalar choice of the tensor serves all of it. A tile has the axis that is contiguous in memory last:
@@ -9,14 +9,12 @@ N images, C = Ch + Cs channels, P positions, G groups of D channels.
 # pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
 # (to a type checker, a call of one jitted function by another never returns)
 
-import os
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-# The interpreter knows no assembly.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+from scalelong.kernels.triton_activations import INTERPRETED
 
 
 class Parameters(NamedTuple):
@@ -51,26 +49,13 @@ class Tile(NamedTuple):
 
 
 @triton.jit
-def sigmoid(z):
-    """By the two instructions that a GPU has for it, accurate to about 1e-7; tl.sigmoid takes thirteen."""
-    if _INTERPRETED:
-        return tl.sigmoid(z)
-    power = tl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [z * -1.4426950408889634], tl.float32, is_pure=True, pack=1
-    )
-    return tl.inline_asm_elementwise(
-        "rcp.approx.ftz.f32 $0, $1;", "=f,f", [power + 1.0], tl.float32, is_pure=True, pack=1
-    )
-
-
-@triton.jit
 def widened(x):
     """x in fp32.
 
     Of a pair of bf16 the compiler takes out the upper one by two instructions, where a mask does. Not pure, so that it
     does it again where x is read again, instead of keeping it twice as wide.
     """
-    if _INTERPRETED or x.dtype != tl.bfloat16 or x.numel == 1:
+    if INTERPRETED or x.dtype != tl.bfloat16 or x.numel == 1:
         return x.to(tl.float32)
     else:
         return tl.inline_asm_elementwise(
@@ -83,7 +68,7 @@ def narrowed(x, dtype: tl.constexpr):
     """x, of fp32, in ``dtype``, pairs in one register: the compiler keeps what is read again in one for each."""
     if dtype == tl.float32:
         return x
-    elif _INTERPRETED:
+    elif INTERPRETED:
         return _rounded_to_bf16(x).to(dtype) if dtype == tl.bfloat16 else x.to(dtype)
     elif x.numel == 1:
         return x.to(dtype)
@@ -103,27 +88,6 @@ def _rounded_to_bf16(x):
     bits = x.to(tl.int32, bitcast=True)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000).to(tl.float32, bitcast=True)
     return tl.where(x == x, rounded, x)
-
-
-@triton.jit
-def activate(z, ACT: tl.constexpr):
-    if ACT == "silu":
-        return z * sigmoid(z)
-    elif ACT == "gelu":
-        return 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
-    else:
-        return z
-
-
-@triton.jit
-def activation_slope(z, ACT: tl.constexpr):
-    if ACT == "silu":
-        sigma = sigmoid(z)
-        return sigma + sigma * (z - z * sigma)  # with fused multiply-adds two instructions
-    elif ACT == "gelu":
-        return 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
-    else:
-        return tl.full(z.shape, 1.0, tl.float32)
 
 
 @triton.jit

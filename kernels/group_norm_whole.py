@@ -9,8 +9,6 @@ import triton
 import triton.language as tl
 
 from scalelong.kernels.group_norm_walks import (
-    activate,
-    activation_slope,
     aligned,
     channel_affine,
     channel_scale,
@@ -24,6 +22,7 @@ from scalelong.kernels.group_norm_walks import (
     tile_mask,
     widened,
 )
+from scalelong.kernels.triton_activations import activate, activation_slope
 
 _SIZES = ("N", "P", "Ch", "Cs", "D", "block")
 

@@ -13,13 +13,19 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scalelong.kernels.arguments import check_scale, check_skip, described
-from scalelong.kernels.backend import get_backend, in_transform
-from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
-from scalelong.kernels.products import cast_by_autocast
-from scalelong.kernels.skip_linear import projected
+from scalelong.kernels.arguments import (
+    Scale,
+    as_layout,
+    check_scale,
+    check_skip,
+    concatenated,
+    described,
+    is_channels_last,
+)
+from scalelong.kernels.backend import Backends, in_transform, tells
+from scalelong.kernels.precision import cast_by_autocast
+from scalelong.kernels.skip_linear import backend_of_products, backends_of_projection, projected
 
 
 def skip_conv1x1_ref(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -50,15 +56,15 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
     _check(h, s, weight, bias)
     if isinstance(scale, Tensor):
         scale = check_scale("skip_conv1x1", scale, h, s)
-    backend = get_backend(h)
-    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (h, s, weight))):
+    backend = backend_of_products(h, s, weight)
+    if backend == "reference":
         y = skip_conv1x1_ref(h, s, scale, weight, bias)
         return y if in_transform() else as_layout(y, is_channels_last(h))  # vmap knows no layouts
     N, Ch, *spatial = h.shape
     weight = weight.flatten(1)
     channels_last = is_channels_last(h)
     h, s = as_layout(h, channels_last), as_layout(s, channels_last)
-    if channels_last and (not isinstance(scale, Tensor) or scale.dim() < 2 or scale.shape[1] == 1):
+    if channels_last and _scales_rows(scale):
         return _rows(h, s, scale, weight, bias, backend)
     weight_h, weight_s = _scaled_weights(scale, weight, Ch)
     if channels_last:
@@ -69,6 +75,19 @@ def skip_conv1x1(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tenso
     h_NCP, s_NCP = h.flatten(2), s.flatten(2)
     y_NOP = torch.bmm(weight_h, h_NCP) if bias is None else torch.baddbmm(bias[:, None], weight_h, h_NCP)
     return _without_view(torch.baddbmm(y_NOP, weight_s, s_NCP).unflatten(2, spatial))
+
+
+@tells(skip_conv1x1)
+def _(h: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Backends:
+    h, s, weight, bias = cast_by_autocast(h, s, weight, bias)  # type: ignore[assignment]
+    if backend_of_products(h, s, weight) == "reference" or (is_channels_last(h) and _scales_rows(scale)):
+        return backends_of_projection(h, s, scale, weight, bias)
+    return Backends("torch", "torch")
+
+
+def _scales_rows(scale: Scale) -> bool:
+    """Whether it is one that skip_linear takes, with a position for a token."""
+    return not isinstance(scale, Tensor) or scale.dim() < 2 or scale.shape[1] == 1
 
 
 def _without_view(y: Tensor) -> Tensor:
@@ -126,16 +145,3 @@ def _check(h: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, x in (("weight", weight), ("bias", bias)):
         if x is not None and (x.dtype != h.dtype or x.device != h.device):
             raise ValueError(f"skip_conv1x1: h is {described(h)} but {name} is {described(x)}")
-
-
-# Made of differentiable operators alone, so that whoever sees it sees through it.
-torch.library.define(
-    "scalelong::skip_conv1x1",
-    "(Tensor h, Tensor s, Tensor? scale, Tensor weight, Tensor? bias, float float_scale) -> Tensor",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-
-
-@torch.library.impl("scalelong::skip_conv1x1", "CompositeImplicitAutograd")
-def _(h, s, scale, weight, bias, float_scale):
-    return skip_conv1x1(h, s, float_scale if scale is None else scale, weight, bias)

@@ -20,14 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from scalelong.kernels import skip_linear_gemm, skip_linear_triton
-from scalelong.kernels.arguments import as_argument, described, none_as_empty
-from scalelong.kernels.backend import FUSED_DTYPES, forced_backend, get_backend
+from scalelong.kernels import skip_linear_blas, skip_linear_triton
+from scalelong.kernels.arguments import Scale, as_argument, concatenated_tokens, described, is_one_of, none_as_empty
+from scalelong.kernels.backend import FUSED_DTYPES, Backends, backend_of, forced_backend, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.launches import Kept, places
-from scalelong.kernels.products import autocast_dtype, is_autocast, product_dtype, without_autocast
-
-Scale = Tensor | float | None
+from scalelong.kernels.precision import autocast_dtype, is_autocast, product_dtype, without_autocast
 
 # What runs in Triton on a GPU, the rest by the BLAS library over copies in 16 bits. Chosen by modelled traffic, until
 # bench_skip_linear.py has rows of a GPU. One product rounds its sum once, where the library would round twice. fp32
@@ -40,13 +38,6 @@ IN_TRITON = {"16 bits": ("forward",), "fp32 operands": ("forward", "inputs", "we
 def skip_linear_ref(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
     """The specification, as published: scale the skip, concatenate, project."""
     return F.linear(concatenated_tokens(x_BTD1, s_BTD2, scale), weight_OD, bias_O)
-
-
-def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
-    """``cat([x, scale * s], -1)``, written out."""
-    if isinstance(scale, Tensor) and 1 < scale.dim() < s_BTD2.dim():
-        scale = scale.unsqueeze(-1)
-    return torch.cat([x_BTD1, s_BTD2 if scale is None else (s_BTD2 * scale).to(s_BTD2.dtype)], dim=-1)
 
 
 def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -72,11 +63,28 @@ def skip_linear(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor
     if isinstance(scale, Tensor) and scale.dim() == 1 and (scale.numel() == 1 or scale.shape != s.shape[-1:]):
         _check(x, s, scale, weight, bias)  # before it has another shape
         scale = scale.reshape(()) if scale.numel() == 1 else scale[:, None]
-    backend = get_backend(x)
-    if backend == "reference" or any(map(is_traceable_wrapper_subclass, (x, s, weight))):
+    backend = backend_of_products(x, s, weight)
+    if backend == "reference":
         _check(x, s, scale, weight, bias)
         return skip_linear_ref(x, s, scale, weight, bias)
     return projected(x, s, scale, weight, bias, channels_last=False, backend=backend, check=_check)
+
+
+def backend_of_products(x: Tensor, s: Tensor, weight: Tensor) -> str:
+    """``backend_of`` x, but the reference for subclasses of tensors, which kernels cannot read."""
+    backend = backend_of(x)
+    return "reference" if any(map(is_traceable_wrapper_subclass, (x, s, weight))) else backend
+
+
+@tells(skip_linear)
+def backends_of_projection(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> Backends:
+    backend = backend_of_products(x, s, weight)
+    if backend == "reference":
+        return Backends(backend, backend)
+    tensors = _Tensors(x, s, scale if isinstance(scale, Tensor) else None, weight, bias)
+    kind = _new_kind(tensors, _Options(1.0, autocast_dtype(x)), backend, None)
+    names = {skip_linear_triton: "triton", skip_linear_blas: "torch"}
+    return Backends(names[kind.forward], "+".join(dict.fromkeys((names[kind.inputs], names[kind.weight]))))
 
 
 def projected(
@@ -153,9 +161,9 @@ def _new_kind(tensors: _Tensors, options: _Options, backend: str, check: Callabl
         check(x, s, options.float_scale if scale is None else scale, weight, bias)
     return _Kind(
         options=options,
-        forward=_form("forward", tensors, options, backend),
-        inputs=_form("inputs", tensors, options, backend),
-        weight=_form("weight", tensors, options, backend),
+        forward=_way_to_multiply("forward", tensors, options, backend),
+        inputs=_way_to_multiply("inputs", tensors, options, backend),
+        weight=_way_to_multiply("weight", tensors, options, backend),
         product=product_dtype(x, options.dtype),
     )
 
@@ -212,7 +220,7 @@ def _forward(tensors: _Tensors, kind: _Kind) -> Tensor:
         if kind.forward is skip_linear_triton:
             skip_linear_triton.forward(*products, bias, y_rows, float_scale, kind)
         else:
-            skip_linear_gemm.forward(*products.matrices, bias, _matrix(y_rows), float_scale)
+            skip_linear_blas.forward(*products.matrices, bias, _matrix(y_rows), float_scale)
     return y
 
 
@@ -238,7 +246,7 @@ def _backward(dy: Tensor, tensors: _Tensors, kind: _Kind, needed: Sequence[bool]
                 skip_linear_triton.backward_weight(*given, kind.options.float_scale, key)
             else:
                 given = (_matrix(dy), *products.matrices[:3], dweight)
-                skip_linear_gemm.backward_weight(*given, kind.options.float_scale)
+                skip_linear_blas.backward_weight(*given, kind.options.float_scale)
             if scale is not None and products.row_scale is None:
                 # So far that of the weights with the scale in them.
                 dweight_s = dweight[:, products.x.shape[-1] :]
@@ -275,7 +283,7 @@ def _gradients_of_inputs(
         dx_MD1 = None if dx_rows is None else _matrix(dx_rows)
         ds_MD2 = None if ds_rows is None else _matrix(ds_rows)
         given = (_matrix(dy), weight_x, weight_s, s_MD2, row_scale_M, dx_MD1, ds_MD2, dscale, float_scale)
-        skip_linear_gemm.backward_inputs(*given)
+        skip_linear_blas.backward_inputs(*given)
     return dx, ds, dscale
 
 
@@ -292,17 +300,17 @@ def _reference(options: _Options, *tensors: Tensor | None) -> Tensor:
         return y.movedim(-1, 1) if channels_last else y
 
 
-def _form(product: str, tensors: _Tensors, options: _Options, backend: str) -> ModuleType:
+def _way_to_multiply(product: str, tensors: _Tensors, options: _Options, backend: str) -> ModuleType:
     """Which of the two ways to multiply takes "forward", "inputs" or "weight"."""
     x, s, _, _, _ = tensors
     if backend != "triton":
-        return skip_linear_gemm
+        return skip_linear_blas
     if forced_backend() == "triton" or x.device.type == "cpu":
         return skip_linear_triton
     if options.dtype == torch.float32:
-        return skip_linear_gemm
+        return skip_linear_blas
     operands = "16 bits" if x.dtype == s.dtype == options.dtype else "fp32 operands"
-    return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_gemm
+    return skip_linear_triton if product in IN_TRITON[operands] else skip_linear_blas
 
 
 def _empty(x: Tensor, channels: int, dtype: torch.dtype, channels_last: bool) -> Tensor:
@@ -351,14 +359,14 @@ torch.library.define(
 @torch.library.impl("scalelong::skip_linear", "default")
 def _(x, s, scale, weight, bias, float_scale, dtype=None):
     tensors = _Tensors(x, s, scale, weight, bias)
-    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), get_backend(x)))
+    return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), backend_of(x)))
 
 
 @torch.library.impl("scalelong::skip_linear_backward", "default")
 def _(dy: Tensor, x, s, scale, weight, bias, float_scale, dtype, needed) -> tuple[Tensor, ...]:
     with torch.no_grad():
         tensors = _Tensors(x, s, scale, weight, bias)
-        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), get_backend(x)), needed)
+        grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), backend_of(x)), needed)
         return none_as_empty(grads, dy)
 
 
@@ -424,7 +432,7 @@ def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | No
             raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
     if isinstance(scale, Tensor):
         *leading, D2 = s.shape
-        if tuple(scale.shape) not in ((), (1,), tuple(leading), (*leading, 1), (D2,)):
+        if not is_one_of(scale.shape, ((), (1,), leading, (*leading, 1), (D2,))):
             raise ValueError(
                 f"skip_linear: scale {tuple(scale.shape)} is none of scalar, {tuple(leading)}, {(*leading, 1)}, {(D2,)}"
             )

@@ -19,7 +19,7 @@ from diffusers.models.unets import unet_2d_blocks as unet
 from diffusers.utils.torch_utils import apply_freeu
 from torch import Tensor, nn
 
-from scalelong.kernels.group_norm import Scale, as_layout, concatenated, is_channels_last
+from scalelong.kernels.arguments import Scale, as_layout, concatenated, is_channels_last
 from scalelong.model import skip_layers
 from scalelong.model.diffusers_gates import GATES
 from scalelong.model.layer_calls import has_forward_of_class, is_called_by_class

@@ -10,8 +10,9 @@ Shapes: B samples, T tokens, D1 width of the stream, D2 width of the skip, O wid
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalelong.kernels.arguments import Scale, concatenated_tokens
 from scalelong.kernels.gelu_linear import gelu_linear
-from scalelong.kernels.skip_linear import Scale, concatenated_tokens, skip_linear
+from scalelong.kernels.skip_linear import skip_linear
 from scalelong.model.layer_calls import is_called_by_class
 
 

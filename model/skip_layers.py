@@ -10,8 +10,9 @@ Shapes: N batch, Ch channels of the hidden stream h, Cs channels of the skip s, 
 import torch
 from torch import Tensor, nn
 
+from scalelong.kernels.arguments import Scale, concatenated
 from scalelong.kernels.conv3x3 import conv3x3
-from scalelong.kernels.group_norm import Scale, concatenated, group_norm, skip_group_norm
+from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.model.layer_calls import has_method_of, is_called_by_class
 from scalelong.model.skip_scale import SkipPosition
@@ -106,7 +107,9 @@ def fused_activation(activation: nn.Module) -> str | None:
         return None
     if type(activation) is nn.SiLU:
         return "silu"
-    return "gelu" if type(activation) is nn.GELU and activation.approximate == "none" else None
+    if type(activation) is nn.GELU:
+        return "gelu" if activation.approximate == "none" else "gelu-tanh"
+    return None
 
 
 def _norm_as_it_is(

@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from scalelong.kernels.arguments import Scale
 from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
-from scalelong.kernels.group_norm import Scale
 from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, run_block
 from scalelong.model.layer_calls import is_called_by_class

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from scalelong.kernels.arguments import Scale
 from scalelong.kernels.attention import attention
-from scalelong.kernels.skip_linear import Scale
 from scalelong.model.backbone import Backbone, check_whole_numbers
 from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
 from scalelong.model.linear_layers import GeluLinear, SkipLinear, project_gelu, project_skip

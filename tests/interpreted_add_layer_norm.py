@@ -13,7 +13,7 @@ from interpreter_fixtures import (  # noqa: F401 (fixtures)
 
 from scalelong.kernels import add_layer_norm_triton
 from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import backend_of
 from scalelong.kernels.launches import Kept
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -29,7 +29,7 @@ def _short_walks(monkeypatch):
 
 
 def test_triton_runs():
-    assert get_backend(torch.zeros(1)) == "triton"
+    assert backend_of(torch.zeros(1)) == "triton"
 
 
 @each_dtype

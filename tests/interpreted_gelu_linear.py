@@ -1,11 +1,13 @@
 """Numerics of the Triton kernels of gelu_linear under Triton's interpreter; test_gelu_linear.py runs it."""
 
+from functools import partial
+
 import pytest
 import torch
 from interpreter_fixtures import one_patch_of_the_language, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
 from parity import assert_within_budget
 
-from scalelong.kernels import gelu_triton
+from scalelong.kernels import gelu_linear_triton
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,7 +15,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def _several_programs(monkeypatch):
-    monkeypatch.setattr(gelu_triton, "BLOCK", 64)
+    monkeypatch.setattr(gelu_linear_triton, "BLOCK", 64)
 
 
 def make_inputs(dtype: torch.dtype, rows=(3, 7)) -> dict[str, torch.Tensor]:
@@ -21,10 +23,14 @@ def make_inputs(dtype: torch.dtype, rows=(3, 7)) -> dict[str, torch.Tensor]:
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
+each_act = pytest.mark.parametrize("act", ["gelu", "gelu-tanh"])
+
+
+@each_act
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [(), (1,), (3, 7), (2, 129)], ids=str)
-def test_as_exact_as_the_reference(dtype, rows):
-    assert_within_budget(gelu_linear, gelu_linear_ref, make_inputs(dtype, rows))
+def test_as_exact_as_the_reference(dtype, rows, act):
+    assert_within_budget(partial(gelu_linear, act=act), partial(gelu_linear_ref, act=act), make_inputs(dtype, rows))
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.float16], ids=str)
@@ -44,13 +50,15 @@ def test_x_is_read_as_it_is_under_autocast(x_dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("out_dtype", DTYPES, ids=str)
-def test_every_pair_of_dtypes(dtype, out_dtype):
+@each_act
+def test_every_pair_of_dtypes(dtype, out_dtype, act):
     x, dy = (torch.randn(1000).to(d) for d in (dtype, out_dtype))
+    x[:200] = torch.linspace(-20, 20, 200).to(dtype)
     y, again, dx = torch.empty_like(x, dtype=out_dtype), torch.empty_like(x, dtype=out_dtype), torch.empty_like(x)
-    gelu_triton.forward(x, y)
-    gelu_triton.backward(dy, x, dx, again)
+    gelu_linear_triton.forward(x, y, act)
+    gelu_linear_triton.backward(dy, x, dx, again, act)
     truth = x.double().requires_grad_()
-    expected = torch.nn.functional.gelu(truth)
+    expected = torch.nn.functional.gelu(truth, approximate="tanh" if act == "gelu-tanh" else "none")
     (d_truth,) = torch.autograd.grad(expected, truth, dy.double())
     assert torch.equal(y, again)
     for found, true in ((y, expected), (dx, d_truth)):

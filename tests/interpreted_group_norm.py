@@ -170,7 +170,7 @@ def test_scales_of_every_shape(form, channels_last, scale, force):
     small_case_of(form, channels_last, scale=scale).assert_parity()
 
 
-@of_a_form_each("is_affine, act", list(product([False, True], ["gelu", None])))
+@of_a_form_each("is_affine, act", list(product([False, True], ["gelu", "gelu-tanh", None])))
 def test_activations_and_absent_parameters(form, channels_last, is_affine, act, force):
     force(form, **SMALL_TILES)
     small_case_of(form, channels_last, scale="float", is_affine=is_affine, act=act).assert_parity()
@@ -340,7 +340,9 @@ def test_only_the_gradients_that_are_wanted_are_computed(form, channels_last, la
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("form", "dtype", "scale", "act"), list(product(FORMS, DTYPES, SCALES, ["silu", "gelu", None])), ids=str
+    ("form", "dtype", "scale", "act"),
+    list(product(FORMS, DTYPES, SCALES, ["silu", "gelu", "gelu-tanh", None])),
+    ids=str,
 )
 def test_everything_together(form, dtype, scale, act, force):
     force(form[0])

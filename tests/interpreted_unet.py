@@ -11,13 +11,13 @@ from interpreter_fixtures import language_patched_once
 from test_unet_fused import ADM, assert_parity, make_batch, make_model
 
 from scalelong.bench.published_unet import as_published
-from scalelong.kernels.backend import get_backend
+from scalelong.kernels.backend import backend_of
 
 torch.set_num_threads(1)
 config = replace(ADM, img_size=8, channel_mult=(1, 2), attention_resolutions=(2,))
 for channels_last, mode in ((False, ("ls", "before-norm")), (True, ("cs", "after-norm"))):
     torch.manual_seed(0)
     ours, batch = make_model(config, mode, channels_last=channels_last), make_batch(config, 2)
-    assert get_backend(batch[0]) == "triton"
+    assert backend_of(batch[0]) == "triton"
     with language_patched_once():
         assert_parity(ours, as_published(ours, channels_last=channels_last), [batch], torch.float32)

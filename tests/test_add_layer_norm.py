@@ -17,7 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
-from scalelong.kernels.backend import get_backend, use_backend
+from scalelong.kernels.backend import backend_of, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -337,7 +337,7 @@ def test_the_reference_can_be_forced():
     inputs = case.inputs()
     with use_backend("reference"):
         assert all(map(torch.equal, case.call(inputs), case.call(inputs, ref=True)))
-    assert get_backend(inputs["x"]) == "native"
+    assert backend_of(inputs["x"]) == "native"
     with use_backend("native"), pytest.raises(RuntimeError, match="not float64"):
         case.call({name: p.double() for name, p in inputs.items()})
 

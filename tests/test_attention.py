@@ -1,36 +1,30 @@
-import csv
+import copy
 import math
 import re
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from parity import assert_within_budget
 from second_order import assert_transforms, assert_twice_differentiable
-from torch import Tensor
+from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
-from scalelong.bench.record import RESULTS, Row, append_rows, slug
-from scalelong.kernels import attention as attention_module
 from scalelong.kernels import attention_backends
 from scalelong.kernels.attention import (
     BACKENDS,
-    FASTEST,
-    Fastest,
-    Measurement,
     attention,
-    attention_backend,
     attention_ref,
 )
-from scalelong.kernels.backend import use_backend
+from scalelong.kernels.backend import Backends, get_backend, use_backend
 
 PACKAGES = ("fa4", "fa3", "fa2")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -183,102 +177,142 @@ def test_the_copies_of_the_published_form_are_seen():
     assert num_concatenations == 0
 
 
-# What "auto" takes
+# The scale of the logits, norms of queries and keys, and keys of another sequence
 
 
-def entry(**changes) -> Fastest:
-    measured = Measurement(file="a-gpu.csv", date="2026-01-01", commit="abc", shape="B=2 T=257 D=128 H=2")
-    any_entry = Fastest(
-        backend="math",
-        capability=None,
-        dtype=torch.float32,
-        head_dims=(64, 64),
-        lengths=(257, 320),
-        measured=measured,
-    )
-    return replace(any_entry, **changes)
+def layer_norms(E: int) -> tuple[nn.Module, nn.Module]:
+    """With weights that are not their first ones."""
+    norms = nn.RMSNorm(E), nn.LayerNorm(E)
+    with torch.no_grad():
+        for parameter in (*norms[0].parameters(), *norms[1].parameters()):
+            parameter.normal_()
+    return norms
 
 
-@pytest.mark.parametrize(
-    ("changes", "taken"),
-    [
-        ({}, "math"),
-        ({"capability": (9, 0)}, "sdpa"),
-        ({"dtype": torch.bfloat16}, "sdpa"),
-        ({"head_dims": (65, 128)}, "sdpa"),
-        ({"lengths": (258, 258)}, "sdpa"),
-        ({"backend": "fa2"}, "sdpa"),
-    ],
-)
-def test_auto_takes_the_entry_that_fits_and_can_run(monkeypatch, changes, taken):
-    monkeypatch.setattr(attention_module, "FASTEST", (entry(**changes),))
-    x = qkv(1, 257, 2, 64)
-    assert attention_backend(x, 2) == taken
+cosine = partial(F.normalize, dim=-1)
+OPTIONS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "scale": lambda E: {"scale": 0.3},
+    "one norm": lambda E: {"qk_norm": nn.RMSNorm(E)},
+    "two norms": lambda E: {"qk_norm": layer_norms(E)},
+    "cosine": lambda E: {"qk_norm": cosine, "scale": 7.0},
+}
+each_option = pytest.mark.parametrize("make_options", OPTIONS.values(), ids=tuple(OPTIONS))
+each_packing = pytest.mark.parametrize("num_keys", [None, 17, 5], ids=["packed", "unpacked", "cross"])
+
+
+def projections(num_keys: int | None, dtype: torch.dtype = torch.float32, device: str = "cpu") -> dict[str, Tensor]:
+    """Of 17 queries to 2 heads of width 16."""
+    if num_keys is None:
+        return {"qkv": qkv(2, 17, 2, 16, dtype, device)}
+    sizes = {"q": 17, "k": num_keys, "v": num_keys}
+    return {name: torch.randn(2, size, 32).to(device, dtype) for name, size in sizes.items()}
+
+
+def over_projections(op: Callable[..., Tensor], **options: Any) -> Callable[..., Tensor]:
+    """A function of the packed projection, or of the three."""
+    return lambda *x: op(x[0] if len(x) == 1 else x, 2, **options)
+
+
+@each_packing
+@each_option
+@each_present
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=tuple(DTYPES))
+def test_options_are_as_exact_as_the_reference(device, backend, dtype, make_options, num_keys):
+    inputs, options = projections(num_keys, dtype, device), make_options(16)
+    given = tuple(inputs.values())
+    if (reason := BACKENDS[backend].why_not(given[0] if num_keys is None else given, 2)) is not None:
+        pytest.skip(reason)
+    norms = {False: options.get("qk_norm"), True: in_dtype(options.get("qk_norm"), torch.float64)}
+    norms[False] = in_dtype(norms[False], dtype, device)
+
+    def ref(*x: Tensor) -> Tensor:
+        return over_projections(attention_ref, **{**options, "qk_norm": norms[x[0].dtype == torch.float64]})(*x)
+
+    op = over_projections(attention, backend=backend, **{**options, "qk_norm": norms[False]})
+    assert_within_budget(op, ref, inputs)
+
+
+def in_dtype(norm: Any, dtype: torch.dtype, device: str = "cpu") -> Any:
+    if isinstance(norm, tuple):
+        return tuple(in_dtype(each, dtype, device) for each in norm)
+    return copy.deepcopy(norm).to(device, dtype) if isinstance(norm, nn.Module) else norm
+
+
+@each_packing
+def test_the_reference_of_the_options_is_what_the_formula_says(num_keys):
+    inputs = [x.double() for x in projections(num_keys).values()]
+    q, k, v = inputs[0].split(32, dim=-1) if num_keys is None else inputs
+    norm_q, norm_k = in_dtype(layer_norms(16), torch.float64)
+    found = over_projections(attention_ref, scale=0.3, qk_norm=(norm_q, norm_k))(*inputs)
+    for head in (slice(0, 16), slice(16, 32)):
+        q_hat = q[..., head] / q[..., head].square().mean(-1, keepdim=True).add(torch.finfo(q.dtype).eps).sqrt()
+        mean, var = k[..., head].mean(-1, keepdim=True), k[..., head].var(-1, correction=0, keepdim=True)
+        k_hat = (k[..., head] - mean) / (var + 1e-5).sqrt() * norm_k.weight + norm_k.bias
+        weights = (0.3 * (q_hat * norm_q.weight) @ k_hat.mT).softmax(-1)
+        torch.testing.assert_close(found[..., head], weights @ v[..., head])
+
+
+@pytest.mark.parametrize("backend", ["auto", "flash", "math", "reference"])
+def test_the_three_by_themselves_are_as_packed(backend):
+    packed = qkv(2, 17, 2, 16)
+    separate = tuple(x.contiguous() for x in packed.split(32, dim=-1))
+    assert torch.equal(attention(separate, 2, backend=backend), attention(packed, 2, backend=backend))
+
+
+def test_norms_are_layers_that_are_called_and_learn():
+    norms, seen = layer_norms(16), []
+    for norm in norms:
+        norm.register_forward_hook(lambda module, inputs, output: seen.append((module, inputs[0].shape)))
+    attention(qkv(2, 17, 2, 16), 2, qk_norm=norms).square().sum().backward()
+    assert seen == [(norm, (2, 17, 2, 16)) for norm in norms]
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for norm in norms for p in norm.parameters())
+
+
+def test_autocast_takes_norms_in_fp32_and_projections_of_two_dtypes():
+    q, k, v = projections(5).values()
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attention((q, k.bfloat16(), v.bfloat16()), 2, qk_norm=nn.LayerNorm(16))
+        packed = attention(qkv(2, 17, 2, 16, torch.bfloat16), 2, qk_norm=nn.LayerNorm(16))
+    assert y.dtype == packed.dtype == torch.bfloat16
+    expected = attention_ref((q, k, v), 2, qk_norm=nn.LayerNorm(16))
+    torch.testing.assert_close(y.float(), expected, rtol=0.02, atol=0.03)
+
+
+@each_packing
+@each_option
+def test_options_compile_into_one_graph(make_options, num_keys):
     torch.compiler.reset()
-    compiled = torch.compile(partial(attention, num_heads=2), fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), attention(x, 2, backend=taken))
-
-
-def test_auto_is_the_choice_of_pytorch_where_nothing_was_measured(monkeypatch):
-    monkeypatch.setattr(attention_module, "FASTEST", ())
-    assert attention_backend(qkv(1, 1, 1, 8), 1) == "sdpa"
-
-
-def test_auto_takes_only_deterministic_backends(monkeypatch, deterministic):
-    monkeypatch.setattr(attention_module, "FASTEST", (entry(),))
-    monkeypatch.setitem(BACKENDS, "math", replace(BACKENDS["math"], is_deterministic=lambda device: False))
-    assert attention_backend(qkv(1, 257, 2, 64), 2) == "sdpa"
-
-
-def flaw(entry: Fastest, folder: Path) -> str | None:
-    """What is wrong with the row that an entry of the table cites."""
-    measured, dtype = entry.measured, str(entry.dtype).removeprefix("torch.")
-    path = folder / measured.file
-    if not path.is_file():
-        return f"no file {measured.file}"
-    with path.open(newline="") as file:
-        cited = (measured.date, measured.commit, "attention", measured.shape, dtype, "both")
-        columns = ("date", "commit", "op", "shape", "dtype", "direction")
-        ms = {
-            row["provider"]: float(row["ms_median"])
-            for row in csv.DictReader(file)
-            if tuple(row[column] for column in columns) == cited and row["provider"] in BACKENDS
-        }
-    if not ms or min(ms, key=ms.__getitem__) != entry.backend:
-        return f"{entry.backend} is not the fastest of {ms}"
-    T, D, H = (int(re.search(rf"\b{letter}=(\d+)", measured.shape)[1]) for letter in "TDH")  # type: ignore[index]
-    for name, value, (low, high) in (("length", T, entry.lengths), ("head dim", D // H, entry.head_dims)):
-        if not low <= value <= high:
-            return f"the {name} {value} of the row is outside of the entry"
-    return None
-
-
-def test_each_entry_cites_a_row():
-    assert [flaw(entry, RESULTS) for entry in FASTEST if flaw(entry, RESULTS) is not None] == []
+    inputs, options = projections(num_keys), make_options(16)
+    compiled = torch.compile(over_projections(attention, **options), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs.values()), over_projections(attention, **options)(*inputs.values()))
 
 
 @pytest.mark.parametrize(
-    ("changes", "found"),
+    ("shapes", "message"),
     [
-        ({}, None),
-        ({"backend": "flash"}, "flash is not the fastest"),
-        ({"dtype": torch.float16}, "math is not the fastest"),
-        ({"lengths": (258, 300)}, "the length 257 of the row is outside"),
-        ({"head_dims": (72, 72)}, "the head dim 64 of the row is outside"),
+        ([(2, 5, 8), (2, 3, 8), (2, 4, 8)], r"got \(2, 5, 8\), \(2, 3, 8\), \(2, 4, 8\)"),
+        ([(2, 5, 8), (1, 3, 8), (1, 3, 8)], r"\(B, T, D\), \(B, S, D\), \(B, S, D\), got \(2, 5, 8\), \(1, 3, 8\)"),
+        ([(2, 5, 8), (2, 3, 6), (2, 3, 6)], r"got \(2, 5, 8\), \(2, 3, 6\)"),
+        ([(5, 8), (3, 8), (3, 8)], r"got \(5, 8\), \(3, 8\)"),
+        ([(2, 5, 8), (2, 3, 8)], "must hold q, k and v, got 2 tensors"),
+        ([(2, 5, 9), (2, 3, 9), (2, 3, 9)], "2 heads do not divide the width 9"),
     ],
 )
-def test_an_entry_without_its_row_is_caught(tmp_path, changes, found):
-    def row(provider: str, ms: float) -> Row:
-        where = {"date": "2026-01-01", "commit": "abc", "device": "A GPU", "torch": "2.13.0", "triton": "3.7.1"}
-        what = {"op": "attention", "shape": "B=2 T=257 D=128 H=2", "dtype": "float32", "layout": "contiguous"}
-        figures = {"ms_median": ms, "ms_p20": ms, "ms_p80": ms, "gb_per_s": 1.0, "percent_of_copy": 1.0, "peak_mb": 1.0}
-        return Row(**where, **what, direction="both", provider=provider, **figures)  # type: ignore[arg-type]
+def test_projections_that_do_not_fit_are_named(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        attention(tuple(map(torch.zeros, shapes)), 2)  # type: ignore[arg-type]
 
-    assert flaw(entry(), tmp_path) == "no file a-gpu.csv"
-    append_rows([row("math", 1.0), row("flash", 2.0), row("compile", 0.5)], tmp_path)
-    assert slug("A GPU") + ".csv" == astuple(entry().measured)[0]
-    reason = flaw(entry(**changes), tmp_path)
-    assert reason is None if found is None else found in str(reason)
+
+def test_other_arguments_that_do_not_fit_are_named():
+    q, k, v = projections(5).values()
+    with pytest.raises(ValueError, match=r"q is \(2, 17, 32\) float32 on cpu but k is \(2, 5, 32\) bfloat16"):
+        attention((q, k.bfloat16(), v.bfloat16()), 2)
+    with pytest.raises(ValueError, match=r"scale is one number, not \(2,\) float32.*a factor in qk_norm"):
+        attention((q, k, v), 2, scale=torch.ones(2))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"qk_norm makes \(2, 17, 2, 8\) of \(2, 17, 2, 16\)"):
+        attention((q, k, v), 2, qk_norm=lambda x: x[..., :8])
+    with pytest.raises(ValueError, match=r"'flash' cannot take \(2, 17, 32\), \(2, 5, 32\), \(2, 5, 32\), 2 heads"):
+        attention((q, k.mT.contiguous().mT, v), 2, backend="flash")
 
 
 # Errors
@@ -390,34 +424,41 @@ def test_a_backward_that_is_not_deterministic_is_an_error(monkeypatch, determini
 # The FlashAttention packages, by stand-ins with their signatures: shapes, strides and arguments, not their kernels
 
 
-def attend(qkv_BT3HE: Tensor) -> Tensor:
-    return attention_ref(qkv_BT3HE.flatten(2), qkv_BT3HE.shape[3]).unflatten(-1, qkv_BT3HE.shape[3:])
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    heads = q.shape[2:]
+    return attention_ref((q.flatten(2), k.flatten(2), v.flatten(2)), heads[0], scale=scale).unflatten(-1, heads)
 
 
 class PackedStandIn(ModuleType):
-    """flash_attn_qkvpacked_func with the arguments that FlashAttention 2 and 3 share."""
+    """The functions of FlashAttention 2 and 3, with the arguments that they share."""
 
     returns_tuple = False
 
     def flash_attn_qkvpacked_func(self, qkv, *, softmax_scale=None, causal=False, deterministic=False):
+        out = attend(*qkv.unbind(2), softmax_scale)
         self.seen = qkv, deterministic
-        return (attend(qkv), torch.empty(0)) if self.returns_tuple else attend(qkv)
+        return (out, torch.empty(0)) if self.returns_tuple else out
+
+    def flash_attn_func(self, q, k, v, *, softmax_scale=None, causal=False, deterministic=False):
+        out = attend(q, k, v, softmax_scale)
+        return (out, torch.empty(0)) if self.returns_tuple else out
 
 
 class FA4StandIn(ModuleType):
     def flash_attn_func(self, q, k, v, *, softmax_scale=None, causal=False, deterministic=False, return_lse=False):
-        self.seen, self.return_lse = (torch.stack([q, k, v], 2), deterministic), return_lse
+        self.seen, self.return_lse = (torch.stack([q, k, v], 2) if q.shape == k.shape else q, deterministic), return_lse
         self.strides = {x.stride() for x in (q, k, v)}
         B, T, H, _ = q.shape
-        return attend(self.seen[0]), q.new_zeros(B, H, T, dtype=torch.float32)
+        return attend(q, k, v, softmax_scale), q.new_zeros(B, H, T, dtype=torch.float32)
 
     def _flash_attn_bwd(self, q, k, v, out, dout, lse, softmax_scale=None, causal=False, *, deterministic=False):
         # By hand, for an operator runs below autograd.
-        self.seen = torch.stack([q, k, v], 2), deterministic
+        self.deterministic = deterministic
         q, k, v, do = (x.transpose(1, 2) for x in (q, k, v, dout))
-        weights = (q @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+        scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+        weights = (q @ k.mT * scale).softmax(-1)
         d_weights = do @ v.mT
-        d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) / q.shape[-1] ** 0.5
+        d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdim=True)) * scale
         return tuple(x.transpose(1, 2) for x in (d_logits @ k, d_logits.mT @ q, weights.mT @ do))
 
 
@@ -444,8 +485,8 @@ def test_a_package_gets_views_and_gives_the_gradient(name, stand_in, is_determin
     if is_deterministic:
         request.getfixturevalue("deterministic")
     package, x = stand_in(name), qkv(2, 17, 3, 8)
-    assert_within_budget(lambda x: BACKENDS[name].call(x, 3), partial(attention_ref, num_heads=3), {"qkv": x})
-    BACKENDS[name].call(x, 3)
+    assert_within_budget(lambda x: BACKENDS[name].call(x, 3, None), partial(attention_ref, num_heads=3), {"qkv": x})
+    BACKENDS[name].call(x, 3, None)
     seen, deterministic = package.seen
     assert seen.shape == (2, 17, 3, 3, 8)
     assert deterministic is is_deterministic
@@ -459,24 +500,37 @@ def test_a_package_gets_views_and_gives_the_gradient(name, stand_in, is_determin
 def test_fa3_of_2024_returns_a_tuple(stand_in):
     stand_in("fa3").returns_tuple = True
     x = qkv(2, 5, 2, 8)
-    assert torch.equal(BACKENDS["fa3"].call(x, 2), attention_ref(x, 2))
+    assert torch.equal(BACKENDS["fa3"].call(x, 2, None), attention_ref(x, 2))
+
+
+@each_packing
+@each_package
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_a_package_takes_a_scale_and_keys_of_another_sequence(name, stand_in, compiles, num_keys):
+    stand_in(name)
+    inputs = projections(num_keys)
+    op = over_projections(BACKENDS[name].call, scale=0.3)
+    if compiles:
+        torch.compiler.reset()
+        op = torch.compile(op, fullgraph=True, backend="aot_eager")
+    assert_within_budget(op, over_projections(attention_ref, scale=0.3), inputs)
 
 
 @each_package
 def test_a_package_compiles_into_one_graph(name, stand_in):
     stand_in(name)
     torch.compiler.reset()
-    compiled = torch.compile(lambda x: BACKENDS[name].call(x, 3), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda x: BACKENDS[name].call(x, 3, None), fullgraph=True, backend="aot_eager")
     assert_within_budget(compiled, partial(attention_ref, num_heads=3), {"qkv": qkv(2, 17, 3, 8)})
 
 
 def test_the_operator_around_fa4_is_well_formed(stand_in):
     stand_in("fa4")
-    x = qkv(2, 5, 2, 8).unflatten(-1, (3, 2, -1)).requires_grad_()
-    torch.library.opcheck(torch.ops.scalelong.flash_attention_4.default, (x, False))
-    out, lse = torch.ops.scalelong.flash_attention_4(x.detach(), False)
+    q, k, v = (torch.randn(2, T, 2, 8).requires_grad_() for T in (5, 3, 3))
+    torch.library.opcheck(torch.ops.scalelong.flash_attention_4.default, (q, k, v, 0.3, False))
+    out, lse = torch.ops.scalelong.flash_attention_4(q.detach(), k.detach(), v.detach(), None, False)
     operator = torch.ops.scalelong.flash_attention_4_backward.default
-    torch.library.opcheck(operator, (out, x.detach(), out, lse, False))
+    torch.library.opcheck(operator, (out, q.detach(), k.detach(), v.detach(), out, lse, None, False))
 
 
 def test_fa4_is_deterministic_up_to_capability_11(monkeypatch):
@@ -499,6 +553,25 @@ def test_create_graph_takes_the_plain_formula(backend):
     assert_twice_differentiable(op, ref, dependent, leaves)
 
 
+@each_option
+@pytest.mark.parametrize("backend", ["auto", "flash", "math", "reference"])
+def test_create_graph_through_the_options(backend, make_options):
+    """Queries, keys and values come from one another, and so do the weights of the norm."""
+    norm_q, _ = layer_norms(16)
+
+    def dependent(x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+        return x, (x @ weight).tanh()[:, :3], x[:, :3] * x.mean(), weight[0, :16] + x.mean()
+
+    def call(op: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, learned: Tensor, **options: Any) -> Tensor:
+        if "qk_norm" in make_options(16):
+            options["qk_norm"] = lambda y: norm_q(y) * learned
+        return op((q, k, v), 2, **options)
+
+    options = {name: value for name, value in make_options(16).items() if name != "qk_norm"}
+    op, ref = partial(call, attention, backend=backend, **options), partial(call, attention_ref, **options)
+    assert_twice_differentiable(op, ref, dependent, [torch.randn(2, 5, 32), torch.randn(32, 32) / 6])
+
+
 def test_a_package_says_that_its_derivatives_end(monkeypatch):
     monkeypatch.setitem(BACKENDS, "fa3", replace(BACKENDS["sdpa"], name="fa3"))
     x = qkv(1, 4, 2, 8).requires_grad_()
@@ -512,9 +585,17 @@ def test_transforms_take_the_reference():
     assert_transforms(partial(attention, num_heads=2), partial(attention_ref, num_heads=2), [qkv(2, 5, 2, 8)])
 
 
+@each_packing
+@each_option
+def test_transforms_take_the_reference_of_the_options(make_options, num_keys):
+    options = make_options(16)
+    op, ref = over_projections(attention, **options), over_projections(attention_ref, **options)
+    assert_transforms(op, ref, list(projections(num_keys).values()))
+
+
 def test_a_forced_reference_is_what_auto_takes():
     with use_backend("reference"):
-        assert attention_backend(qkv(1, 4, 2, 8), 2) == "reference"
+        assert get_backend(attention, qkv(1, 4, 2, 8), 2) == Backends("reference", "reference")
 
 
 def test_create_graph_through_a_checkpoint():

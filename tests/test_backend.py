@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from scalelong.kernels import backend, native_library
-from scalelong.kernels.backend import forced_backend, get_backend, use_backend
+from scalelong.kernels.backend import backend_of, forced_backend, use_backend
 from scalelong.kernels.group_norm import group_norm
 
 X = torch.zeros(1)
@@ -62,7 +62,7 @@ def test_threads_that_overlap_see_their_own_and_leave_nothing_behind():
 
     assert in_threads(first, second) == [["reference", None, None], ["native", "native", None]]
     assert forced_backend() is None
-    assert get_backend(X) == "native"
+    assert backend_of(X) == "native"
 
 
 def test_many_threads_at_once_leave_nothing_behind():
@@ -80,8 +80,8 @@ def test_many_threads_at_once_leave_nothing_behind():
 @needs_native
 def test_another_thread_chooses_as_before():
     with use_backend("reference"):
-        assert in_threads(lambda: get_backend(X)) == ["native"]
-        assert get_backend(X) == "reference"
+        assert in_threads(lambda: backend_of(X)) == ["native"]
+        assert backend_of(X) == "reference"
 
 
 def test_a_thread_that_is_not_pythons_follows_the_last_that_entered():
@@ -138,7 +138,7 @@ def missing(monkeypatch) -> None:
 def test_in_a_clone_the_command_builds_it_there(monkeypatch):
     missing(monkeypatch)
     with pytest.warns(UserWarning, match=r"pip install -e \. "):
-        get_backend(X)
+        backend_of(X)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_installed_without_a_clone_the_command_needs_none(monkeypatch, tmp_path,
     monkeypatch.setattr(native_library, "PATH", library)
     monkeypatch.setattr(native_library.metadata, "distribution", lambda _: Installed())
     with pytest.warns(UserWarning, match=f"pip install --force-reinstall .* {given}$") as caught:
-        get_backend(X)
+        backend_of(X)
     assert "setup.py" not in str(caught[0].message)
     assert "pip install -e" not in str(caught[0].message)
     with pytest.raises(RuntimeError, match="pip install --force-reinstall"), use_backend("native"):

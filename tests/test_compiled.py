@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from scalelong.kernels.add_layer_norm import add_layer_norm
+from scalelong.kernels.attention import attention
+from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.kernels.skip_linear import skip_linear
@@ -49,6 +51,8 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "group_norm": (lambda x, s, factor, eps: group_norm(x, 2, None, None, eps=eps), IMAGES),
     "skip_group_norm": (lambda x, s, factor, eps: skip_group_norm(x, s, factor, 3, None, None, eps=eps), IMAGES),
     "skip_conv1x1": (lambda x, s, factor, eps: skip_conv1x1(x, s, factor, WEIGHT, None), IMAGES),
+    "gelu_linear": (lambda x, s, factor, eps: gelu_linear(x, WEIGHT[:, :4], None, act="gelu-tanh"), TOKENS),
+    "attention": (lambda x, s, factor, eps: attention((x, s[..., :4], s[..., 1:]), 2, scale=0.3), TOKENS),
     "add_layer_norm": (lambda x, s, factor, eps: add_layer_norm(x, x, None, None, eps=eps)[1], TOKENS),
     "skip_linear": (lambda x, s, factor, eps: skip_linear(x, s, factor, WEIGHT, None), TOKENS),
 }

@@ -1,16 +1,20 @@
 import re
+from functools import partial
 
 import pytest
 import torch
+import torch.nn.functional as F
 from interpreting import run_interpreted
 from operators_seen import OperatorsSeen
 from parity import assert_within_budget
 from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable
 
 from scalelong.kernels import gelu_linear as module
+from scalelong.kernels import native_library
 from scalelong.kernels.backend import use_backend
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 
+each_act = pytest.mark.parametrize("act", ["gelu", "gelu-tanh"])
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
 
@@ -19,16 +23,42 @@ def make_inputs(dtype: torch.dtype, rows=(3, 7)) -> dict[str, torch.Tensor]:
     return {name: x.to(dtype) for name, x in inputs.items()}
 
 
+@each_act
 @each_dtype
 @pytest.mark.parametrize("rows", [(), (5,), (3, 7), (2, 257)], ids=str)
-def test_as_exact_as_the_reference(dtype, rows):
-    assert_within_budget(gelu_linear, gelu_linear_ref, make_inputs(dtype, rows))
+def test_as_exact_as_the_reference(dtype, rows, act):
+    assert_within_budget(partial(gelu_linear, act=act), partial(gelu_linear_ref, act=act), make_inputs(dtype, rows))
 
 
-def test_gradients_and_their_gradients_in_fp64():
-    leaves = [x.requires_grad_() for x in make_inputs(torch.float64).values()]
-    assert torch.autograd.gradcheck(gelu_linear, leaves, fast_mode=True)
-    assert torch.autograd.gradgradcheck(gelu_linear, leaves, fast_mode=True)
+@each_act
+def test_gradients_and_their_gradients_in_fp64(act):
+    leaves, op = [x.requires_grad_() for x in make_inputs(torch.float64).values()], partial(gelu_linear, act=act)
+    assert torch.autograd.gradcheck(op, leaves, fast_mode=True)
+    assert torch.autograd.gradgradcheck(op, leaves, fast_mode=True)
+
+
+@pytest.mark.skipif(native_library.ERROR is not None, reason=str(native_library.ERROR))
+@each_act
+@each_dtype
+def test_every_size_of_number_stays_within_budget(dtype, act):
+    """Of gelu alone: numbers between 1e-8 and 1e4 of either sign, and what is not finite."""
+    native = torch.ops.scalelong_native
+    sizes = torch.logspace(-8, 4, 4001, dtype=torch.float64)
+    x = torch.cat([sizes, -sizes, torch.linspace(-9, 9, 4001, dtype=torch.float64)]).to(dtype)
+    dy, y, again, dx = torch.ones_like(x), torch.empty_like(x), torch.empty_like(x), torch.empty_like(x)
+    native.gelu_forward(y, x, act == "gelu-tanh")
+    native.gelu_backward(dx, again, dy, x, act == "gelu-tanh")
+    truth = x.double().requires_grad_()
+    approximate = "tanh" if act == "gelu-tanh" else "none"
+    expected = F.gelu(truth, approximate=approximate)
+    (d_truth,) = torch.autograd.grad(expected.sum(), truth)
+    for found, true in ((y, expected), (again, expected), (dx, d_truth)):
+        bound = torch.finfo(dtype).eps * true.abs() + (1e-6 if dtype == torch.float32 else 1e-3)
+        assert ((found.double() - true).abs() <= bound).all()
+    nan = torch.full((5,), torch.nan).to(dtype)
+    native.gelu_backward(out := torch.empty_like(nan), same := torch.empty_like(nan), nan, nan, act == "gelu-tanh")
+    assert out.isnan().all()
+    assert same.isnan().all()
 
 
 def test_backward_keeps_only_its_inputs():
@@ -47,11 +77,10 @@ def test_frozen_weights_get_no_gradient():
     assert bias.grad is None
 
 
-def test_compiles_to_one_graph():
-    inputs = make_inputs(torch.float32).values()
-    torch.testing.assert_close(
-        torch.compile(gelu_linear, fullgraph=True, backend="aot_eager")(*inputs), gelu_linear(*inputs)
-    )
+@each_act
+def test_compiles_to_one_graph(act):
+    inputs, op = make_inputs(torch.float32).values(), partial(gelu_linear, act=act)
+    torch.testing.assert_close(torch.compile(op, fullgraph=True, backend="aot_eager")(*inputs), op(*inputs))
 
 
 def test_autocast_computes_in_its_dtype():
@@ -77,12 +106,21 @@ def dependent(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return x, x.reshape(-1, 24)[:16].tanh() / 5, x.reshape(-1, 24)[:16].mean(dim=1)
 
 
-def test_create_graph_counts_each_path_once():
-    assert_twice_differentiable(gelu_linear, gelu_linear_ref, dependent, [torch.randn(3, 7, 24)])
+@each_act
+def test_create_graph_counts_each_path_once(act):
+    op, ref = partial(gelu_linear, act=act), partial(gelu_linear_ref, act=act)
+    assert_twice_differentiable(op, ref, dependent, [torch.randn(3, 7, 24)])
 
 
-def test_transforms_take_the_reference():
-    assert_transforms(gelu_linear, gelu_linear_ref, list(make_inputs(torch.float32).values()))
+@each_act
+def test_transforms_take_the_reference(act):
+    op, ref = partial(gelu_linear, act=act), partial(gelu_linear_ref, act=act)
+    assert_transforms(op, ref, list(make_inputs(torch.float32).values()))
+
+
+def test_an_unknown_activation_is_named():
+    with pytest.raises(ValueError, match="act 'tanh' is none of 'gelu', 'gelu-tanh'"):
+        gelu_linear(*make_inputs(torch.float32).values(), act="tanh")
 
 
 def test_the_output_is_an_ordinary_tensor():

@@ -14,7 +14,7 @@ from torch import Tensor
 from scalelong.bench.compare import kept_bytes
 from scalelong.bench.published_unet import as_published
 from scalelong.kernels.attention import attention, attention_ref
-from scalelong.kernels.backend import get_backend, use_backend
+from scalelong.kernels.backend import backend_of, use_backend
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
@@ -85,7 +85,7 @@ def output_and_grads(f, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
 def test_group_norm_is_within_budget(shape, dtype, channels_last):
     case = norm_case(shape, channels_last=channels_last, dtype=dtype)
     inputs = case.inputs()
-    assert get_backend(inputs["h"]) == "triton"
+    assert backend_of(inputs["h"]) == "triton"
     case.assert_parity(inputs)
 
 
@@ -108,7 +108,7 @@ def test_group_norm_takes_every_scale_and_the_adaptive_form(shape, channels_last
 
 
 @each_regime
-@pytest.mark.parametrize(("act", "is_affine"), [("gelu", True), (None, False), (None, True)])
+@pytest.mark.parametrize(("act", "is_affine"), [("gelu", True), ("gelu-tanh", True), (None, False), (None, True)])
 def test_group_norm_takes_every_activation(shape, act, is_affine):
     norm_case(shape, act=act, is_affine=is_affine).assert_parity()
 

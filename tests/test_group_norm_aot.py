@@ -126,6 +126,7 @@ def test_an_entry_spills_no_more_than_it_states_and_moves_vectors(
     [
         (80, None, torch.bfloat16),
         (90, "gelu", torch.float32),
+        (90, "gelu-tanh", torch.bfloat16),
         pytest.param(80, "gelu", torch.float16, marks=pytest.mark.exhaustive),
         pytest.param(80, None, torch.float32, marks=pytest.mark.exhaustive),
         pytest.param(90, "gelu", torch.bfloat16, marks=pytest.mark.exhaustive),

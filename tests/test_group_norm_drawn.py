@@ -25,7 +25,7 @@ def cases(draw) -> Case:
         dtype=draw(st.sampled_from(DTYPES)),
         channels_last=draw(st.booleans()),
         scale=draw(st.sampled_from(SCALES)),
-        act=draw(st.sampled_from(["silu", "gelu", None])),
+        act=draw(st.sampled_from(["silu", "gelu", "gelu-tanh", None])),
         is_affine=draw(st.booleans()),
         is_adaptive=draw(st.booleans()),
         mean=draw(st.sampled_from([0.0, 3.0, -100.0])),

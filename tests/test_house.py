@@ -136,6 +136,39 @@ def test_kernels_import_torch_and_triton_only(path):
     assert [name for name in imports_of(path) if not allowed(name)] == []
 
 
+OPERATORS = ("group_norm", "skip_linear", "skip_conv1x1", "add_layer_norm", "gelu_linear", "conv3x3", "attention")
+BUILT_OF = {"skip_conv1x1": {"skip_linear"}}
+"""Operators that are made of others."""
+
+
+def operator_of(name: str) -> str | None:
+    """To which operator a file of kernels/ belongs; None for what they share."""
+    return next((operator for operator in OPERATORS if name == operator or name.startswith(f"{operator}_")), None)
+
+
+def test_every_operator_has_a_file_and_every_file_with_a_reference_is_one():
+    with_reference = {path.stem for path in (ROOT / "kernels").glob("*.py") if "_ref(" in path.read_text()}
+    assert {name for name in with_reference if (ROOT / "tests" / f"test_{name}.py").exists()} >= set(OPERATORS)
+    assert {operator_of(name) for name in with_reference} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+def test_operators_import_one_another_only_where_one_is_built_of_the_other(path):
+    operator = operator_of(path.stem)
+    imported = {name.split(".")[2] for name in imports_of(path) if name.startswith("scalelong.kernels.")}
+    imported |= {name.split(".")[-1] for name in imports_of(path) if name.startswith("scalelong.kernels.")}
+    others = {operator_of(name) for name in imported} - {operator, None}
+    assert others <= BUILT_OF.get(operator or "", set())
+
+
+def test_every_registered_operator_is_called():
+    sources = {path.name: path.read_text() for path in (ROOT / "kernels").glob("*.py")}
+    everything = "\n".join(sources.values())
+    defined = re.findall(r'torch\.library\.define\(\s*"scalelong::(\w+)"', everything)
+    assert len(defined) >= 6
+    assert [name for name in defined if f"torch.ops.scalelong.{name}(" not in everything] == []
+
+
 def test_kernels_and_models_load_no_heavy_package():
     lower = [path for path in FILES if path.relative_to(ROOT).parts[0] in ("kernels", "model")]
     lower.remove(ROOT / "model" / "diffusers_blocks.py")  # imported by patch_diffusers when it is called

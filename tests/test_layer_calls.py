@@ -27,6 +27,7 @@ from scalelong.model.linear_layers import (
     project_tokens,
 )
 from scalelong.model.plain_layers import PLAIN_LAYERS, use_plain_layers
+from scalelong.model.skip_layers import GroupNorm, fused_activation, norm_and_activation
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d)
 each_pair = pytest.mark.parametrize("pair", PAIRS)
@@ -441,7 +442,9 @@ def test_hooks_that_bring_weights_leave_layers_fused():
     assert is_called_by_class(layer, GeluLinear)
 
 
-@pytest.mark.parametrize("activation", [nn.ReLU, nn.GELU, nn.Tanh])
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.GELU, functools.partial(nn.GELU, approximate="tanh"), nn.Tanh], ids=str
+)
 @pytest.mark.parametrize("config", [DDPM, ADM], ids=["ddpm", "adm"])
 def test_other_activations_in_a_unet_act_where_they_were_put(config, activation):
     found = unet(config, "cs")
@@ -452,6 +455,14 @@ def test_other_activations_in_a_unet_act_where_they_were_put(config, activation)
                 network.set_submodule(name, activation())
     assert_same(found)
     assert (found.call(found.ours) - before).abs().max() > 1e-3
+
+
+def test_activations_that_the_norm_knows_are_its_own():
+    norm, h = GroupNorm(2, 4).requires_grad_(False), torch.randn(2, 4, 3, 3)
+    known = {nn.SiLU(): "silu", nn.GELU(): "gelu", nn.GELU(approximate="tanh"): "gelu-tanh", nn.Tanh(): None}
+    for activation, name in known.items():
+        assert fused_activation(activation) == name
+        torch.testing.assert_close(norm_and_activation(norm, activation, h), activation(norm(h)))
 
 
 @pytest.mark.parametrize("wrap", [torch.compile, Scaled], ids=["compiled", "wrapped"])

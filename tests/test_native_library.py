@@ -65,7 +65,7 @@ assert torch.equal(y[0, :, 1], -normal.bfloat16())
 
 
 def test_an_unknown_instruction_set_is_refused_by_name():
-    code = "import torch; from scalelong.kernels.gelu_linear import _gelu; _gelu(torch.ones(1), torch.float32)"
+    code = "import torch; from scalelong.kernels.gelu_linear import _gelu; _gelu(torch.ones(1), torch.float32, 'gelu')"
     env = {**os.environ, "SCALELONG_ISA": "avx-2", "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
     assert done.returncode != 0
@@ -76,7 +76,7 @@ NAMES = ("h", "s", "scale", "weight", "bias", "gain", "shift")
 
 
 @both_layouts
-@pytest.mark.parametrize("act", ["silu", None])
+@pytest.mark.parametrize("act", ["silu", "gelu-tanh", None])
 def test_gradients_that_nobody_wants_change_no_other(channels_last, act):
     case = Case(
         num_hidden=7, num_skip=5, groups=3, spatial=(9, 7), scale="(Cs,)", is_adaptive=True, channels_last=channels_last
@@ -134,7 +134,7 @@ def arguments(**changes):
         ({"shift": torch.ones(8, 2).t()}, "shift is not contiguous"),
         ({"groups": 3}, "8 channels in 3 groups"),
         ({"groups": 0}, "8 channels in 0 groups"),
-        ({"act": 3}, "no activation 3"),
+        ({"act": 4}, "no activation 4"),
     ],
 )
 def test_group_norm_refuses_what_it_cannot_read(changes, message):
@@ -146,11 +146,11 @@ def test_group_norm_refuses_what_it_cannot_read(changes, message):
 def test_gelu_and_conv3x3_refuse_what_they_cannot_read():
     native, x = torch.ops.scalelong_native, torch.ones(2, 3, 5, 5)
     with pytest.raises(RuntimeError, match="gelu: y has 3 elements, not 4"):
-        native.gelu_forward(torch.empty(3), torch.ones(4))
+        native.gelu_forward(torch.empty(3), torch.ones(4), False)
     with pytest.raises(RuntimeError, match="gelu: dy is Half, not Float"):
-        native.gelu_backward(torch.empty(4), torch.empty(4), torch.ones(4).half(), torch.ones(4))
+        native.gelu_backward(torch.empty(4), torch.empty(4), torch.ones(4).half(), torch.ones(4), True)
     with pytest.raises(RuntimeError, match="Double"):
-        native.gelu_forward(torch.empty(4).double(), torch.ones(4).double())
+        native.gelu_forward(torch.empty(4).double(), torch.ones(4).double(), False)
     with pytest.raises(RuntimeError, match="dout is Double, not Float"):
         native.conv3x3_scratch(torch.ones(2, 4, 5, 5).double(), x)
     with pytest.raises(RuntimeError, match="scratch has 1 elements"):

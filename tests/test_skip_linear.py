@@ -9,8 +9,9 @@ from second_order import assert_ordinary, assert_transforms, assert_twice_differ
 from torch import Tensor
 
 from scalelong.kernels import skip_linear as module
+from scalelong.kernels.arguments import Scale
 from scalelong.kernels.backend import use_backend
-from scalelong.kernels.skip_linear import Scale, skip_linear, skip_linear_ref
+from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
 
 B, D1, D2, OUT = 2, 12, 20, 16
 SCALES = {

@@ -14,9 +14,9 @@ namespace {
 using namespace scalelong;
 using torch::stable::Tensor;
 
-GeluKernels kernels_of(const Tensor& x) {
+GeluKernels kernels_of(const Tensor& x, bool by_tanh) {
   static const auto find = SCALELONG_CHOOSE(find_gelu);
-  return find(type_of(x));
+  return find(type_of(x), by_tanh);
 }
 
 // Each tensor has the type and size of x.
@@ -25,9 +25,9 @@ void check_alike(const Tensor& x, std::initializer_list<std::pair<const char*, c
   for (const auto& [name, tensor] : tensors) check_contiguous(name, *tensor, x.scalar_type(), x.numel());
 }
 
-void gelu_forward(Tensor y, Tensor x) {
+void gelu_forward(Tensor y, Tensor x, bool by_tanh) {
   check_alike(x, {{"gelu: y", &y}});
-  const GeluKernels kernels = kernels_of(x);
+  const GeluKernels kernels = kernels_of(x, by_tanh);
   // Before the threads: a tensor that is copied on write is copied by the call.
   void *const x_data = x.data_ptr(), *const y_data = y.data_ptr();
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
@@ -35,9 +35,9 @@ void gelu_forward(Tensor y, Tensor x) {
   });
 }
 
-void gelu_backward(Tensor dx, Tensor y, Tensor dy, Tensor x) {
+void gelu_backward(Tensor dx, Tensor y, Tensor dy, Tensor x, bool by_tanh) {
   check_alike(x, {{"gelu: dx", &dx}, {"gelu: y", &y}, {"gelu: dy", &dy}});
-  const GeluKernels kernels = kernels_of(x);
+  const GeluKernels kernels = kernels_of(x, by_tanh);
   void *const x_data = x.data_ptr(), *const dy_data = dy.data_ptr(), *const dx_data = dx.data_ptr(),
              *const y_data = y.data_ptr();
   in_parallel(x.numel(), 1, [&](int64_t begin, int64_t end) {
@@ -48,8 +48,8 @@ void gelu_backward(Tensor dx, Tensor y, Tensor dy, Tensor x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(scalelong_native, library) {
-  library.def("gelu_forward(Tensor(a!) y, Tensor x) -> ()");
-  library.def("gelu_backward(Tensor(a!) dx, Tensor(b!) y, Tensor dy, Tensor x) -> ()");
+  library.def("gelu_forward(Tensor(a!) y, Tensor x, bool by_tanh) -> ()");
+  library.def("gelu_backward(Tensor(a!) dx, Tensor(b!) y, Tensor dy, Tensor x, bool by_tanh) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalelong_native, CPU, library) {

@@ -1,4 +1,5 @@
-// gelu(x) = x * cdf(x), with the distribution function of the normal distribution, over a range of elements.
+// gelu(x) = x * cdf(x), with the distribution function of the normal distribution or its approximation by tanh, over a
+// range of elements.
 #pragma once
 
 #include "type.h"
@@ -12,16 +13,16 @@ struct GeluKernels {
 };
 
 namespace baseline {
-GeluKernels find_gelu(Type);
+GeluKernels find_gelu(Type, bool by_tanh);
 }
 namespace avx2 {
-GeluKernels find_gelu(Type);
+GeluKernels find_gelu(Type, bool by_tanh);
 }
 namespace avx512 {
-GeluKernels find_gelu(Type);
+GeluKernels find_gelu(Type, bool by_tanh);
 }
 namespace avx512_bf16 {
-GeluKernels find_gelu(Type);
+GeluKernels find_gelu(Type, bool by_tanh);
 }
 
 }  // namespace scalelong

@@ -24,35 +24,36 @@ INLINED inline void each_pack(int64_t begin, int64_t end, const F& f) {
   }
 }
 
-template <class T>
+template <class T, class Activation>
 void forward(const void* x, void* y, int64_t begin, int64_t end) {
-  each_pack(begin, end, [=](auto load, auto store) INLINED { store((T*)y, Gelu::value(load((const T*)x))); });
+  each_pack(begin, end, [=](auto load, auto store) INLINED { store((T*)y, Activation::value(load((const T*)x))); });
 }
 
-template <class T>
+template <class T, class Activation>
 void backward(const void* x, const void* dy, void* dx, void* y, int64_t begin, int64_t end) {
   each_pack(begin, end, [=](auto load, auto store) INLINED {
-    const auto z = load((const T*)x), cdf = normal_cdf(z);
-    store((T*)dx, load((const T*)dy) * (cdf + z * normal_density(z)));
-    store((T*)y, z * cdf);
+    const auto found = Activation::value_and_slope(load((const T*)x));
+    store((T*)dx, load((const T*)dy) * found.slope);
+    store((T*)y, found.value);
   });
 }
 
-template <class T>
-GeluKernels kernels() {
-  return {forward<T>, backward<T>};
+template <class T, bool ROUGH>
+GeluKernels kernels(bool by_tanh) {
+  if (by_tanh) return {forward<T, GeluTanh<ROUGH>>, backward<T, GeluTanh<ROUGH>>};
+  return {forward<T, Gelu>, backward<T, Gelu>};
 }
 
 }  // namespace
 
-GeluKernels find_gelu(Type type) {
+GeluKernels find_gelu(Type type, bool by_tanh) {
 #if defined(__AVX512BF16__)  // which converts bfloat16 and changes nothing else
-  return type == Type::bfloat16 ? kernels<BFloat16>() : avx512::find_gelu(type);
+  return type == Type::bfloat16 ? kernels<BFloat16, true>(by_tanh) : avx512::find_gelu(type, by_tanh);
 #else
   switch (type) {
-    case Type::bfloat16: return kernels<BFloat16>();
-    case Type::float16: return kernels<Float16>();
-    default: return kernels<float>();
+    case Type::bfloat16: return kernels<BFloat16, true>(by_tanh);
+    case Type::float16: return kernels<Float16, false>(by_tanh);
+    default: return kernels<float, false>(by_tanh);
   }
 #endif
 }

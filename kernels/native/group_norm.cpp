@@ -70,7 +70,7 @@ void check_arguments(const Tensor& h, const Parameters& parameters, int64_t grou
                      const Tensor& rstd, bool channels_last) {
   const auto& [s, scale, weight, bias, gain, shift] = parameters;
   STD_TORCH_CHECK(h.dim() >= 2 && h.numel() + (s.has_value() ? s->numel() : 0) > 0, "group_norm: no elements");
-  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::gelu), "group_norm: no activation ", act);
+  STD_TORCH_CHECK(act >= 0 && act <= int64_t(Act::gelu_tanh), "group_norm: no activation ", act);
   const int64_t N = h.size(0), Ch = h.size(1), Cs = s.has_value() ? s->size(1) : 0, C = Ch + Cs;
   STD_TORCH_CHECK(groups > 0 && C % groups == 0, "group_norm: ", C, " channels in ", groups, " groups");
   check_activation("h", h, h, Ch, channels_last);

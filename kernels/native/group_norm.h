@@ -8,7 +8,7 @@
 
 namespace scalelong {
 
-enum class Act { none, silu, gelu };
+enum class Act { none, silu, gelu, gelu_tanh };
 
 struct GroupNorm {
   int64_t N, Ch, Cs, P, G;

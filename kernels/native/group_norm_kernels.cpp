@@ -32,6 +32,7 @@ GroupNormKernels find(Act act) {
   switch (act) {
     case Act::silu: return kernels<T, Silu<ROUGH>>();
     case Act::gelu: return kernels<T, Gelu>();
+    case Act::gelu_tanh: return kernels<T, GeluTanh<ROUGH>>();
     default: return kernels<T, Identity>();
   }
 }

@@ -299,17 +299,17 @@ INLINED inline Pack<NUM> sum_by(const Pack<ALL>& x) {
 
 // --- functions: of a vector or of a pack -----------------------------------------------------------------------------
 
-#if !defined(__AVX512F__)
 // The nearest value of [-limit, limit]; NaN stays NaN, which is why it is the second operand.
 inline Floats clamp(Floats x, float limit) {
-#if defined(__AVX2__)
+#if defined(__AVX512F__)
+  return (Floats)_mm512_min_ps(_mm512_set1_ps(limit), _mm512_max_ps(_mm512_set1_ps(-limit), (__m512)x));
+#elif defined(__AVX2__)
   return (Floats)_mm256_min_ps(_mm256_set1_ps(limit), _mm256_max_ps(_mm256_set1_ps(-limit), (__m256)x));
 #else
   x = x > limit ? splat(limit) : x;
   return x < -limit ? splat(-limit) : x;
 #endif
 }
-#endif
 
 // 2^x within 1.5 units in the last place, or within 1e-4 where ROUGH: a twentieth of the last place of a bfloat16.
 #if defined(__AVX512F__)
@@ -438,6 +438,11 @@ struct Silu {
   }
 };
 
+template <class V>
+struct ValueAndSlope {
+  V value, slope;
+};
+
 struct Gelu {
   static constexpr float FACTOR = 1.0f;
   template <class V>
@@ -447,6 +452,45 @@ struct Gelu {
   template <class V>
   INLINED static V times_derivative(V dy, V z) {
     return dy * (normal_cdf(z) + z * normal_density(z));
+  }
+  // Both for little more than the price of one.
+  template <class V>
+  INLINED static ValueAndSlope<V> value_and_slope(V z) {
+    const V cdf = normal_cdf(z);
+    return {z * cdf, cdf + z * normal_density(z)};
+  }
+};
+
+// gelu by tanh: z * sigma with sigma = 1 / (1 + e), e = exp(-w), w = 2 sqrt(2 / pi) (z + 0.044715 z^3), because
+// 1 + tanh(u) = 2 sigmoid(2 u). The slope is sigma + z * sigma * (1 - sigma) * w', and 1 - sigma is e * sigma.
+template <bool ROUGH>
+struct GeluTanh {
+  static constexpr float FACTOR = 1.0f;
+  template <class V>
+  INLINED static V value(V z) {
+    return quotient<ROUGH>(z, 1.0f + power(within(z)));
+  }
+  template <class V>
+  INLINED static V times_derivative(V dy, V z) {
+    return dy * value_and_slope(z).slope;
+  }
+  template <class V>
+  INLINED static ValueAndSlope<V> value_and_slope(V z) {
+    const V x = within(z), e = power(x), d = 1.0f + e;
+    const V sigma = each([](Floats d) INLINED { return quotient_of<ROUGH>(splat(1.0f), d); }, d);
+    const V x_times_slope_of_w = x * (0x1.988454p+0f + 0x1.b6676cp-3f * x * x);
+    return {z * sigma, sigma * (1.0f + x_times_slope_of_w * (e * sigma))};
+  }
+
+ private:
+  // Beyond it sigma is 0 or 1; e is at most 2^126.
+  template <class V>
+  INLINED static V within(V z) {
+    return each([](Floats v) INLINED { return clamp(v, 10.0f); }, z);
+  }
+  template <class V>
+  INLINED static V power(V x) {
+    return exp2<ROUGH>(x * (-0x1.26aec2p+1f - 0x1.a5a7dp-4f * x * x));
   }
 };
 

@@ -14,12 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from scalelong.kernels.launches import Kept, Launch, Plan, Slot, signature
+from scalelong.kernels.triton_activations import activate, activation_slope
 
 # 16 bytes a thread and load, four times, as elementwise kernels usually have it; not yet timed.
 BLOCK, NUM_WARPS = 4096, 4
-
-_ROOT_HALF = tl.constexpr(math.sqrt(0.5))
-_DENSITY_AT_0 = tl.constexpr(1 / math.sqrt(2 * math.pi))
 
 
 @triton.jit
@@ -36,46 +34,39 @@ def _store(y_ptr, y, i, num):
 
 
 @triton.jit
-def _cdf(x):
-    """Of the normal distribution."""
-    return 0.5 + 0.5 * tl.erf(x * _ROOT_HALF)
-
-
-@triton.jit
-def _gelu_fwd_kernel(x_ptr, y_ptr, num, BLOCK: tl.constexpr):
+def _gelu_fwd_kernel(x_ptr, y_ptr, num, BLOCK: tl.constexpr, ACT: tl.constexpr):
     x, i = _load(x_ptr, num, BLOCK)
-    _store(y_ptr, x * _cdf(x), i, num)
+    _store(y_ptr, activate(x, ACT), i, num)
 
 
 @triton.jit
-def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, y_ptr, num, BLOCK: tl.constexpr):
+def _gelu_bwd_kernel(dy_ptr, x_ptr, dx_ptr, y_ptr, num, BLOCK: tl.constexpr, ACT: tl.constexpr):
     x, i = _load(x_ptr, num, BLOCK)
     dy, _ = _load(dy_ptr, num, BLOCK)
-    cdf = _cdf(x)
-    _store(dx_ptr, dy * (cdf + x * _DENSITY_AT_0 * tl.exp(-0.5 * x * x)), i, num)
-    _store(y_ptr, x * cdf, i, num)
+    _store(dx_ptr, dy * activation_slope(x, ACT), i, num)
+    _store(y_ptr, activate(x, ACT), i, num)
 
 
-def forward(x: Tensor, y: Tensor) -> None:
-    """y = gelu(x), in dtypes of their own; dense, of one layout."""
-    _launch(_gelu_fwd_kernel, (x, y))
+def forward(x: Tensor, y: Tensor, act: str) -> None:
+    """y = act(x), in dtypes of their own; dense, of one layout."""
+    _launch(_gelu_fwd_kernel, (x, y), act)
 
 
-def backward(dy: Tensor, x: Tensor, dx: Tensor, y: Tensor) -> None:
-    """dx = dy * gelu'(x) and y = gelu(x), in dtypes of their own; dense, of one layout."""
-    _launch(_gelu_bwd_kernel, (dy, x, dx, y))
+def backward(dy: Tensor, x: Tensor, dx: Tensor, y: Tensor, act: str) -> None:
+    """dx = dy * act'(x) and y = act(x), in dtypes of their own; dense, of one layout."""
+    _launch(_gelu_bwd_kernel, (dy, x, dx, y), act)
 
 
 _plans: Kept[Plan] = Kept()
 
 
-def _launch(kernel: Any, tensors: tuple[Tensor, ...]) -> None:
+def _launch(kernel: Any, tensors: tuple[Tensor, ...], act: str) -> None:
     num = tensors[0].numel()
     if num == 0:
         return
-    key = (kernel, *map(signature, tensors))
+    key = (kernel, act, *map(signature, tensors))
     plan = _plans.get(key)
     if plan is None:
-        arguments = (*map(Slot, range(len(tensors))), num)
-        plan = _plans.keep(key, Plan([Launch(kernel, math.ceil(num / BLOCK), arguments, {"BLOCK": BLOCK}, NUM_WARPS)]))
+        arguments, constants = (*map(Slot, range(len(tensors))), num), {"BLOCK": BLOCK, "ACT": act}
+        plan = _plans.keep(key, Plan([Launch(kernel, math.ceil(num / BLOCK), arguments, constants, NUM_WARPS)]))
     plan.run(tensors)
