@@ -5,13 +5,24 @@ from collections.abc import Callable
 from dataclasses import asdict, fields
 from numbers import Integral
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import nn
 
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
 from scalelong.model.checkpointing import Checkpointing
 from scalelong.model.skip_scale import SkipScale, skip_scale_from_dict, skip_scale_to_dict
+
+
+class ParameterGroup(NamedTuple):
+    """Parameters that an optimizer updates alike."""
+
+    names: tuple[str, ...]
+    """As in ``named_parameters()``."""
+    learning_rate_factor: float = 1.0
+    """Multiplies the run's learning rate."""
+    weight_decay_factor: float = 1.0
+    """Multiplies the run's weight decay."""
 
 
 class Backbone(nn.Module):
@@ -44,6 +55,13 @@ class Backbone(nn.Module):
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    def parameter_groups(self) -> list[ParameterGroup]:
+        """Every parameter in one group each, under its first name in ``named_parameters()`` and in their order.
+
+        One group, in the order of ``parameters()``, where all are updated alike.
+        """
+        return [ParameterGroup(tuple(name for name, _ in self.named_parameters()))]
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""

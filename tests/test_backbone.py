@@ -86,6 +86,15 @@ def test_text_of_another_shape_is_refused(shape):
         UViT(TEXT)(X, torch.ones(2), torch.randn(shape))
 
 
+@each_network
+def test_parameter_groups_name_every_parameter_once_in_its_order(network, config):
+    model = make(network, config)
+    groups = model.parameter_groups()
+    assert [name for group in groups for name in group.names] == [name for name, _ in model.named_parameters()]
+    assert {(group.learning_rate_factor, group.weight_decay_factor) for group in groups} == {(1.0, 1.0)}
+    assert len(groups) == 1
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
