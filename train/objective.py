@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-NUM_TIMES = 1000
+from scalelong.train.config import NUM_TIMES
 
 
 class Process(Protocol):

@@ -39,7 +39,7 @@ def make_grid(run: Run) -> None:
 
 def _draw_grid(run: Run, weights: dict[str, Tensor]) -> None:
     config, sample = run.config, run.config.sample
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
+    model = make_backbone(config.model, skip_scale=config.skip_scale)
     model.load_state_dict(weights)
     texts = texts_of(config, run.source)
     images = generate(
