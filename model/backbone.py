@@ -57,6 +57,7 @@ class Backbone(nn.Module):
         self.config = config
         self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
         self.checkpointing: Checkpointing = checkpointing
+        self.block_memory = config.block_memory
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         """The blocks by the names of their modules, in execution order."""
@@ -137,7 +138,7 @@ class Backbone(nn.Module):
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         """``block(*arguments)``, keeping for backward what ``checkpointing`` allows."""
-        return run_block(block, *arguments, checkpointing=self.checkpointing, memory=self.config.block_memory)
+        return run_block(block, *arguments, checkpointing=self.checkpointing, memory=self.block_memory)
 
     def _long_skip(self, executed: int, features: Tensor, gates: nn.Module | None) -> LongSkip:
         """The long skip that the decoder's block number ``executed`` takes in."""

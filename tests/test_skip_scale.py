@@ -173,6 +173,24 @@ def test_names_make_policies():
     assert [make_skip_scale(name, 0.7) for name in SKIP_SCALE_NAMES] == policies
 
 
+def test_the_registry_is_by_the_names_of_the_command_line():
+    assert tuple(SkipScale.known)[: len(SKIP_SCALE_NAMES)] == SKIP_SCALE_NAMES
+    assert [make_skip_scale(name).kind for name in SKIP_SCALE_NAMES] == list(SKIP_SCALE_NAMES)
+    assert skip_scale_to_dict(LearnedScale(8, shared=False)) == {"kind": "ls-separate", "reduction": 8, "shared": False}
+    assert make_skip_scale("ls", reduction=8) == LearnedScale(8)
+    with pytest.raises(ValueError, match="none of this version cannot be made of"):
+        make_skip_scale("none", reduction=8)
+
+
+def test_a_name_that_is_taken_stays_with_its_policy():
+    class Other(SkipScale, kind="cs"):
+        pass
+
+    assert make_skip_scale("cs") == ConstantScale()
+    with pytest.raises(ValueError, match="another policy has its name"):
+        skip_scale_to_dict(Other())
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown skip scale 'se'; there are none, inv-sqrt2, cs, ls, ls-separate"):
         make_skip_scale("se")
