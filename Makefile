@@ -65,7 +65,7 @@ test-all: install
 # safetensors there is only what tests and benches need. The interpreter of Triton 3.6 fails with numpy 2.4.
 OLDEST ?= .venv-oldest
 OLDEST_TESTS := $(wildcard $(addprefix tests/test_,*norm*.py *linear*.py *conv*.py attention*.py skip_scale*.py u*.py \
-	adm*.py dit*.py house.py host.py launches.py nvidia*.py kernel_budget.py machine_code.py bench_*.py gpu.py))
+	adm*.py dit*.py backbone*.py features.py parameter_kinds.py house.py host.py launches.py nvidia*.py kernel_budget.py machine_code.py bench_*.py gpu.py))
 
 $(OLDEST)/.installed:
 	$(PYTHON) -m venv $(OLDEST)

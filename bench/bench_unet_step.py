@@ -31,7 +31,7 @@ from scalelong.bench.compare import DEVICE, ON_GPU, is_warm
 from scalelong.bench.published_unet import as_published
 from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.bench.training_step import Network, Trainer, compiled, noisy_batch, speed, step_rows
-from scalelong.model.checkpointing import Checkpointing
+from scalelong.model.backbone_config import Checkpointing
 from scalelong.model.diffusers_patch import patch_diffusers
 from scalelong.model.presets import UNET_PRESETS
 from scalelong.model.skip_scale import Unscaled, make_skip_scale

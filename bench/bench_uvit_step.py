@@ -27,7 +27,7 @@ from scalelong.bench.compare import DEVICE, ON_GPU, is_warm
 from scalelong.bench.published_uvit import as_published
 from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.bench.training_step import Network, Trainer, compiled, noisy_batch, speed, step_rows
-from scalelong.model.checkpointing import Checkpointing
+from scalelong.model.backbone_config import Checkpointing
 from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import Unscaled, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig

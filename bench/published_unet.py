@@ -4,16 +4,19 @@ They multiply the skip, write the concatenation, and normalise and activate in p
 """
 
 import copy
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalelong.kernels.arguments import Scale, concatenated
+from scalelong.kernels.arguments import concatenated
+from scalelong.model.backbone import last_of
+from scalelong.model.common_factor import multiplied
 from scalelong.model.linear_layers import TokenConv1d, queries_first
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, skip_gain
-from scalelong.model.skip_scale import SkipScale
-from scalelong.model.unet import AttentionBlock, Embedding, ResBlock, UNet
+from scalelong.model.skip_scale import LongSkip, SkipScale
+from scalelong.model.unet import NO_SKIP, AttentionBlock, Embedding, ResBlock, UNet
 
 
 class PublishedGroupNorm(GroupNorm):
@@ -22,11 +25,13 @@ class PublishedGroupNorm(GroupNorm):
 
 
 class PublishedResBlock(ResBlock):
-    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: LongSkip | None = None) -> Tensor:
         norm, activation, conv = self.in_layers
-        scaled = concatenated(x_BCHW, skip, scale)
-        if skip is not None and scale is not None and self.position == "after-norm":
-            h_BCHW = norm(concatenated(x_BCHW, skip, None)) * (1 + skip_gain(scale, x_BCHW, skip))[:, :, None, None]
+        s, scale, _, common = NO_SKIP if skip is None else skip
+        scaled = multiplied(concatenated(x_BCHW, s, scale), common)
+        if s is not None and self.position == "after-norm" and not (scale is None and common is None):
+            gain = skip_gain(scale, x_BCHW, s, common)[:, :, None, None]
+            h_BCHW = norm(concatenated(x_BCHW, s, None)) * (1 + gain)
         else:
             h_BCHW = norm(scaled)
         h_BCHW = activation(h_BCHW)
@@ -60,19 +65,23 @@ class PublishedAttentionBlock(AttentionBlock):
 
 class PublishedUNet(UNet):
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+        return self.out(last_of(self.hidden_states(x_BCHW, t_B, y_B)))
+
+    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
         emb = self._embed(x_BCHW, t_B, y_B)
         h_BCHW = x_BCHW.contiguous(memory_format=torch.channels_last) if self.channels_last else x_BCHW
         h_BCHW = self.input_blocks[0](h_BCHW, emb)
+        yield h_BCHW
         skips = [h_BCHW]
         for stage in self.input_blocks[1:]:  # type: ignore[index]
             h_BCHW = self._run(stage, h_BCHW, emb)
             skips.append(h_BCHW)
+            yield h_BCHW
         h_BCHW = self._run(self.middle_block, h_BCHW, emb)
+        yield h_BCHW
         for executed, stage in enumerate(self.output_blocks):
-            skip, num_skips = skips.pop(), len(self.output_blocks)
-            scale = self.skip_scale.scale(num_skips - executed, num_skips, skip, self.skip_gates)
-            h_BCHW = self._run(stage, h_BCHW, emb, skip, scale)
-        return self.out(h_BCHW)
+            h_BCHW = self._run(stage, h_BCHW, emb, self._long_skip(executed, skips.pop(), self.skip_gates))
+            yield h_BCHW
 
 
 def as_published(model: UNet, *, skip_scale: SkipScale | None = None, channels_last: bool = False) -> UNet:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalelong.kernels.arguments import Scale
+from scalelong.model.common_factor import multiplied
 from scalelong.model.linear_layers import GeluLinear, SkipLinear
 from scalelong.model.norm_layers import AddLayerNorm
-from scalelong.model.skip_scale import SkipScale
+from scalelong.model.skip_scale import LongSkip, SkipScale
 from scalelong.model.uvit import Attention, Block, UViT
 
 
@@ -34,11 +34,11 @@ class PublishedAttentionInFp32(PublishedAttention):
 
 
 class PublishedBlock(Block):
-    def forward(self, x_BTD: Tensor, skip_BTD: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None) -> Tensor:
         if self.skip_linear is not None:
-            assert skip_BTD is not None
-            skip_BTD = skip_BTD if scale is None else scale * skip_BTD
-            x_BTD = self.skip_linear(torch.cat([x_BTD, skip_BTD], dim=-1))
+            assert skip is not None
+            skip_BTD = skip.features if skip.scale is None else skip.scale * skip.features
+            x_BTD = self.skip_linear(multiplied(torch.cat([x_BTD, skip_BTD], dim=-1), skip.common))
         x_BTD = x_BTD + self.attn(self.norm1(x_BTD))
         return x_BTD + self.mlp.fc2(F.gelu(self.mlp.fc1(self.norm2(x_BTD))))
 

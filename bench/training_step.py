@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from scalelong.bench.compare import DEVICE, ON_GPU
 from scalelong.bench.record import Row, environment
 from scalelong.bench.timing import IS_DRY_RUN, Timing, measure
-from scalelong.model.architectures import BackboneConfig
 from scalelong.model.backbone import Backbone
+from scalelong.model.backbone_config import BackboneConfig
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

@@ -1,17 +1,19 @@
-"""What the backbones have in common: sizes, long skips to watch, and a folder of safetensors and JSON."""
+"""What the backbones have in common: long skips, hidden features, groups of parameters, and a folder to be saved in."""
 
 import json
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields
-from numbers import Integral
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from operator import index
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
 
+from scalelong.model.architectures import model_to_dict, read_description
+from scalelong.model.backbone_config import BackboneConfig, Checkpointing
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
-from scalelong.model.checkpointing import Checkpointing
-from scalelong.model.skip_scale import SkipScale, skip_scale_from_dict, skip_scale_to_dict
+from scalelong.model.checkpointing import run_block
+from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
+from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
 
 
 class ParameterGroup(NamedTuple):
@@ -26,24 +28,67 @@ class ParameterGroup(NamedTuple):
 
 
 class Backbone(nn.Module):
-    """A network that predicts the noise in an image, with scaled long skips: ``Model(config, skip_scale=...)``."""
+    """A network that predicts the noise in an image, with scaled long skips: ``Model(config, skip_scale=...)``.
 
-    config_class: ClassVar[Callable[..., Any]]
+    Args:
+        config: the network's shape.
+        skip_scale: the policy that scales the long skips; unscaled if not given.
+        checkpointing: what the blocks keep for backward: all of it ("none"), their inputs ("blocks"), or where the
+            configuration has a ``block_memory`` at most a share in (0, 1); the rest is computed again. May be set on
+            the model at any time.
+
+    Raises:
+        ValueError: a way of checkpointing that the network does not have.
+    """
+
+    config_class: ClassVar[type[BackboneConfig]]
+    kinds: ClassVar[Sequence[ParameterKind]]
+    """The table of parameters; ``parameter_kinds`` may make another of it."""
     config: Any
-    skip_scale: SkipScale
-    checkpointing: Checkpointing
+    skips: tuple[SkipShape, ...] = ()
+    """The long skips, in execution order: the first is i = N, the innermost."""
     __call__: Callable[..., Any]
 
-    @classmethod
-    def check_options(cls, skip_scale: SkipScale, checkpointing: Checkpointing) -> None:
-        """
-        Raises:
-            ValueError: what this architecture cannot do.
-        """
+    def __init__(
+        self, config: BackboneConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
+    ):
+        super().__init__()
+        config.check_checkpointing(checkpointing)
+        self.config = config
+        self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
+        self.checkpointing: Checkpointing = checkpointing
+        self.block_memory = config.block_memory
+
+    def named_blocks(self) -> list[tuple[str, nn.Module]]:
+        """The blocks by the names of their modules, in execution order."""
         raise NotImplementedError
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
-        """(i, the module that is called with (..., skip, scale)) for each long skip, i = 1 the outermost."""
+        """(i, the module that is called with the long skip i), in execution order, i = 1 the outermost."""
+        raise NotImplementedError
+
+    def watch_skips(self, watcher: Callable[[LongSkip, Tensor], None]) -> Callable[[], None]:
+        """Calls ``watcher(skip, output)`` with each long skip and what the block that takes it in puts out.
+
+        Where blocks are computed again in backward, it is called then too, with the same values.
+
+        Returns:
+            What ends it.
+        """
+
+        def report(_block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
+            watcher(next(x for x in inputs if isinstance(x, LongSkip)), output)
+
+        handles = [block.register_forward_hook(report) for _, block in self.skip_blocks()]
+
+        def stop() -> None:
+            for handle in handles:
+                handle.remove()
+
+        return stop
+
+    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
+        """What each block puts out, in execution order, computed when it is asked for. Takes what ``forward`` takes."""
         raise NotImplementedError
 
     def flops(self, batch_size: int = 1) -> int:
@@ -53,6 +98,63 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def features(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, *, blocks: Iterable[str | int]
+    ) -> dict[str | int, Tensor]:
+        """The hidden features that blocks put out, as ``forward`` computes them; differentiable.
+
+        What comes after the last of these blocks is not computed.
+
+        Args:
+            x_BCHW, t_B, y_B: as ``forward`` takes them.
+            blocks: names of blocks (``named_blocks``), or their numbers in execution order, negative from the last.
+
+        Returns:
+            The features by what was asked for, in that order: (B, T, D) of tokens, (B, C, H, W) of channels.
+
+        Raises:
+            ValueError: a block that the network does not have, or what ``forward`` raises.
+        """
+        numbers = {block: self._number_of(block) for block in blocks}
+        found: dict[int, Tensor] = {}
+        if numbers:
+            for number, hidden in enumerate(self.hidden_states(x_BCHW, t_B, y_B)):
+                if number in numbers.values():
+                    found[number] = hidden
+                if number == max(numbers.values()):
+                    break
+        return {block: found[number] for block, number in numbers.items()}
+
+    def _number_of(self, block: str | int) -> int:
+        names = [name for name, _ in self.named_blocks()]
+        if isinstance(block, str):
+            if block not in names:
+                raise ValueError(f"{type(self).__name__} has no block {block!r}; there are {', '.join(names)}")
+            return names.index(block)
+        number = index(block)
+        if not -len(names) <= number < len(names):
+            raise ValueError(f"{type(self).__name__} has {len(names)} blocks, 0 to {len(names) - 1}, no block {number}")
+        return number % len(names)
+
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
+        """``block(*arguments)``, keeping for backward what ``checkpointing`` allows."""
+        return run_block(block, *arguments, checkpointing=self.checkpointing, memory=self.block_memory)
+
+    def _long_skip(self, executed: int, features: Tensor, gates: nn.Module | None) -> LongSkip:
+        """The long skip that the decoder's block number ``executed`` takes in."""
+        return self.skip_scale.long_skip(len(self.skips) - executed, self.skips, features, gates)
+
+    def parameter_kinds(self) -> Sequence[ParameterKind]:
+        """The table that ``init_weights`` and ``parameter_groups`` read. A parametrisation overrides it."""
+        return self.kinds
+
+    def init_weights(self) -> None:
+        """Gives every parameter the values that its kind begins with, and every layer its multiplier."""
+        kinds = self.parameter_kinds()
+        for name, parameter in self.named_parameters():
+            kind_of(name, kinds).start(parameter)
+        multiply_outputs(self, kinds)
+
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
 
@@ -61,7 +163,12 @@ class Backbone(nn.Module):
 
         One group, in the order of ``parameters()``, where all are updated alike.
         """
-        return [ParameterGroup(tuple(name for name, _ in self.named_parameters()))]
+        kinds = self.parameter_kinds()
+        groups: dict[tuple[float, float], list[str]] = {}
+        for name, _ in self.named_parameters():
+            kind = kind_of(name, kinds)
+            groups.setdefault((kind.learning_rate, kind.weight_decay), []).append(name)
+        return [ParameterGroup(tuple(names), *factors) for factors, names in groups.items()]
 
     def after_step(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         """What is put in the place of parameters after each step of an optimizer, by their names: nothing.
@@ -74,58 +181,31 @@ class Backbone(nn.Module):
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        description = {
-            "architecture": type(self).__name__,
-            "config": asdict(self.config),
-            "skip_scale": skip_scale_to_dict(self.skip_scale),
-        }
+        description = model_to_dict(self.config, self.skip_scale)
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         write_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
-        """Reads what ``save_pretrained`` or ``scalelong export`` wrote.
+        """Reads what ``save_pretrained`` or ``scalelong export`` wrote; ``load_backbone`` takes any architecture.
 
         Raises:
             FileNotFoundError: the folder lacks one of the two files.
             ValueError: the description is of another architecture, or one of the files is damaged; says what it found.
         """
         folder = Path(folder)
-        for name in ("config.json", "model.safetensors"):
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder} has no {name}: not an exported model")
-        model = cls._from_description(folder / "config.json")
+        config, skip_scale = read_description(folder / "config.json", architecture=cls.config_class.architecture)
+        if not (folder / "model.safetensors").is_file():
+            raise FileNotFoundError(f"{folder} has no model.safetensors: not an exported model")
+        model: Any = cls(config, skip_scale=skip_scale)
         state = with_one_dtype(read_state_dict(folder / "model.safetensors"))
         check_keys(state, model.state_dict(), cls.__name__)
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
         return model.eval()
 
-    @classmethod
-    def _from_description(cls, path: Path) -> Self:
-        """The network that ``save_pretrained`` described, with new weights."""
-        try:
-            description = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is no JSON: {error}") from None
-        if not isinstance(description, dict) or "architecture" not in description:
-            raise ValueError(f"{path} describes no model: it holds {str(description)[:60]!r}")
-        if description["architecture"] != cls.__name__:
-            raise ValueError(f"{path} describes {description['architecture']!r}, not {cls.__name__!r}")
-        try:
-            config = cls.config_class(**description["config"])
-            return cls(config, skip_scale=skip_scale_from_dict(description["skip_scale"]))  # type: ignore[call-arg]
-        except (ValueError, TypeError, KeyError) as error:
-            what = f"it has no {error}" if isinstance(error, KeyError) else error
-            raise ValueError(f"{path} describes no {cls.__name__} of this version: {what}") from error
 
-
-def check_whole_numbers(config: Any) -> None:
-    """
-    Raises:
-        ValueError: a field that is declared an integer and holds something else.
-    """
-    for field in fields(config):
-        value = getattr(config, field.name)
-        if field.type is int and (not isinstance(value, Integral) or isinstance(value, bool)):
-            what = ", the side of a square image" if field.name == "img_size" else ""
-            raise ValueError(f"{field.name} is a whole number{what}, got {value!r}")
+def last_of(hidden_states: Iterator[Tensor]) -> Tensor:
+    """Runs all blocks; what the last one puts out."""
+    for hidden in hidden_states:  # noqa: B007 - none but the last is kept
+        pass
+    return hidden  # pyright: ignore[reportPossiblyUnboundVariable]

@@ -1,18 +1,15 @@
-"""Activation checkpointing of blocks: what backward finds, and what it computes again.
-
-Shapes: T tokens, D width.
-"""
+"""Activation checkpointing of blocks: what backward finds, and what it computes again."""
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-Checkpointing = Literal["none", "blocks"] | float
+from scalelong.model.backbone_config import BlockMemory, Checkpointing
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}  # which argument is the transposed weight
@@ -24,22 +21,11 @@ _ATTENTION = {
 }
 
 
-def check_checkpointing(checkpointing: Checkpointing) -> None:
-    """
-    Raises:
-        ValueError: neither "none", "blocks" nor a share above 0 and below 1.
-    """
-    if checkpointing in ("none", "blocks"):
-        return
-    if isinstance(checkpointing, str) or not 0 < checkpointing < 1:
-        raise ValueError(f"checkpointing is 'none', 'blocks' or a share in (0, 1), got {checkpointing!r}")
-
-
 def run_block(
     block: Callable[..., Tensor],
     *arguments: Any,
     checkpointing: Checkpointing,
-    mlp_ratio: float = 4.0,
+    memory: BlockMemory | None = None,
     is_random: bool = False,
 ) -> Tensor:
     """``block(*arguments)``, keeping for backward what ``checkpointing`` allows.
@@ -48,14 +34,15 @@ def run_block(
         checkpointing: "none" keeps all that backward reads, "blocks" the block's inputs, a share at most that part of
             what "none" keeps: torch's selective checkpointing then saves the products that fit, those that cost most
             for their size first.
-        mlp_ratio: hidden width of a transformer block's MLP over D, for a share.
+        memory: what backward reads of the block, for a share.
         is_random: the block drops activations out.
     """
     if checkpointing == "none" or not torch.is_grad_enabled():
         return block(*arguments)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
     if checkpointing != "blocks":
-        kept = kept_parts(float(checkpointing), mlp_ratio)
+        assert memory is not None, "a share of what is not known"
+        kept = kept_parts(float(checkpointing), memory)
         if F.linear is not torch._C._nn.linear:  # type: ignore[attr-defined]
             # DeepSpeed's, under ZeRO 3: it adds the bias in place, to a product that would have been kept.
             kept &= {"attention"}
@@ -64,16 +51,15 @@ def run_block(
     return checkpoint(block, *arguments, **options)
 
 
-def kept_parts(share: float, mlp_ratio: float) -> frozenset[float | str]:
+def kept_parts(share: float, memory: BlockMemory) -> frozenset[float | str]:
     """Which outputs are kept within ``share`` of what backward reads: "attention", and products by outputs an input.
 
-    Backward reads, in multiples of T D: the block's input, both norms, queries, keys and values (3), the output of
-    attention, the stream between the halves and the MLP's hidden layer. Of it, the input is kept always.
+    The block's input is kept always.
     """
-    sizes: dict[float | str, float] = {"attention": 1.0}
-    for ratio in (1.0, 3.0, mlp_ratio):
+    sizes: dict[float | str, float] = {"attention": memory.attention}
+    for ratio in memory.products:
         sizes[ratio] = sizes.get(ratio, 0.0) + ratio
-    room = share * (8 + mlp_ratio) - 1
+    room = share * memory.total - 1
     kept = set()
     for part, size in sizes.items():
         if size <= room:

@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from scalelong.kernels.arguments import Scale, as_layout, concatenated, is_channels_last
 from scalelong.model import skip_layers
+from scalelong.model.common_factor import CommonFactor, multiplied
 from scalelong.model.diffusers_gates import GATES
 from scalelong.model.layer_calls import has_forward_of_class, is_called_by_class
-from scalelong.model.skip_scale import SkipScale
+from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
+from scalelong.model.unet_config import SkipPosition
 
 
 @dataclass
@@ -31,7 +33,9 @@ class NetworkSkips:
     """How the long skips of one network are scaled."""
 
     policy: SkipScale
-    num_skips: int
+    position: SkipPosition
+    shapes: tuple[SkipShape, ...]
+    """In execution order."""
     holder: nn.Module | None
     """The module whose child ``skip_gates`` are the learned gates, if there are any."""
 
@@ -47,24 +51,27 @@ class NetworkSkips:
         elif holder is not None:  # a block is copied without its network
             holder = nn.Module()
             holder.add_module(GATES, copy.deepcopy(self.gates, memo))
-        memo[id(self)] = copied = NetworkSkips(self.policy, self.num_skips, holder)
+        memo[id(self)] = copied = NetworkSkips(self.policy, self.position, self.shapes, holder)
         return copied
 
 
 @dataclass
-class LongSkip:
-    """The long skip that one residual block takes."""
+class SkipPlace:
+    """Which long skip one residual block takes."""
 
     i: int
     """1 is the outermost."""
-    hidden_channels: int
-    """Channels of the hidden stream that it is concatenated with."""
     network: NetworkSkips
     input: Literal["concatenated", "scaled", "taken"] | None = None
     """What the block's input is, while another forward than ours is given a concatenation."""
 
-    def scale(self, skip: Tensor) -> Scale:
-        return self.network.policy.scale(self.i, self.network.num_skips, skip, self.network.gates)
+    @property
+    def hidden_channels(self) -> int:
+        """Channels of the hidden stream that it is concatenated with."""
+        return self.network.shapes[len(self.network.shapes) - self.i].stream_width
+
+    def scaled(self, skip: Tensor) -> LongSkip:
+        return self.network.policy.long_skip(self.i, self.network.shapes, skip, self.network.gates)
 
 
 @dataclass
@@ -72,7 +79,7 @@ class BlockSkips:
     """The long skips of a decoder block, in the order of its residual blocks."""
 
     network: NetworkSkips
-    long_skips: tuple[LongSkip, ...]
+    long_skips: tuple[SkipPlace, ...]
 
     @property
     def gates(self) -> nn.Module | None:
@@ -97,18 +104,23 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
     In a decoder it also takes the concatenation, as the one that it stands for, and scales the skip in it.
     """
 
-    long_skip: LongSkip | None = None
+    long_skip: SkipPlace | None = None
 
     def forward(  # type: ignore[override]
-        self, input_tensor: Tensor, temb: Tensor | None = None, skip: Tensor | None = None, scale: Scale = None
+        self,
+        input_tensor: Tensor,
+        temb: Tensor | None = None,
+        skip: Tensor | None = None,
+        scale: Scale = None,
+        common: CommonFactor = None,
     ) -> Tensor:
         if skip is None:
-            input_tensor, skip, scale = self.parted(input_tensor)
-        h = self.norm_and_activation(self.norm1, input_tensor, skip, scale)
+            input_tensor, skip, scale, common = self.parted(input_tensor)
+        h = self.norm_and_activation(self.norm1, input_tensor, skip, scale, common)
         resample = self.downsample if self.upsample is None else self.upsample
         if resample is not None:
-            input_tensor, skip = resample(concatenated(input_tensor, skip, scale)), None
-            h = resample(h)
+            input_tensor = resample(multiplied(concatenated(input_tensor, skip, scale), common))
+            h, skip, common = resample(h), None, None
         h = self.conv1(h)
         if self.time_emb_proj is not None:
             temb = self.time_emb_proj(temb if self.skip_time_act else self.nonlinearity(temb))[:, :, None, None]
@@ -121,22 +133,22 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         h = self.norm_and_activation(self.norm2, h, gain=gain, shift=shift)
         # In the order of diffusers: recomputation ends with the last layer whose output backward reads.
         h = self.conv2(self.dropout(h))
-        y = self.shortcut(input_tensor, skip, scale) + h
+        y = self.shortcut(input_tensor, skip, scale, common) + h
         factor = self.output_scale_factor
         # By type first: the Skip blocks have one of NumPy, on which torch.compile cannot branch.
         return y if type(factor) in (int, float) and factor == 1 else y / factor
 
-    def parted(self, x: Tensor) -> tuple[Tensor, Tensor | None, Scale]:
-        """Hidden stream, long skip and its factor, out of their concatenation."""
+    def parted(self, x: Tensor) -> tuple[Tensor, Tensor | None, Scale, CommonFactor]:
+        """Hidden stream, long skip, its factor and the common one, out of their concatenation."""
         long_skip = self.long_skip
         if long_skip is None or long_skip.input == "scaled":
-            return x, None, None
+            return x, None, None, None
         if long_skip.input == "concatenated":
             long_skip.input = "taken"
         channels_last, hidden = is_channels_last(x), long_skip.hidden_channels
         h, skip = (as_layout(part, channels_last) for part in x.split((hidden, x.shape[1] - hidden), dim=1))
-        scale = long_skip.scale(skip)
-        return (x, None, None) if scale is None else (h, skip, scale)
+        _, scale, _, common = long_skip.scaled(skip)
+        return (x, None, None, None) if scale is None and common is None else (h, skip, scale, common)
 
     def norm_and_activation(
         self,
@@ -144,18 +156,19 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
         h: Tensor,
         skip: Tensor | None = None,
         scale: Scale = None,
+        common: CommonFactor = None,
         gain: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        position = "before-norm" if self.long_skip is None else self.long_skip.network.policy.position
+        position = "before-norm" if self.long_skip is None else self.long_skip.network.position
         return skip_layers.norm_and_activation(
-            norm, self.nonlinearity, h, skip, scale, position, gain=gain, shift=shift
+            norm, self.nonlinearity, h, skip, scale, position, common=common, gain=gain, shift=shift
         )
 
-    def shortcut(self, h: Tensor, skip: Tensor | None, scale: Scale) -> Tensor:
+    def shortcut(self, h: Tensor, skip: Tensor | None, scale: Scale, common: CommonFactor) -> Tensor:
         if self.conv_shortcut is None:
-            return concatenated(h, skip, scale)
-        return skip_layers.shortcut(self.conv_shortcut, h, skip, scale)
+            return multiplied(concatenated(h, skip, scale), common)
+        return skip_layers.shortcut(self.conv_shortcut, h, skip, scale, common)
 
 
 def decoded(
@@ -172,13 +185,14 @@ def decoded(
     factors = {name: getattr(block, name, None) for name in ("s1", "s2", "b1", "b2")} if freeu else {}
     for k, residual_block in enumerate(block.resnets):
         skip: Any = skips[-1 - k]
-        long_skip: LongSkip = block.skips.long_skips[k]
+        long_skip: SkipPlace = block.skips.long_skips[k]
         if freeu and all(factors.values()):
             h, skip = apply_freeu(block.resolution_idx, h, skip, **factors)
         # Positional, and no tensor inside a container: so every way of checkpointing sees them.
         if is_called_by_class(residual_block, ResnetBlock2D):
-            # The factor is an argument: blocks that are compiled one by one share a graph.
-            arguments: tuple[Any, ...] = (h, temb, skip, long_skip.scale(skip))
+            # The factors are arguments: blocks that are compiled one by one share a graph.
+            _, scale, _, common = long_skip.scaled(skip)
+            arguments: tuple[Any, ...] = (h, temb, skip, scale, common)
         else:
             residual_block = partial(called_as_it_is, residual_block, long_skip)
             arguments = (h, temb, skip)
@@ -191,7 +205,7 @@ def decoded(
 
 
 def called_as_it_is(
-    residual_block: nn.Module, long_skip: LongSkip, h: Tensor, temb: Tensor | None, skip: Tensor
+    residual_block: nn.Module, long_skip: SkipPlace, h: Tensor, temb: Tensor | None, skip: Tensor
 ) -> Tensor:
     """The output of a residual block that somebody wrapped, watches or replaced: it is given the concatenation.
 
@@ -201,11 +215,13 @@ def called_as_it_is(
     skip = as_layout(skip, is_channels_last(h))
     if isinstance(residual_block, ResnetBlock2D) and has_forward_of_class(residual_block):
         return residual_block(concatenated(h, skip, None), temb)
-    scale, is_after_norm = long_skip.scale(skip), long_skip.network.policy.position == "after-norm"
-    must_take = is_after_norm and scale is not None
+    _, scale, _, common = long_skip.scaled(skip)
+    must_take = long_skip.network.position == "after-norm" and not (scale is None and common is None)
     long_skip.input = "concatenated" if must_take else "scaled"
+    if must_take:
+        scale = common = None
     try:
-        y = residual_block(concatenated(h, skip, None if must_take else scale), temb)
+        y = residual_block(multiplied(concatenated(h, skip, scale), common), temb)
         if long_skip.input == "concatenated":
             raise ValueError(
                 f"the forward of a {type(residual_block).__name__} was replaced by one that does not call the patched "

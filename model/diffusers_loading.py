@@ -7,7 +7,7 @@ from torch import nn
 
 from scalelong.model.diffusers_gates import GATES
 from scalelong.model.diffusers_patch import patch_diffusers
-from scalelong.model.diffusers_saved import ENTRY, policy_in
+from scalelong.model.diffusers_saved import ENTRY, scaling_in
 
 # Which of from_pretrained's options say where the files are.
 _WHERE = ("subfolder", "revision", "cache_dir", "token", "proxies", "force_download", "local_files_only")
@@ -59,7 +59,7 @@ def _kind(config: dict[str, Any]) -> Any:
     """The class of diffusers that the configuration is of."""
     import diffusers
 
-    if policy_in(config) is None:
+    if scaling_in(config) is None:
         raise ValueError(
             "the configuration says nothing of scaled skips: the network was not patched when it was saved, or its "
             "configuration was taken before that"
@@ -74,10 +74,11 @@ def _restoring(kind: Any) -> Any:
     """That class, making patched networks; they are of the class itself."""
 
     def from_config(_: type, config: dict[str, Any], **options: Any) -> Any:
-        policy = policy_in(config)
+        scaling = scaling_in(config)
+        assert scaling is not None
         made = kind.from_config({name: value for name, value in config.items() if name != ENTRY}, **options)
         network: nn.Module = made[0] if isinstance(made, tuple) else made
-        patch_diffusers(network, skip_scale=policy)
+        patch_diffusers(network, skip_scale=scaling.policy, position=scaling.position)
         return made
 
     return type(kind.__name__, (kind,), {"from_config": classmethod(from_config), "__module__": kind.__module__})

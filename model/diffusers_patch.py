@@ -22,9 +22,11 @@ from scalelong.model.diffusers_known import (
     import_blocks,
     set_class,
 )
+from scalelong.model.diffusers_saved import Scaling
 from scalelong.model.layer_calls import has_forward_of_class
 from scalelong.model.skip_layers import keeps_sides
-from scalelong.model.skip_scale import SkipPosition, SkipScale, make_skip_scale
+from scalelong.model.skip_scale import SkipScale, SkipShape, make_skip_scale
+from scalelong.model.unet_config import SkipPosition, check_position
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class PatchReport:
     num_shortcuts: int
     skips: tuple[PatchedSkip, ...]
     """In execution order, i = N first, of one network after the other."""
+    position: SkipPosition = "before-norm"
 
     @property
     def num_straddling(self) -> int:
@@ -59,7 +62,7 @@ class PatchReport:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.skips)} skips scaled by {self.policy}",
+            f"{len(self.skips)} skips scaled by {Scaling(self.policy, self.position)}",
             f"replaced: {self.num_decoder_blocks} decoder blocks, {self.num_resnets} residual blocks, "
             f"{self.num_norms} norms, {self.num_shortcuts} shortcuts",
             f"{'i':>3}  {'hidden':>6}  {'skip':>6}  {'factor':>7}  group over both",
@@ -78,8 +81,8 @@ class _Network:
     name: str
     module: nn.Module
     decoders: dict[str, Any]
-    channels: list[tuple[int, int]]
-    """(hidden, skip) of every concatenation, in execution order."""
+    shapes: tuple[SkipShape, ...]
+    """The long skips, in execution order."""
 
     @property
     def is_patched(self) -> bool:
@@ -110,7 +113,9 @@ def patch_diffusers(
             several networks of diffusers, the skips of each are counted by themselves.
         skip_scale: "none", "inv-sqrt2", "cs", "ls", "ls-separate", or a policy. Left out, it is the policy that the
             network was saved with, if its configuration has one, else "cs".
-        kappa, position: of a policy that is given by name; 0.5 and "before-norm" if left out.
+        kappa: of "cs", if it is given by name; 0.5 if left out.
+        position: whether the first norm of a decoder block reads the scaled skip, or what it yields of the skip is
+            scaled; "before-norm" if left out.
         gates_from: a safetensors file, or a folder with some, of a module with learned gates; they replace new ones.
 
     Learned gates become the network's last child, ``skip_gates``, in the dtype that it computes in and on the device of
@@ -125,21 +130,21 @@ def patch_diffusers(
     """
     module = _plain_module(module)
     given = None
-    if isinstance(skip_scale, SkipScale):
-        given = skip_scale
-    elif skip_scale is not None or kappa is not None or position is not None:
-        given = make_skip_scale(skip_scale or "cs", 0.5 if kappa is None else kappa, position or "before-norm")
+    if skip_scale is not None or kappa is not None or position is not None:
+        check_position(position or "before-norm")
+        policy = skip_scale if isinstance(skip_scale, SkipScale) else make_skip_scale(skip_scale or "cs", kappa)
+        given = Scaling(policy, position or "before-norm")
     blocks = import_blocks()
     networks = _networks(module, blocks)
-    policy = diffusers_saved.policy_of([network.module for network in networks], given)
-    gates = []
+    scaling = diffusers_saved.scaling_of([network.module for network in networks], given)
+    policy, gates = scaling.policy, []
     for network in networks:
         gates.append(_gates(network, policy, gates_from, is_saved=given is None))
 
     _change_classes(module, blocks)
     for network, its_gates in zip(networks, gates, strict=True):
-        _assign_skips(network, policy, its_gates, blocks)
-        diffusers_saved.write_policy(network.module, policy)
+        _assign_skips(network, scaling, its_gates, blocks)
+        diffusers_saved.write_scaling(network.module, scaling)
     diffusers_saved.refuse_conversions()
     return PatchReport(
         policy,
@@ -148,6 +153,7 @@ def patch_diffusers(
         _count(module, blocks.GroupNorm),
         _count(module, blocks.SkipConv1x1),
         tuple(skip for network in networks for skip in _patched_skips(network, policy)),
+        scaling.position,
     )
 
 
@@ -174,7 +180,7 @@ def unpatch_diffusers(module: nn.Module) -> None:
         vars(child).pop("long_skip", None)
         set_class(child, originals[type(child)])
     for child in module.modules() if patched else ():
-        diffusers_saved.forget_policy(child)
+        diffusers_saved.forget_scaling(child)
 
 
 def _plain_module(module: nn.Module) -> nn.Module:
@@ -196,18 +202,18 @@ def _networks(module: nn.Module, blocks: Any) -> list[_Network]:
         owner = next((name for name in above if isinstance(module.get_submodule(name), blocks.ModelMixin)), "")
         by_network.setdefault(owner, {})[name] = block
     return [
-        _Network(name, module.get_submodule(name), its_blocks, _channels(its_blocks))
+        _Network(name, module.get_submodule(name), its_blocks, _shapes(its_blocks))
         for name, its_blocks in by_network.items()
     ]
 
 
-def _channels(decoders: dict[str, Any]) -> list[tuple[int, int]]:
-    """(hidden, skip) channels of every concatenation, in execution order.
+def _shapes(decoders: dict[str, Any]) -> tuple[SkipShape, ...]:
+    """The long skips, in execution order.
 
     The hidden stream has the channels that the residual block before put out. Before the first of a decoder there is
     none: there the skip has as many channels as the block puts out or, if the block takes but one, the hidden stream.
     """
-    channels: list[tuple[int, int]] = []
+    shapes: list[SkipShape] = []
     hidden_after: dict[str, Any] = {}
     for name, block in decoders.items():
         parent, first = name.rpartition(".")[0], block.resnets[0]
@@ -216,21 +222,21 @@ def _channels(decoders: dict[str, Any]) -> list[tuple[int, int]]:
         for residual_block in block.resnets:
             if not 0 < hidden < residual_block.in_channels:
                 raise ValueError(f"{name or type(block).__name__}: a skip without channels beside {hidden} hidden ones")
-            channels.append((hidden, residual_block.in_channels - hidden))
+            shapes.append(SkipShape("channels", residual_block.in_channels - hidden, hidden))
             hidden = residual_block.out_channels
         hidden_after[parent] = hidden
-    return channels
+    return tuple(shapes)
 
 
 def _gates(network: _Network, policy: SkipScale, saved: str | Path | None, *, is_saved: bool) -> nn.Module | None:
     """The learned part of a policy: what the network has, if it fits, else a new one, or what was saved."""
-    gates = policy.make_channel_gates([skip for _, skip in network.channels])
+    gates = policy.make_gates(network.shapes)
     if gates is None:
         if saved is not None:
             raise ValueError(f"{policy} learns no gates, so there are none to be read from {saved}")
         return None
     if saved is None and not network.is_patched:
-        diffusers_saved.check_gates_are_not_forgotten(network.module, is_saved=is_saved)
+        diffusers_saved.check_gates_are_not_forgotten(network.module, network.shapes, is_saved=is_saved)
     old = [block.skips.gates for block in network.decoders.values() if "skips" in vars(block)]
     gates = diffusers_gates.made_like(network.module, gates)
     if old and old[0] is not None and diffusers_gates.shapes(old[0]) == diffusers_gates.shapes(gates):
@@ -258,19 +264,18 @@ def _is_plain_conv(conv: Any, size: int) -> bool:
     return type(conv) is nn.Conv2d and has_forward_of_class(conv) and keeps_sides(conv, size)
 
 
-def _assign_skips(network: _Network, policy: SkipScale, gates: nn.Module | None, blocks: Any) -> None:
+def _assign_skips(network: _Network, scaling: Scaling, gates: nn.Module | None, blocks: Any) -> None:
     """Each residual block of a decoder learns of its skip; gates that are no longer used go."""
     holder = None if gates is None else network.holder
     for block in network.decoders.values():
         if "skips" in vars(block) and block.skips.gates is not gates:
             diffusers_gates.remove(block.skips.network.holder)
-    skips = blocks.NetworkSkips(policy, len(network.channels), holder)
-    places = iter(enumerate(network.channels))
+    skips = blocks.NetworkSkips(scaling.policy, scaling.position, network.shapes, holder)
+    places = iter(range(len(network.shapes), 0, -1))
     for block in network.decoders.values():
         long_skips = []
         for residual_block in block.resnets:
-            executed, (hidden, _) = next(places)
-            residual_block.long_skip = blocks.LongSkip(len(network.channels) - executed, hidden, skips)
+            residual_block.long_skip = blocks.SkipPlace(next(places), skips)
             long_skips.append(residual_block.long_skip)
         block.skips = blocks.BlockSkips(skips, tuple(long_skips))
     if holder is not None and skips.gates is not gates:
@@ -285,15 +290,21 @@ def _patched_skips(network: _Network, policy: SkipScale) -> tuple[PatchedSkip, .
     is_learned = next(iter(network.decoders.values())).skips.gates is not None
 
     def constant_factor(i: int) -> Any:
-        factor = policy.scale(i, len(network.channels), torch.empty(0), None)
+        factor = policy.scale(i, len(network.shapes), torch.empty(0), None)
         return 1.0 if factor is None else factor
 
     def straddles(norm: nn.Module, hidden: int, skip: int) -> bool:
         return isinstance(norm, nn.GroupNorm) and hidden % ((hidden + skip) // norm.num_groups) != 0
 
     norms = [residual_block.norm1 for block in network.decoders.values() for residual_block in block.resnets]
-    counted = zip(range(len(network.channels), 0, -1), network.channels, norms, strict=True)
+    counted = zip(range(len(network.shapes), 0, -1), network.shapes, norms, strict=True)
     return tuple(
-        PatchedSkip(i, *both, None if is_learned else constant_factor(i), straddles(norm, *both))
-        for i, both, norm in counted
+        PatchedSkip(
+            i,
+            shape.stream_width,
+            shape.width,
+            None if is_learned else constant_factor(i),
+            straddles(norm, shape.stream_width, shape.width),
+        )
+        for i, shape, norm in counted
     )

@@ -6,34 +6,48 @@ reads it warns that it does not know the entry, and gives the plain network; ``P
 
 import functools
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
 
+from scalelong.model.renamed import with_new_names
 from scalelong.model.skip_scale import (
-    LearnedScale,
     SkipScale,
+    SkipShape,
     Unscaled,
     make_skip_scale,
     skip_scale_from_dict,
     skip_scale_to_dict,
 )
+from scalelong.model.unet_config import SkipPosition, check_position
 
 ENTRY = "scalelong"
 
 
-def saved_policy(network: nn.Module) -> SkipScale | None:
+class Scaling(NamedTuple):
+    """How the skips of a patched network are scaled."""
+
+    policy: SkipScale
+    position: SkipPosition = "before-norm"
+
+    def __str__(self) -> str:
+        return f"{self.policy} after the norm" if self.position == "after-norm" else str(self.policy)
+
+
+def saved_scaling(network: nn.Module) -> Scaling | None:
     """
     Raises:
         ValueError: the configuration's entry is of no known policy.
     """
-    return policy_in(dict(network.config)) if _has_config(network) else None  # type: ignore[arg-type]
+    return scaling_in(dict(network.config)) if _has_config(network) else None  # type: ignore[arg-type]
 
 
-def policy_in(config: dict[str, Any]) -> SkipScale | None:
-    """
+def scaling_in(config: dict[str, Any]) -> Scaling | None:
+    """What the configuration of a network says of its skips, in a file of an earlier version too.
+
     Raises:
         ValueError: the configuration's entry is of no known policy.
     """
@@ -42,15 +56,19 @@ def policy_in(config: dict[str, Any]) -> SkipScale | None:
         return None
     if not isinstance(entry, dict) or "skip_scale" not in entry:
         raise ValueError(f"the entry {ENTRY!r} of the configuration describes no skip scale: {entry!r}")
-    return skip_scale_from_dict(entry["skip_scale"])
+    entry = with_new_names("patched network", entry)
+    position = entry.get("position", "before-norm")
+    check_position(position)
+    return Scaling(skip_scale_from_dict(entry["skip_scale"]), position)
 
 
-def policy_in_place(network: nn.Module) -> SkipScale | None:
+def scaling_in_place(network: nn.Module) -> Scaling | None:
     of_blocks = (vars(block).get("skips") for block in network.modules())
-    return next((skips.network.policy for skips in of_blocks if skips is not None), None)
+    found = (Scaling(skips.network.policy, skips.network.position) for skips in of_blocks if skips is not None)
+    return next(found, None)
 
 
-def policy_of(networks: Iterable[nn.Module], given: SkipScale | None) -> SkipScale:
+def scaling_of(networks: Iterable[nn.Module], given: Scaling | None) -> Scaling:
     """What is asked for, else what the configurations say, else what is in place, else "cs".
 
     Raises:
@@ -58,26 +76,29 @@ def policy_of(networks: Iterable[nn.Module], given: SkipScale | None) -> SkipSca
     """
     found = []
     for network in networks:
-        in_place, saved = policy_in_place(network), saved_policy(network)
+        in_place, saved = scaling_in_place(network), saved_scaling(network)
         found.append(saved if in_place is None else in_place)
         if given is not None and in_place is None and saved is not None and given != saved:
             warnings.warn(f"the network was saved with {saved}; patched with {given} it is another", stacklevel=3)
     if given is not None:
         return given
-    if any(policy != found[0] for policy in found):
+    if any(scaling != found[0] for scaling in found):
         raise ValueError(f"the networks were saved with {' and '.join(map(str, found))}: patch each by itself")
-    return found[0] or make_skip_scale("cs")
+    return found[0] or Scaling(make_skip_scale("cs"))
 
 
-def check_gates_are_not_forgotten(network: nn.Module, *, is_saved: bool) -> None:
+def check_gates_are_not_forgotten(network: nn.Module, shapes: Sequence[SkipShape], *, is_saved: bool) -> None:
     """A network that was saved with learned gates is not itself with new ones.
 
     Raises:
         ValueError: the policy ``is_saved``, so its gates are as well.
     """
-    saved = saved_policy(network)
-    if not isinstance(saved, LearnedScale):
+    saved = saved_scaling(network)
+    if saved is None:
         return
+    with torch.device("meta"):
+        if saved.policy.make_gates(shapes) is None:
+            return
     advice = "give gates_from=FOLDER, or load the network with scalelong.PatchedUNet.from_pretrained(FOLDER)"
     if is_saved:
         raise ValueError(f"the network was saved with the gates of {saved}, which are not read: {advice}")
@@ -86,20 +107,21 @@ def check_gates_are_not_forgotten(network: nn.Module, *, is_saved: bool) -> None
     )
 
 
-def write_policy(network: nn.Module, policy: SkipScale) -> None:
+def write_scaling(network: nn.Module, scaling: Scaling) -> None:
     """Into the configuration, where there is one; warns of a policy that cannot be saved."""
     if not _has_config(network):
         return
     try:
-        description = skip_scale_to_dict(policy)
+        description = skip_scale_to_dict(scaling.policy)
     except ValueError as error:
-        forget_policy(network)
+        forget_scaling(network)
         warnings.warn(f"the configuration of the network will not say how its skips are scaled: {error}", stacklevel=3)
         return
-    network.register_to_config(**{ENTRY: {"network": type(network).__name__, "skip_scale": description}})  # type: ignore[operator]
+    entry = {"network": type(network).__name__, "skip_scale": description, "position": scaling.position}
+    network.register_to_config(**{ENTRY: entry})  # type: ignore[operator]
 
 
-def forget_policy(module: Any) -> None:
+def forget_scaling(module: Any) -> None:
     if _has_config(module) and ENTRY in module.config:
         from diffusers.configuration_utils import FrozenDict
 
@@ -135,11 +157,11 @@ def _refusing(convert: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(convert)
     def refusing(cls: type, *args: Any, **kwargs: Any) -> Any:
         unet = args[0] if args else kwargs.get("unet")
-        policy = policy_in_place(unet) if isinstance(unet, nn.Module) else None
-        if policy is not None and not isinstance(policy, Unscaled):
+        scaling = scaling_in_place(unet) if isinstance(unet, nn.Module) else None
+        if scaling is not None and not isinstance(scaling.policy, Unscaled):
             raise ValueError(
                 f"{cls.__name__}.{convert.__name__} would take over the weights of this UNet, but not that its skips "
-                f"are scaled by {policy}: call scalelong.unpatch_diffusers(unet) first, if you want that"
+                f"are scaled by {scaling}: call scalelong.unpatch_diffusers(unet) first, if you want that"
             )
         return convert(cls, *args, **kwargs)
 

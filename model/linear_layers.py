@@ -13,15 +13,25 @@ from torch import Tensor, nn
 from scalelong.kernels.arguments import Scale, concatenated_tokens
 from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.skip_linear import skip_linear
+from scalelong.model.common_factor import CommonFactor, multiplied
 from scalelong.model.layer_calls import is_called_by_class
 
 
 class SkipLinear(nn.Linear):
     """nn.Linear that, given a skip, takes the scaled concatenation."""
 
-    def forward(self, x: Tensor, s: Tensor | None = None, scale: Scale = None) -> Tensor:  # type: ignore[override]
-        """``linear(cat([x, scale * s], -1))``; ``s`` (B, T, D2) and ``scale`` are as ``skip_linear`` takes them."""
-        return super().forward(x) if s is None else skip_linear(x, s, scale, self.weight, self.bias)
+    def forward(  # type: ignore[override]
+        self, x: Tensor, s: Tensor | None = None, scale: Scale = None, common: CommonFactor = None
+    ) -> Tensor:
+        """``linear(common * cat([x, scale * s], -1))``.
+
+        Args:
+            s, scale: (B, T, D2), as ``skip_linear`` takes them.
+            common: a number or a tensor of one element; it is folded into the weight.
+        """
+        if s is None:
+            return super().forward(x)
+        return skip_linear(x, s, scale, multiplied(self.weight, common), self.bias)
 
 
 class GeluLinear(nn.Linear):
@@ -57,11 +67,11 @@ def queries_first(rows: Tensor, num_heads: int, dim: int = 0) -> Tensor:
     return rows.unflatten(dim, (num_heads, 3, -1)).transpose(dim, dim + 1).flatten(dim, dim + 2)
 
 
-def project_skip(layer: nn.Module, x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:
-    """``layer(cat([x, scale * s], -1))``."""
+def project_skip(layer: nn.Module, x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale, common: CommonFactor = None) -> Tensor:
+    """``layer(common * cat([x, scale * s], -1))``."""
     if is_called_by_class(layer, SkipLinear):
-        return layer(x_BTD1, s_BTD2, scale)
-    return layer(concatenated_tokens(x_BTD1, s_BTD2, scale))
+        return layer(x_BTD1, s_BTD2, scale, common)
+    return layer(multiplied(concatenated_tokens(x_BTD1, s_BTD2, scale), common))
 
 
 def project_gelu(layer: nn.Module, x: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ and ADM (https://github.com/openai/guided-diffusion), and the embedded defaults,
 Class counts are rows of the label embedding: with guidance the last row is the null label.
 """
 
-from scalelong.model.architectures import BackboneConfig
-from scalelong.model.unet import UNetConfig
-from scalelong.model.uvit import UViTConfig
+from scalelong.model.backbone_config import BackboneConfig
+from scalelong.model.unet_config import UNetConfig
+from scalelong.model.uvit_config import UViTConfig
 
 
 # fmt: off

@@ -4,18 +4,20 @@ They are PyTorch's own layers where no skip is given, with the same parameters a
 them, and be rid of them, by changing the class of its modules. The functions at the end call such a layer, or whatever
 was put in its place as the plain network would: given the concatenation.
 
-Shapes: N batch, Ch channels of the hidden stream h, Cs channels of the skip s, C = Ch + Cs, * spatial dimensions.
+Shapes: N batch, Ch channels of the hidden stream h, Cs channels of the skip s, C = Ch + Cs, * spatial dimensions; the
+common factor of a concatenation is None for 1, a number, or a tensor of one element.
 """
 
 import torch
 from torch import Tensor, nn
 
-from scalelong.kernels.arguments import Scale, concatenated
+from scalelong.kernels.arguments import Scale, as_argument, concatenated
 from scalelong.kernels.conv3x3 import conv3x3
 from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
+from scalelong.model.common_factor import CommonFactor, multiplied
 from scalelong.model.layer_calls import has_method_of, is_called_by_class
-from scalelong.model.skip_scale import SkipPosition
+from scalelong.model.unet_config import SkipPosition
 
 
 class GroupNorm(nn.GroupNorm):
@@ -28,25 +30,32 @@ class GroupNorm(nn.GroupNorm):
         scale: Scale = None,
         position: SkipPosition = "before-norm",
         *,
+        common: CommonFactor = None,
         act: str | None = None,
         gain: Tensor | None = None,
         shift: Tensor | None = None,
     ) -> Tensor:
-        """``act(norm(cat([h, scale * s], 1)) * (1 + gain) + shift)``.
+        """``act(norm(common * cat([h, scale * s], 1)) * (1 + gain) + shift)``.
 
-        With ``position="after-norm"`` the skip is normalised as it is, and its share of the norm's output is scaled.
+        With ``position="after-norm"`` hidden stream and skip are normalised as they are, and what the norm puts out is
+        multiplied instead: all of it by ``common``, the skip's share by ``scale`` too.
         """
         weight, bias = self.weight, self.bias
         if bias is None and weight is not None:
             bias = torch.zeros_like(weight)
         if s is None:
             return group_norm(h, self.num_groups, weight, bias, gain=gain, shift=shift, eps=self.eps, act=act)
-        if position == "after-norm" and scale is not None:
+        eps = self.eps
+        if position == "after-norm" and not (scale is None and common is None):
             assert gain is None, "the norm of a skip is not adaptive"
-            gain, scale = skip_gain(scale, h, s), None
-        return skip_group_norm(
-            h, s, scale, self.num_groups, weight, bias, gain=gain, shift=shift, eps=self.eps, act=act
-        )
+            gain, scale = skip_gain(scale, h, s, common), None
+        elif common is not None:
+            common = common.reshape(()) if isinstance(common, Tensor) else as_argument(common, h)
+            if isinstance(common, Tensor):
+                h, scale = common * h, common if scale is None else common * scale
+            else:
+                eps /= common**2  # all that a norm leaves of a factor
+        return skip_group_norm(h, s, scale, self.num_groups, weight, bias, gain=gain, shift=shift, eps=eps, act=act)
 
 
 class Conv3x3(nn.Conv2d):
@@ -60,10 +69,13 @@ class Conv3x3(nn.Conv2d):
 class SkipConv1x1(nn.Conv2d):
     """A 1x1 nn.Conv2d that, given a skip, takes the scaled concatenation."""
 
-    def forward(self, h: Tensor, s: Tensor | None = None, scale: Scale = None) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, h: Tensor, s: Tensor | None = None, scale: Scale = None, common: CommonFactor = None
+    ) -> Tensor:
+        """``conv(common * cat([h, scale * s], 1))``; the common factor is folded into the weight."""
         if s is None or not keeps_sides(self, 1):
-            return super().forward(concatenated(h, s, scale))
-        return skip_conv1x1(h, s, scale, self.weight, self.bias)
+            return super().forward(multiplied(concatenated(h, s, scale), common))
+        return skip_conv1x1(h, s, scale, multiplied(self.weight, common), self.bias)
 
 
 def keeps_sides(conv: nn.Conv2d, size: int) -> bool:
@@ -73,13 +85,24 @@ def keeps_sides(conv: nn.Conv2d, size: int) -> bool:
     return shape == expected and has_method_of(conv, "_conv_forward", nn.Conv2d)
 
 
-def skip_gain(scale: Tensor | float, h: Tensor, s: Tensor) -> Tensor:
-    """(N, C): 0 over the channels of h, scale - 1 over those of s, for an adaptive norm's ``1 + gain``."""
+def skip_gain(scale: Scale, h: Tensor, s: Tensor, common: CommonFactor = None) -> Tensor:
+    """(N, C): what ``1 + gain`` of an adaptive norm takes to multiply the channels of h by ``common``, those of s by
+    ``common * scale``."""
     N, Ch, Cs = h.shape[0], h.shape[1], s.shape[1]
-    if not isinstance(scale, Tensor):
-        scale = torch.full((), scale, dtype=torch.promote_types(h.dtype, torch.float32), device=h.device)
-    of_s = (scale - 1).expand(N, Cs)
-    return torch.cat([of_s.new_zeros(N, Ch), of_s], dim=1)
+
+    def as_tensor(factor: Scale) -> Tensor:
+        if isinstance(factor, Tensor):
+            return factor
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        return torch.full((), 1.0 if factor is None else factor, dtype=dtype, device=h.device)
+
+    scale = as_tensor(scale)
+    if common is None:
+        of_s = (scale - 1).expand(N, Cs)
+        return torch.cat([of_s.new_zeros(N, Ch), of_s], dim=1)
+    common = as_tensor(common).reshape(())
+    of_s = (common * scale - 1).expand(N, Cs)
+    return torch.cat([(common - 1).to(of_s.dtype).expand(N, Ch), of_s], dim=1)
 
 
 def norm_and_activation(
@@ -90,14 +113,16 @@ def norm_and_activation(
     scale: Scale = None,
     position: SkipPosition = "before-norm",
     *,
+    common: CommonFactor = None,
     gain: Tensor | None = None,
     shift: Tensor | None = None,
 ) -> Tensor:
-    """``activation(norm(cat([h, scale * s], 1)) * (1 + gain) + shift)``, in one operator where both layers are ours."""
+    """``activation(norm(common * cat([h, scale * s], 1)) * (1 + gain) + shift)``, as ``GroupNorm`` has it; in one
+    operator where both layers are ours."""
     if not is_called_by_class(norm, GroupNorm):
-        return activation(_norm_as_it_is(norm, h, s, scale, position, gain, shift))
+        return activation(_norm_as_it_is(norm, h, s, scale, position, common, gain, shift))
     act = fused_activation(activation)
-    y = norm(h, s, scale, position, act=act, gain=gain, shift=shift)
+    y = norm(h, s, scale, position, common=common, act=act, gain=gain, shift=shift)
     return activation(y) if act is None else y
 
 
@@ -118,21 +143,22 @@ def _norm_as_it_is(
     s: Tensor | None,
     scale: Scale,
     position: SkipPosition,
+    common: CommonFactor,
     gain: Tensor | None,
     shift: Tensor | None,
 ) -> Tensor:
     """What our GroupNorm computes before the activation, by a norm that somebody wrapped, watches or replaced."""
-    if s is not None and scale is not None and position == "after-norm":
-        gain, scale = skip_gain(scale, h, s).to(h.dtype), None
-    y = norm(concatenated(h, s, scale))
+    if s is not None and position == "after-norm" and not (scale is None and common is None):
+        gain, scale, common = skip_gain(scale, h, s, common).to(h.dtype), None, None
+    y = norm(multiplied(concatenated(h, s, scale), common))
     over_space = (..., *[None] * (h.dim() - 2))
     if gain is not None:
         y = y * (1 + gain[over_space])
     return y if shift is None else y + shift[over_space]
 
 
-def shortcut(conv: nn.Module, h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
-    """``conv(cat([h, scale * s], 1))``."""
+def shortcut(conv: nn.Module, h: Tensor, s: Tensor | None, scale: Scale, common: CommonFactor = None) -> Tensor:
+    """``conv(common * cat([h, scale * s], 1))``."""
     if is_called_by_class(conv, SkipConv1x1):
-        return conv(h, s, scale)
-    return conv(concatenated(h, s, scale))
+        return conv(h, s, scale, common)
+    return conv(multiplied(concatenated(h, s, scale), common))

@@ -1,84 +1,138 @@
 """Skip-scale policies: what multiplies a long skip before it is concatenated (ScaleLong, arXiv:2310.13545).
 
-Skips are counted as in the paper: i = 1 is the outermost skip (from the first block to the last),
-i = N the innermost. A policy yields the factor for the operators' ``scale``, never a multiplied skip.
+Skips are counted as in the paper: i = 1 is the outermost skip (from the first block to the last), i = N the innermost.
+A backbone describes its skips (``SkipShape``); a policy makes its gates from that and is asked, for skip i, for the
+factors that the operators take, never for a multiplied skip. No policy knows an architecture, and no network a policy.
 
-A UNet's decoder blocks begin with a GroupNorm, which takes one factor for the whole skip out again wherever a group
-lies inside the skip (docs/unet.md). ``position="after-norm"`` scales what the norm yields instead.
+Imports no torch: policies are plain values, and what they learn lives in the gates they make.
 
 Shapes: B batch, T tokens, D width, C channels of the skip, * spatial dimensions.
 """
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, ClassVar, Literal, get_args
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
-import torch
-from torch import Tensor, nn
+from scalelong.model.renamed import POLICY_NAMES
 
-SkipScaleName = Literal["none", "inv-sqrt2", "cs", "ls", "ls-separate"]
-SKIP_SCALE_NAMES: tuple[str, ...] = get_args(SkipScaleName)
-SkipPosition = Literal["before-norm", "after-norm"]
-SKIP_POSITIONS: tuple[str, ...] = get_args(SkipPosition)
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+
+class SkipShape(NamedTuple):
+    """A long skip as its backbone describes it."""
+
+    kind: Literal["tokens", "channels"]
+    """(B, T, D), or (B, C, *)."""
+    width: int
+    """D or C of the skip."""
+    stream_width: int
+    """The same of the hidden stream that it is concatenated with."""
+    num_tokens: int = 0
+    """T of tokens."""
+
+
+class LongSkip(NamedTuple):
+    """A long skip as a block takes it: the block sees ``common * cat([hidden stream, scale * features])``."""
+
+    features: "Tensor"
+    """(B, T, D) or (B, C, *)."""
+    scale: "Tensor | float | None"
+    """The factor of the skip; None stands for 1."""
+    i: int
+    """1 is the outermost."""
+    common: "Tensor | float | None" = None
+    """The factor of the whole concatenation, a number or a tensor of one element; None stands for 1."""
 
 
 @dataclass(frozen=True)
 class SkipScale:
-    """What every policy answers. Policies are plain values; what they learn lives in the gates they make.
+    """What every policy answers.
 
-    One of your own is a frozen dataclass with other answers. It is saved by its name and its fields, and found again
-    by that name wherever its class has been defined before the network is loaded.
-
-    Raises:
-        ValueError: an unknown position.
+    One of your own is a frozen dataclass with other answers. It is saved by its kind, which is the name of its class
+    unless it gives another (``class Ramp(SkipScale, kind="ramp")``), and its fields; and found again by that name
+    wherever its class has been defined before the network is loaded.
     """
 
-    known: ClassVar[dict[str, type["SkipScale"]]] = {}
-    """Every policy by the name that it is saved with."""
+    known: ClassVar[dict[str, "Kind"]] = {}
+    """The one registry: every policy by the name that it has on the command line and is saved with."""
 
-    position: SkipPosition = field(default="before-norm", kw_only=True)
-    """Of a UNet: whether the first norm of a decoder block sees the scaled skip or is scaled itself."""
-
-    def __init_subclass__(cls, **more: Any):
+    def __init_subclass__(cls, kind: str | None = None, **more: Any):
         super().__init_subclass__(**more)
-        before = SkipScale.known.get(cls.__name__)
+        cls.register(kind or POLICY_NAMES.get(cls.__name__, cls.__name__))
+
+    @classmethod
+    def register(cls, kind: str, **fixed: Any) -> None:
+        """Gives this policy, with these values of its fields, a name."""
+        before = SkipScale.known.get(kind)
         # Defined again in one place, as in a notebook, it replaces itself; one of another place cannot be saved.
-        if before is None or before.__module__ == cls.__module__:
-            SkipScale.known[cls.__name__] = cls
+        if before is None or before.policy.__module__ == cls.__module__:
+            SkipScale.known[kind] = Kind(cls, fixed)
 
-    def __post_init__(self):
-        if self.position not in SKIP_POSITIONS:
-            raise ValueError(f"the position of a skip scale is {' or '.join(SKIP_POSITIONS)}, got {self.position!r}")
+    @property
+    def kind(self) -> str:
+        """Its name in the registry.
 
-    def make_gates(self, num_skips: int, num_tokens: int) -> nn.Module | None:
-        """The learned part for skips of tokens, or None. Made after the model's own initialisation."""
+        Raises:
+            ValueError: it has none, because another policy has it.
+        """
+        for name, kind in reversed(SkipScale.known.items()):
+            if kind.policy is type(self) and all(getattr(self, field) == value for field, value in kind.fixed.items()):
+                return name
+        taken = SkipScale.known.get(POLICY_NAMES.get(type(self).__name__, type(self).__name__))
+        where = f", in {taken.policy.__module__}" if taken else ""
+        raise ValueError(f"{self} cannot be saved: another policy has its name{where}")
+
+    def make_gates(self, skips: Sequence[SkipShape]) -> "nn.Module | None":
+        """The learned part for these skips, in execution order (i = N first), or None.
+
+        It becomes a child of the network, and is made after the network's own initialisation.
+        """
         return None
 
-    def make_channel_gates(self, channels: Sequence[int]) -> nn.Module | None:
-        """The learned part for skips of so many channels, in execution order (i = N first), or None."""
-        return None
-
-    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> Tensor | float | None:
+    def scale(self, i: int, num_skips: int, skip: "Tensor", gates: "nn.Module | None") -> "Tensor | float | None":
         """The factor of skip i of num_skips, for ``skip`` (B, T, D) or (B, C, *); None stands for 1."""
         return None
 
+    def common_scale(
+        self, i: int, num_skips: int, shape: SkipShape, scale: "Tensor | float | None"
+    ) -> "Tensor | float | None":
+        """Where a policy renormalises: the factor of the whole concatenation of skip i, whose own factor is ``scale``.
+
+        A number or a tensor of one element; None stands for 1.
+        """
+        return None
+
+    def long_skip(self, i: int, skips: Sequence[SkipShape], features: "Tensor", gates: "nn.Module | None") -> LongSkip:
+        """Skip i of those that a backbone describes, with its factors."""
+        scale = self.scale(i, len(skips), features, gates)
+        return LongSkip(features, scale, i, self.common_scale(i, len(skips), skips[len(skips) - i], scale))
+
+
+class Kind(NamedTuple):
+    """What a name in the registry stands for."""
+
+    policy: type[SkipScale]
+    fixed: dict[str, Any]
+    """Values of fields that the name implies."""
+
 
 @dataclass(frozen=True)
-class Unscaled(SkipScale):
+class Unscaled(SkipScale, kind="none"):
     """kappa_i = 1: the plain long skip."""
 
 
 @dataclass(frozen=True)
-class InverseSqrt2(SkipScale):
+class InverseSqrt2(SkipScale, kind="inv-sqrt2"):
     """kappa_i = 1/√2 for every skip, the practice before ScaleLong (Imagen)."""
 
-    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> float:
+    def scale(self, i: int, num_skips: int, skip: "Tensor", gates: "nn.Module | None") -> float:
         return 2**-0.5
 
 
 @dataclass(frozen=True)
-class ConstantScale(SkipScale):
+class ConstantScale(SkipScale, kind="cs"):
     """CS: kappa_i = kappa^(i-1). The outermost skip keeps its size, deeper ones shrink; the paper suggests 0.5 to 0.95.
 
     Raises:
@@ -86,18 +140,18 @@ class ConstantScale(SkipScale):
     """
 
     kappa: float = 0.5
+    """The base of the factors kappa^(i-1), in (0, 1]."""
 
     def __post_init__(self):
-        super().__post_init__()
         if not 0 < self.kappa <= 1:
             raise ValueError(f"kappa must lie in (0, 1], got {self.kappa}")
 
-    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> float:
+    def scale(self, i: int, num_skips: int, skip: "Tensor", gates: "nn.Module | None") -> float:
         return self.kappa ** (i - 1)
 
 
 @dataclass(frozen=True)
-class LearnedScale(SkipScale):
+class LearnedScale(SkipScale, kind="ls"):
     """LS: gates in (0, 1) from the skip itself, one for each token of a transformer, one for each channel of a UNet.
 
     One gate network serves all skips (in a UNet, all of equal channel count), or each skip has one of its own.
@@ -107,87 +161,70 @@ class LearnedScale(SkipScale):
     """
 
     reduction: int = 16
+    """Pooled numbers over hidden units of a gate network."""
     shared: bool = True
+    """One gate network for all skips, not one for each."""
 
     def __post_init__(self):
-        super().__post_init__()
         if self.reduction < 1:
             raise ValueError(f"the reduction of the gates must be at least 1, got {self.reduction}")
 
-    def make_gates(self, num_skips: int, num_tokens: int) -> nn.Module:
-        if self.shared:
-            return TokenGate(num_tokens, self.reduction)
-        # In execution order, as in the published checkpoints: the first belongs to the innermost skip, i = N.
-        return nn.ModuleList(TokenGate(num_tokens, self.reduction) for _ in range(num_skips))
+    def make_gates(self, skips: Sequence[SkipShape]) -> "nn.Module":
+        from scalelong.model.skip_gates import make_gates
 
-    def make_channel_gates(self, channels: Sequence[int]) -> nn.Module:
-        if self.shared:
-            return SharedChannelGates(channels, self.reduction)
-        return nn.ModuleList(ChannelGate(num_channels, self.reduction) for num_channels in channels)
+        # This file, seen from here, has another name than through the package.
+        return make_gates(skips, self.reduction, shared=self.shared)  # pyright: ignore[reportArgumentType]
 
-    def scale(self, i: int, num_skips: int, skip: Tensor, gates: nn.Module | None) -> Tensor:
-        gate = gates[num_skips - i] if isinstance(gates, nn.ModuleList) else gates
-        assert gate is not None, "LearnedScale needs the gates it made"
+    def scale(self, i: int, num_skips: int, skip: "Tensor", gates: Any) -> "Tensor":
+        assert gates is not None, "LearnedScale needs the gates it made"
+        gate = gates if self.shared else gates[num_skips - i]
         return gate(skip)
 
 
-class Gate(nn.Module):
-    """g = σ(W₂ relu(W₁ pooled)): one factor in (0, 1) for each of ``size`` pooled numbers, which it mixes.
-
-    The weights keep nn.Linear's default initialisation, so that gates start near σ(0 ± 0.25), about one half.
-    The state dict has the published names.
-    """
-
-    def __init__(self, size: int, reduction: int):
-        super().__init__()
-        hidden = max(1, size // reduction)
-        self.layer1 = nn.Linear(size, hidden)
-        self.layer2 = nn.Linear(hidden, size)
-
-    def of_pooled(self, pooled: Tensor) -> Tensor:
-        return torch.sigmoid(self.layer2(torch.relu(self.layer1(pooled))))
+LearnedScale.register("ls-separate", shared=False)
+SKIP_SCALE_NAMES: tuple[str, ...] = tuple(SkipScale.known)
+"""The policies that come with the package."""
 
 
-class TokenGate(Gate):
-    """Pools each token over its features and excites across tokens: (B, T, D) to (B, T, 1)."""
+def make_skip_scale(kind: str, kappa: float | None = None, **values: Any) -> SkipScale:
+    """The policy of a command-line name, with these values of its fields.
 
-    def forward(self, skip_BTD: Tensor) -> Tensor:
-        return self.of_pooled(skip_BTD.mean(dim=-1)).unsqueeze(-1)
-
-
-class ChannelGate(Gate):
-    """Pools each channel over space and excites across channels: (B, C, *) to (B, C)."""
-
-    def forward(self, skip: Tensor) -> Tensor:
-        return self.of_pooled(skip.flatten(2).mean(dim=-1))
-
-
-class SharedChannelGates(nn.ModuleDict):
-    """One ``ChannelGate`` for each number of channels that occurs; how unequal skips share is not published."""
-
-    def __init__(self, channels: Sequence[int], reduction: int):
-        super().__init__({str(num_channels): ChannelGate(num_channels, reduction) for num_channels in channels})
-
-    def forward(self, skip: Tensor) -> Tensor:
-        return self[str(skip.shape[1])](skip)
-
-
-def make_skip_scale(name: str, kappa: float = 0.5, position: SkipPosition = "before-norm") -> SkipScale:
-    """The policy of a command-line name; kappa is used by "cs" alone.
+    Args:
+        kappa: of a policy that has one ("cs"), ignored by others.
 
     Raises:
-        ValueError: an unknown name or position, or for "cs" a kappa outside (0, 1].
+        ValueError: an unknown name, a field that the policy does not have, or a value that it refuses.
     """
-    policies = {
-        "none": lambda: Unscaled(position=position),
-        "inv-sqrt2": lambda: InverseSqrt2(position=position),
-        "cs": lambda: ConstantScale(kappa, position=position),
-        "ls": lambda: LearnedScale(shared=True, position=position),
-        "ls-separate": lambda: LearnedScale(shared=False, position=position),
-    }
-    if name not in policies:
-        raise ValueError(f"unknown skip scale {name!r}; there are {', '.join(SKIP_SCALE_NAMES)}")
-    return policies[name]()
+    if kind not in SkipScale.known:
+        raise ValueError(f"unknown skip scale {kind!r}; there are {', '.join(SkipScale.known)}")
+    if kappa is not None and has_field(kind, "kappa"):
+        values["kappa"] = kappa
+    return _make(kind, values)
+
+
+def has_field(kind: str, name: str) -> bool:
+    """Whether the policy of that name has a field of that name."""
+    return any(field.name == name for field in fields(SkipScale.known[kind].policy))
+
+
+def _make(kind: str, values: dict[str, Any]) -> SkipScale:
+    policy, fixed = SkipScale.known[kind]
+    try:
+        made = policy(**{**fixed, **values})
+    except TypeError as error:
+        raise ValueError(f"{kind} of this version cannot be made of {values}: {error}") from error
+    check_kind(kind, made)
+    return made
+
+
+def check_kind(kind: str, policy: SkipScale) -> None:
+    """
+    Raises:
+        ValueError: a field that contradicts the name, as a shared gate contradicts "ls-separate".
+    """
+    for field, value in SkipScale.known[kind].fixed.items():
+        if getattr(policy, field) != value:
+            raise ValueError(f"skip scale {kind!r} has {field} {value}, not {getattr(policy, field)}")
 
 
 def skip_scale_to_dict(policy: SkipScale) -> dict[str, Any]:
@@ -196,13 +233,11 @@ def skip_scale_to_dict(policy: SkipScale) -> dict[str, Any]:
     Raises:
         ValueError: a policy of one's own that would not be the same when it is read again.
     """
-    description = {"policy": type(policy).__name__, **asdict(policy)}
+    description = {"kind": policy.kind, **asdict(policy)}
     try:
         again = skip_scale_from_dict(json.loads(json.dumps(description)))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{policy} cannot be saved: {error}") from error
-    if type(again) is not type(policy):
-        raise ValueError(f"{policy} cannot be saved: another policy has its name, in {type(again).__module__}")
     forgotten = vars(policy).keys() - {field.name for field in fields(policy)}
     if again != policy or forgotten:
         lost = f"{', '.join(sorted(forgotten))} is no field of it" if forgotten else f"read again it is {again}"
@@ -213,7 +248,7 @@ def skip_scale_to_dict(policy: SkipScale) -> dict[str, Any]:
 
 
 def skip_scale_from_dict(description: dict[str, Any]) -> SkipScale:
-    """The policy that ``skip_scale_to_dict`` described.
+    """The policy that ``skip_scale_to_dict`` described, of an earlier version too.
 
     Raises:
         ValueError: a policy that is not known, or fields that it does not have.
@@ -223,13 +258,13 @@ def skip_scale_from_dict(description: dict[str, Any]) -> SkipScale:
     values: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in description.items()
     }
-    name = values.pop("policy", None)
-    if not isinstance(name, str) or name not in SkipScale.known:
+    kind = values.pop("kind", None) or values.pop("policy", None)
+    kind = POLICY_NAMES.get(kind, kind) if isinstance(kind, str) else kind
+    if not isinstance(kind, str) or kind not in SkipScale.known:
         raise ValueError(
-            f"unknown skip-scale policy {name!r}; there are {', '.join(SkipScale.known)}. "
+            f"unknown skip-scale policy {kind!r}; there are {', '.join(SkipScale.known)}. "
             "One of your own must be defined before it is read"
         )
-    try:
-        return SkipScale.known[name](**values)
-    except TypeError as error:
-        raise ValueError(f"{name} of this version cannot be made of {values}: {error}") from error
+    if values.get("position") == "before-norm":  # of a U-ViT, where it never meant anything
+        del values["position"]
+    return _make(kind, values)

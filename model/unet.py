@@ -8,129 +8,41 @@ to the published networks, 0 .. 999.
 Shapes: B batch, C channels, H height, W width, E features of the embedding of time and label.
 """
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalelong.kernels.arguments import Scale
 from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
-from scalelong.model.backbone import Backbone, check_whole_numbers
-from scalelong.model.checkpointing import Checkpointing, run_block
+from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone_config import Checkpointing
+from scalelong.model.checkpointing import run_block
 from scalelong.model.layer_calls import is_called_by_class
 from scalelong.model.linear_layers import TokenConv1d, project_tokens
+from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, norm_and_activation, shortcut
-from scalelong.model.skip_scale import SkipPosition, SkipScale, Unscaled
+from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
+from scalelong.model.unet_config import SkipPosition
+from scalelong.model.unet_config import UNetConfig as UNetConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class UNetConfig:
-    """The shape of a UNet; the names are those of guided-diffusion.
-
-    Raises:
-        ValueError: sizes that do not fit together, naming them.
-    """
-
-    img_size: int
-    """Side of the (square) image or latent, in pixels."""
-    in_channels: int = 3
-    """Channels of the image or latent."""
-    out_channels: int = 0
-    """Channels of the prediction; 0: as the image. Networks that learn the variance have twice as many."""
-    model_channels: int = 128
-    """Channels of the first level."""
-    channel_mult: tuple[float, ...] = (1, 2, 2, 2)
-    """Channels of each level over model_channels; each level halves the side."""
-    num_res_blocks: int = 2
-    """Residual blocks of a level of the encoder; the decoder has one more."""
-    attention_resolutions: tuple[int, ...] = (2,)
-    """Where blocks attend, as downsampling factors."""
-    num_heads: int = 1
-    """Attention heads, where num_head_channels is 0."""
-    num_head_channels: int = 0
-    """Channels of an attention head; 0: num_heads says."""
-    use_scale_shift_norm: bool = False
-    """The second norm of a block is adaptive: time and label give it gain and shift."""
-    resblock_updown: bool = False
-    """Residual blocks change the resolution, not convolutions."""
-    use_new_attention_order: bool = True
-    """Rows of the projection: queries, keys, values, each split into heads; else heads, each split into those three."""
-    same_padding: bool = False
-    """Strided convolutions pad below and to the right, as TensorFlow's do."""
-    dropout: float = 0.0
-    """Share of the activations dropped before a block's second convolution."""
-    num_classes: int = 0
-    """Rows of the label embedding, a null label for guidance included; 0: no labels."""
-    num_groups: int = 32
-    """Of every norm."""
-    norm_eps: float = 1e-5
-    """Added to the variance of every norm."""
-
-    def __post_init__(self):
-        check_whole_numbers(self)
-        for name in ("channel_mult", "attention_resolutions"):
-            value = getattr(self, name)
-            if not isinstance(value, list | tuple) or not all(isinstance(part, int | float) for part in value):
-                raise ValueError(f"{name} is a tuple of numbers, got {value!r}")
-            object.__setattr__(self, name, tuple(value))  # as lists they come from JSON
-        for name in ("img_size", "in_channels", "model_channels", "num_res_blocks", "num_heads", "num_groups"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_classes", "out_channels", "num_head_channels", "norm_eps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if not self.channel_mult or min(self.channels) < 1:
-            raise ValueError(f"channel_mult must give each level channels, got {self.channel_mult}")
-        if self.model_channels % 2:
-            raise ValueError(f"model_channels must be even for the time embedding, got {self.model_channels}")
-        if self.img_size % self.factors[-1]:
-            raise ValueError(
-                f"img_size {self.img_size} cannot be halved {len(self.factors) - 1} times, once a level after the first"
-            )
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout}")
-        if unknown := set(self.attention_resolutions) - set(self.factors):
-            raise ValueError(
-                f"attention_resolutions are downsampling factors, here of {', '.join(map(str, self.factors))}; "
-                f"got {', '.join(map(str, sorted(unknown)))}"
-            )
-        for channels in self.channels:
-            if channels % self.num_groups:
-                raise ValueError(f"{channels} channels (model_channels x channel_mult) are no {self.num_groups} groups")
-            if self.num_head_channels and channels % self.num_head_channels:
-                raise ValueError(f"{channels} channels are no heads of num_head_channels {self.num_head_channels}")
-            if channels % self.num_heads:
-                raise ValueError(f"{channels} channels are no num_heads {self.num_heads}")
-
-    @property
-    def channels(self) -> tuple[int, ...]:
-        """Of each level."""
-        return tuple(int(self.model_channels * mult) for mult in self.channel_mult)
-
-    @property
-    def factors(self) -> tuple[int, ...]:
-        """By which each level is smaller than the image."""
-        return tuple(2**level for level in range(len(self.channel_mult)))
-
-    @property
-    def embedding_width(self) -> int:
-        return 4 * self.model_channels
-
-    @property
-    def num_skips(self) -> int:
-        return len(self.channel_mult) * (self.num_res_blocks + 1)
-
-    @property
-    def context_tokens(self) -> int:
-        """A UNet takes no text."""
-        return 0
-
-    def num_heads_of(self, channels: int) -> int:
-        return channels // self.num_head_channels if self.num_head_channels else self.num_heads
+# fmt: off
+PARAMETERS = (
+    # names                                              begin as         learning rate, weight decay, output
+    ParameterKind("skip_gates.*"),                       # gates of LS
+    ParameterKind("time_embed.* label_emb.*"),
+    ParameterKind("*.out_layers.3.*",                    nn.init.zeros_),  # the last layers of residual branches
+    ParameterKind("*.proj_out.*",                        nn.init.zeros_),
+    ParameterKind("out.2.*",                             nn.init.zeros_),
+    ParameterKind("*.in_layers.0.* *.out_layers.0.* *.norm.* out.0.*"),
+    ParameterKind("*.emb_layers.1.* *.qkv.*"),
+    ParameterKind("*.in_layers.2.* *.skip_connection.* *.op.* *.conv.* input_blocks.0.0.*"),
+)
+# fmt: on
+"""As published: branches that end in a layer of zeros, everything else as PyTorch does."""
 
 
 class Embedding(NamedTuple):
@@ -139,6 +51,9 @@ class Embedding(NamedTuple):
     emb_BE: Tensor
     activated_BE: Tensor
     """Shared by all blocks."""
+
+
+NO_SKIP = (None, None, 0, None)
 
 
 class Downsample(nn.Module):
@@ -189,11 +104,10 @@ class ResBlock(nn.Module):
         out_channels: int,
         *,
         resample: str | None = None,
-        position: SkipPosition = "before-norm",
     ):
         super().__init__()
         self.resample = {None: None, "up": doubled, "down": halved}[resample]
-        self.position: SkipPosition = position
+        self.position: SkipPosition = config.skip_position
         self.is_adaptive = config.use_scale_shift_norm
         self.in_layers = nn.Sequential(
             GroupNorm(config.num_groups, in_channels, config.norm_eps),
@@ -206,16 +120,17 @@ class ResBlock(nn.Module):
             GroupNorm(config.num_groups, out_channels, config.norm_eps),
             nn.SiLU(),
             nn.Dropout(config.dropout),
-            zeroed(Conv3x3(out_channels, out_channels, 3, padding=1)),
+            Conv3x3(out_channels, out_channels, 3, padding=1),
         )
         self.skip_connection = (
             nn.Identity() if in_channels == out_channels else SkipConv1x1(in_channels, out_channels, 1)
         )
 
-    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: LongSkip | None = None) -> Tensor:
         norm, activation, conv = self.in_layers
-        h_BCHW = norm_and_activation(norm, activation, x_BCHW, skip, scale, self.position)
-        shortcut_BCHW = shortcut(self.skip_connection, x_BCHW, skip, scale)
+        s, scale, _, common = NO_SKIP if skip is None else skip
+        h_BCHW = norm_and_activation(norm, activation, x_BCHW, s, scale, self.position, common=common)
+        shortcut_BCHW = shortcut(self.skip_connection, x_BCHW, s, scale, common)
         if self.resample is not None:
             h_BCHW, shortcut_BCHW = self.resample(h_BCHW), self.resample(shortcut_BCHW)
         h_BCHW = conv(h_BCHW)
@@ -244,7 +159,6 @@ class AttentionBlock(nn.Module):
         self.norm = GroupNorm(config.num_groups, channels, config.norm_eps)
         self.qkv = TokenConv1d(channels, 3 * channels, 1)
         self.proj_out = TokenConv1d(channels, channels, 1)
-        zeroed(self.proj_out)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         tokens_BTC = self.norm(x_BCHW).flatten(2).transpose(1, 2)
@@ -257,32 +171,26 @@ class AttentionBlock(nn.Module):
 class Stage(nn.ModuleList):
     """What stands at one place of the published list of blocks, called one after the other."""
 
-    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BCHW: Tensor, emb: Embedding, skip: LongSkip | None = None) -> Tensor:
         for layer in self:
             if not getattr(layer, "takes_embedding", False):
                 x_BCHW = layer(x_BCHW)
             elif skip is None:
                 x_BCHW = layer(x_BCHW, emb)
             else:
-                x_BCHW, skip = layer(x_BCHW, emb, skip, scale), None
+                x_BCHW, skip = layer(x_BCHW, emb, skip), None
         return x_BCHW
 
 
 class UNet(Backbone):
-    """A UNet with scaled long skips.
+    """A UNet with scaled long skips; its arguments are those of ``Backbone``, and one.
 
     Args:
-        config: the network's shape.
-        skip_scale: the policy that scales the long skips; unscaled if not given.
-        checkpointing: what backward finds of the blocks: all of it ("none") or their inputs ("blocks"), the rest being
-            computed again. May be set on the model at any time.
         channels_last: the layout that activations have inside, the faster one for convolutions; may be set at any time.
-
-    Raises:
-        ValueError: a share as ``checkpointing``.
     """
 
     config_class = UNetConfig
+    kinds = PARAMETERS
 
     def __init__(
         self,
@@ -292,35 +200,25 @@ class UNet(Backbone):
         checkpointing: Checkpointing = "none",
         channels_last: bool = True,
     ):
-        super().__init__()
-        self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
-        self.check_options(self.skip_scale, checkpointing)
-        self.config = config
-        self.checkpointing = checkpointing
+        super().__init__(config, skip_scale=skip_scale, checkpointing=checkpointing)
         self.channels_last = channels_last
 
         width = config.embedding_width
         self.time_embed = nn.Sequential(nn.Linear(config.model_channels, width), nn.SiLU(), nn.Linear(width, width))
         self.label_emb = nn.Embedding(config.num_classes, width) if config.num_classes else None
-        encoder, skip_channels = self._make_encoder()
-        self.input_blocks = encoder
+        self.input_blocks, skip_channels = self._make_encoder()
         channels = config.channels[-1]
         middle = (ResBlock(config, channels, channels) for _ in range(2))
         self.middle_block = Stage([next(middle), AttentionBlock(config, channels), next(middle)])
-        self.output_blocks = self._make_decoder(skip_channels)
+        self.output_blocks, self.skips = self._make_decoder(skip_channels)
         channels = config.channels[0]
         self.out = nn.Sequential(
             GroupNorm(config.num_groups, channels, config.norm_eps),
             nn.SiLU(),
-            zeroed(Conv3x3(channels, config.out_channels or config.in_channels, 3, padding=1)),
+            Conv3x3(channels, config.channels_out, 3, padding=1),
         )
-        # In the order of the decoder.
-        self.skip_gates = self.skip_scale.make_channel_gates(skip_channels[::-1])
-
-    @classmethod
-    def check_options(cls, skip_scale: SkipScale, checkpointing: Checkpointing) -> None:
-        if checkpointing not in ("none", "blocks"):
-            raise ValueError(f"checkpointing of a UNet is 'none' or 'blocks', got {checkpointing!r}")
+        self.init_weights()
+        self.skip_gates = self.skip_scale.make_gates(self.skips)
 
     def _make_encoder(self) -> tuple[nn.ModuleList, list[int]]:
         """The blocks, and the channels of the skip that each gives."""
@@ -339,19 +237,20 @@ class UNet(Backbone):
                 skip_channels.append(channels)
         return nn.ModuleList(stages), skip_channels
 
-    def _make_decoder(self, skip_channels: list[int]) -> nn.ModuleList:
+    def _make_decoder(self, skip_channels: list[int]) -> tuple[nn.ModuleList, tuple[SkipShape, ...]]:
+        """The blocks, and the skip that each takes."""
         config = self.config
-        stages, channels, skip_channels = [], config.channels[-1], list(skip_channels)
+        stages, skips, channels, skip_channels = [], [], config.channels[-1], list(skip_channels)
         for level in reversed(range(len(config.channels))):
             for n in range(config.num_res_blocks + 1):
-                incoming = channels + skip_channels.pop()
-                channels = config.channels[level]
-                stages.append(Stage([ResBlock(config, incoming, channels, position=self.skip_scale.position)]))
+                skips.append(SkipShape("channels", skip_channels.pop(), channels))
+                incoming, channels = channels + skips[-1].width, config.channels[level]
+                stages.append(Stage([ResBlock(config, incoming, channels)]))
                 if config.factors[level] in config.attention_resolutions:
                     stages[-1].append(AttentionBlock(config, channels))
                 if level > 0 and n == config.num_res_blocks:
                     stages[-1].append(self._make_resampler(channels, "up"))
-        return nn.ModuleList(stages)
+        return nn.ModuleList(stages), tuple(skips)
 
     def _make_resampler(self, channels: int, direction: str) -> nn.Module:
         if self.config.resblock_updown:
@@ -373,26 +272,31 @@ class UNet(Backbone):
             ValueError: an image of another shape than the configuration's, another number of times or labels than of
                 images, labels missing or not wanted.
         """
+        h_BCHW = last_of(self.hidden_states(x_BCHW, t_B, y_B))
+        norm, activation, conv = self.out
+        return conv(norm_and_activation(norm, activation, h_BCHW))
+
+    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
         emb = self._embed(x_BCHW, t_B, y_B)
         h_BCHW = self.input_blocks[0](x_BCHW, emb)
         if self.channels_last and not in_transform():  # vmap knows no layouts
             h_BCHW = h_BCHW.contiguous(memory_format=torch.channels_last)
+        yield h_BCHW
         skips = [h_BCHW]
         for stage in self.input_blocks[1:]:  # type: ignore[index]
             h_BCHW = self._run(stage, h_BCHW, emb)
             skips.append(h_BCHW)
+            yield h_BCHW
         h_BCHW = self._run(self.middle_block, h_BCHW, emb)
-        num_skips = self.config.num_skips
+        yield h_BCHW
         for executed, stage in enumerate(self.output_blocks):
-            skip = skips.pop()
-            scale = self.skip_scale.scale(num_skips - executed, num_skips, skip, self.skip_gates)
-            h_BCHW = self._run(stage, h_BCHW, emb, skip, scale)
-        norm, activation, conv = self.out
-        return conv(norm_and_activation(norm, activation, h_BCHW))
+            skip = self._long_skip(executed, skips.pop(), self.skip_gates)
+            h_BCHW = self._run(stage, h_BCHW, emb, skip)
+            yield h_BCHW
 
-    def _run(self, stage: nn.Module, *arguments: Tensor | Embedding | Scale) -> Tensor:
+    def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         return run_block(
-            stage, *arguments, checkpointing=self.checkpointing, is_random=self.training and self.config.dropout > 0
+            block, *arguments, checkpointing=self.checkpointing, is_random=self.training and self.config.dropout > 0
         )
 
     def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Embedding:
@@ -410,6 +314,13 @@ class UNet(Backbone):
             emb_BE = emb_BE + self.label_emb(y_B)
         return Embedding(emb_BE, F.silu(emb_BE))
 
+    def named_blocks(self) -> list[tuple[str, nn.Module]]:
+        return [
+            *((f"input_blocks.{n}", stage) for n, stage in enumerate(self.input_blocks)),
+            ("middle_block", self.middle_block),
+            *((f"output_blocks.{n}", stage) for n, stage in enumerate(self.output_blocks)),
+        ]
+
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
         num_skips = self.config.num_skips
         return [(num_skips - executed, next(stage.children())) for executed, stage in enumerate(self.output_blocks)]
@@ -426,13 +337,6 @@ class UNet(Backbone):
                     side *= 2
                 macs += _macs(layer, side)
         return 2 * batch_size * (macs + _macs(self.out, side))
-
-
-def zeroed(layer: nn.Conv1d | nn.Conv2d) -> nn.Module:
-    """A residual branch that begins at zero."""
-    for parameter in layer.parameters():
-        nn.init.zeros_(parameter)
-    return layer
 
 
 def _macs(layer: nn.Module, side: int) -> int:

@@ -6,91 +6,37 @@ The state dict is the published one, name for name. ``forward`` takes time as it
 Shapes: B batch, C image channels, H height, W width, T tokens (extras + patches), D width, P patch side, L text tokens.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
 
-from scalelong.kernels.arguments import Scale
 from scalelong.kernels.attention import attention
-from scalelong.model.backbone import Backbone, check_whole_numbers
-from scalelong.model.checkpointing import Checkpointing, check_checkpointing, run_block
+from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone_config import Checkpointing
 from scalelong.model.linear_layers import GeluLinear, SkipLinear, project_gelu, project_skip
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
-from scalelong.model.skip_scale import SkipScale, Unscaled
+from scalelong.model.parameter_kinds import ParameterKind
+from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
+from scalelong.model.uvit_config import UViTConfig as UViTConfig
 
-
-@dataclass(frozen=True, kw_only=True)
-class UViTConfig:
-    """The shape of a U-ViT.
-
-    Raises:
-        ValueError: sizes that do not fit together, naming them.
-    """
-
-    img_size: int
-    """Side of the (square) image or latent, in pixels."""
-    patch_size: int
-    """Side of a patch, in pixels."""
-    in_channels: int = 3
-    """Channels of the image or latent."""
-    width: int = 512
-    """Features of a token."""
-    depth: int = 12
-    """Blocks that a skip joins, half of them on each side; one more block lies between."""
-    num_heads: int = 8
-    """Attention heads."""
-    mlp_ratio: float = 4.0
-    """Hidden width of the MLP over the width."""
-    num_classes: int = 0
-    """Rows of the label embedding, a null label for guidance included; 0: no labels."""
-    context_tokens: int = 0
-    """Text tokens; 0: no text."""
-    context_dim: int = 768
-    """Features of a text token as given."""
-    final_conv: bool = True
-    """A 3x3 convolution after the last projection."""
-    qkv_bias: bool = False
-    """A bias in the projection to queries, keys and values (no published network has one)."""
-    time_mlp: bool = False
-    """An MLP over the time embedding (no published network has one)."""
-
-    def __post_init__(self):
-        check_whole_numbers(self)
-        for name in ("img_size", "patch_size", "in_channels", "width", "num_heads", "context_dim", "mlp_width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("num_classes", "context_tokens"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.img_size % self.patch_size:
-            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
-        if self.width % self.num_heads:
-            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
-        if self.width % 2:
-            raise ValueError(f"width must be even for the sinusoidal time embedding, got {self.width}")
-        if self.depth < 2 or self.depth % 2:
-            raise ValueError(f"depth must be even and at least 2, got {self.depth}")
-        if self.num_classes and self.context_tokens:
-            raise ValueError("a U-ViT takes class labels or text, not both")
-
-    @property
-    def num_skips(self) -> int:
-        return self.depth // 2
-
-    @property
-    def mlp_width(self) -> int:
-        return round(self.width * self.mlp_ratio)
-
-    @property
-    def num_extras(self) -> int:
-        """Tokens before the patches: the time, then the class before it or the text after it."""
-        return 1 + (1 if self.num_classes else 0) + self.context_tokens
-
-    @property
-    def num_tokens(self) -> int:
-        return self.num_extras + (self.img_size // self.patch_size) ** 2
+# fmt: off
+PARAMETERS = (
+    # names                                                     begin as    learning rate, weight decay, output
+    ParameterKind("pos_embed",                                  0.02),
+    ParameterKind("se.*"),                                      # gates of LS: as PyTorch's layers begin, as published
+    ParameterKind("norm.* *.norm1.* *.norm2.*"),
+    ParameterKind("patch_embed.* label_emb.* final_layer.*"),
+    ParameterKind("time_embed.*.weight context_embed.weight",   0.02),
+    ParameterKind("*.qkv.weight *.proj.weight",                 0.02),
+    ParameterKind("*.fc1.weight *.fc2.weight",                  0.02),
+    ParameterKind("*.skip_linear.weight",                       0.02),
+    ParameterKind("decoder_pred.weight",                        0.02),
+    ParameterKind("*.bias",                                     nn.init.zeros_),
+)
+# fmt: on
+"""As published: linear weights and positions normal, biases 0, convolutions and labels as PyTorch does."""
 
 
 class Attention(nn.Module):
@@ -126,10 +72,10 @@ class Block(nn.Module):
         self.norm2 = AddLayerNorm(config.width)
         self.mlp = Mlp(config)
 
-    def forward(self, x_BTD: Tensor, skip_BTD: Tensor | None = None, scale: Scale = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None) -> Tensor:
         if self.skip_linear is not None:
-            assert skip_BTD is not None
-            x_BTD = project_skip(self.skip_linear, x_BTD, skip_BTD, scale)
+            assert skip is not None
+            x_BTD = project_skip(self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
         x_BTD, y_BTD = add_norm(self.norm1, x_BTD)
         x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD))
         return x_BTD + self.mlp(y_BTD)
@@ -145,29 +91,15 @@ class PatchEmbed(nn.Module):
 
 
 class UViT(Backbone):
-    """U-ViT with scaled long skips.
-
-    Args:
-        config: the network's shape.
-        skip_scale: the policy that scales the long skips; unscaled if not given.
-        checkpointing: what the blocks keep for backward: all of it ("none"), their inputs ("blocks"), or at most a
-            share in (0, 1); the rest is computed again. May be set on the model at any time.
-
-    Raises:
-        ValueError: a skip scale that stands after a norm, which this network does not have there.
-    """
+    """U-ViT with scaled long skips; its arguments are those of ``Backbone``."""
 
     config_class = UViTConfig
+    kinds = PARAMETERS
 
     def __init__(
         self, config: UViTConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
     ):
-        super().__init__()
-        self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
-        self.check_options(self.skip_scale, checkpointing)
-        self.checkpointing = checkpointing
-        self.config = config
-
+        super().__init__(config, skip_scale=skip_scale, checkpointing=checkpointing)
         width = config.width
         self.patch_embed = PatchEmbed(config)
         self.time_embed = (
@@ -184,28 +116,13 @@ class UViT(Backbone):
         self.mid_block = Block(config)
         self.out_blocks = nn.ModuleList(Block(config, takes_skip=True) for _ in range(config.num_skips))
         self.norm = AddLayerNorm(width)
-        self.decoder_pred = nn.Linear(width, config.patch_size**2 * config.in_channels)
-        self.final_layer = (
-            nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1) if config.final_conv else nn.Identity()
-        )
+        channels = config.channels_out
+        self.decoder_pred = nn.Linear(width, config.patch_size**2 * channels)
+        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if config.final_conv else nn.Identity()
         self.init_weights()
-        # After init_weights: the gates of LS keep PyTorch's own initialisation, as published (so does the name "se").
-        self.se = self.skip_scale.make_gates(config.num_skips, config.num_tokens)
-
-    @classmethod
-    def check_options(cls, skip_scale: SkipScale, checkpointing: Checkpointing) -> None:
-        check_checkpointing(checkpointing)
-        if skip_scale.position != "before-norm":
-            raise ValueError("a U-ViT projects its skips before any norm: no skip scale can stand after one")
-
-    def init_weights(self) -> None:
-        """Linear weights and positions N(0, 0.02²), cut at ±2, biases 0; convolutions and labels as PyTorch does."""
-        nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=0.02)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * config.num_skips
+        # The published name.
+        self.se = self.skip_scale.make_gates(self.skips)
 
     def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
         """Predicts the noise in ``x_BCHW``.
@@ -216,30 +133,28 @@ class UViT(Backbone):
             y_B: class labels (B,), or text tokens (B, L, context_dim).
 
         Returns:
-            The prediction, shaped as ``x_BCHW``.
+            The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
 
         Raises:
             ValueError: an image or text of another shape than the configuration's, another number of times or labels
                 than of images, labels missing or not wanted.
         """
-        tokens_BTD = self._embed(x_BCHW, t_B, y_B)
-        skips = []
+        tokens_BTD = last_of(self.hidden_states(x_BCHW, t_B, y_B))
+        patches_BTD = self.decoder_pred(self.norm(tokens_BTD))[:, self.config.num_extras :]
+        return self.final_layer(self._unpatchify(patches_BTD))
+
+    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
+        tokens_BTD, skips = self._embed(x_BCHW, t_B, y_B), []
         for block in self.in_blocks:
             tokens_BTD = self._run(block, tokens_BTD)
             skips.append(tokens_BTD)
+            yield tokens_BTD
         tokens_BTD = self._run(self.mid_block, tokens_BTD)
-        num_skips = self.config.num_skips
+        yield tokens_BTD
         for executed, block in enumerate(self.out_blocks):
-            skip_BTD = skips.pop()
-            scale = self.skip_scale.scale(num_skips - executed, num_skips, skip_BTD, self.se)
-            tokens_BTD = self._run(block, tokens_BTD, skip_BTD, scale)
-        patches = self.decoder_pred(self.norm(tokens_BTD))[:, self.config.num_extras :]
-        return self.final_layer(self._unpatchify(patches))
-
-    def _run(self, block: nn.Module, *arguments: Tensor | Scale) -> Tensor:
-        return run_block(
-            block, *arguments, checkpointing=self.checkpointing, mlp_ratio=self.config.mlp_width / self.config.width
-        )
+            skip = self._long_skip(executed, skips.pop(), self.se)
+            tokens_BTD = self._run(block, tokens_BTD, skip)
+            yield tokens_BTD
 
     def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
         config = self.config
@@ -267,9 +182,16 @@ class UViT(Backbone):
 
     def _unpatchify(self, patches_BTD: Tensor) -> Tensor:
         P, side = self.config.patch_size, self.config.img_size // self.config.patch_size
-        x = patches_BTD.unflatten(2, (P, P, self.config.in_channels)).unflatten(1, (side, side))
+        x = patches_BTD.unflatten(2, (P, P, self.config.channels_out)).unflatten(1, (side, side))
         # (B, side, side, P, P, C) -> (B, C, side, P, side, P)
         return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+
+    def named_blocks(self) -> list[tuple[str, nn.Module]]:
+        return [
+            *((f"in_blocks.{n}", block) for n, block in enumerate(self.in_blocks)),
+            ("mid_block", self.mid_block),
+            *((f"out_blocks.{n}", block) for n, block in enumerate(self.out_blocks)),
+        ]
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
         num_skips = self.config.num_skips
@@ -279,13 +201,13 @@ class UViT(Backbone):
         c = self.config
         T, D = c.num_tokens, c.width
         num_patches = T - c.num_extras
-        patch_features = c.patch_size**2 * c.in_channels
+        in_features, out_features = (c.patch_size**2 * channels for channels in (c.in_channels, c.channels_out))
         attention_macs = 4 * T * D * D + 2 * T * T * D
         mlp_macs = 2 * T * D * c.mlp_width
         blocks = (c.depth + 1) * (attention_macs + mlp_macs) + c.num_skips * 2 * T * D * D
-        ends = num_patches * patch_features * D + T * D * patch_features
+        ends = num_patches * in_features * D + T * D * out_features
         if c.final_conv:
-            ends += 9 * c.in_channels**2 * c.img_size**2
+            ends += 9 * c.channels_out**2 * c.img_size**2
         if c.context_tokens:
             ends += c.context_tokens * c.context_dim * D
         if c.time_mlp:

@@ -17,6 +17,7 @@ DIMENSIONS = {
     "pos_embed": 3,
     "patch_embed.proj.weight": 4,
     "mid_block.mlp.fc1.weight": 2,
+    "decoder_pred.weight": 2,
     "label_emb.weight": 2,
     "context_embed.weight": 2,
     "se.layer1.weight": 2,
@@ -54,8 +55,8 @@ def load_uvit_checkpoint(
         ValueError: a file that cannot be read safely, not a U-ViT, or sizes or a policy that contradict the tensors.
     """
     state = read_state_dict(path_or_state_dict)
-    missing = [k for k in ("pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight") if k not in state]
-    if missing:
+    needed = ("pos_embed", "patch_embed.proj.weight", "mid_block.mlp.fc1.weight", "decoder_pred.weight")
+    if missing := [name for name in needed if name not in state]:
         raise ValueError(f"not a U-ViT checkpoint: it has no {', '.join(missing)}")
     check_dimensions(state, DIMENSIONS, "U-ViT")
     config = _config_from_tensors(state, img_size=img_size, patch_size=patch_size, num_heads=num_heads)
@@ -79,10 +80,12 @@ def _config_from_tensors(state: dict[str, Tensor], *, img_size: int, patch_size:
     if "context_embed.weight" in state:
         context_dim = state["context_embed.weight"].shape[1]
         context_tokens = max(state["pos_embed"].shape[1] - 1 - num_patches, 0)
+    channels_out = state["decoder_pred.weight"].shape[0] // patch_size**2
     config = UViTConfig(
         img_size=img_size,
         patch_size=patch_size,
         in_channels=in_channels,
+        out_channels=0 if channels_out == in_channels else channels_out,
         width=width,
         depth=2 * _count(state, "out_blocks."),
         num_heads=num_heads,

@@ -41,7 +41,7 @@ def uvit(mode: str = "ls") -> Pair:
 
 
 def unet(config: UNetConfig, mode: str = "ls", position: Any = "before-norm") -> Pair:
-    model = _drawn(UNet(config, skip_scale=make_skip_scale(mode, KAPPA, position)))
+    model = _drawn(UNet(replace(config, skip_position=position), skip_scale=make_skip_scale(mode, KAPPA)))
     labels = torch.tensor([1, 5]) if config.num_classes else None
     batch = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), labels
     plain = published_unet.as_published(model)

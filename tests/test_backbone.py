@@ -106,7 +106,7 @@ def test_parameter_groups_name_every_parameter_once_in_its_order(network, config
         (lambda data: data.replace(b'"config"', b'"sizes"'), "describes no {name} .* has no 'config'"),
         (lambda data: data.replace(b'"in_channels"', b'"channels_in"'), "describes no {name} .*channels_in"),
         (lambda data: data.replace(b'"img_size": 8', b'"img_size": null'), "img_size is a whole number"),
-        (lambda data: data.replace(b"Unscaled", b"Magic"), "unknown skip-scale policy 'Magic'"),
+        (lambda data: data.replace(b'"none"', b'"Magic"'), "unknown skip-scale policy 'Magic'"),
         (lambda data: data.replace(b'"num_classes": 7', b'"num_classes": 8'), "label_emb.weight has shape"),
         (lambda data: data.replace(b'"num_classes": 7', b'"num_classes": 0'), "has the unknown label_emb.weight"),
     ],

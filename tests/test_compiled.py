@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -123,7 +124,7 @@ DEEP_UNET = UNetConfig(
 @pytest.mark.parametrize("position", ["before-norm", "after-norm"])
 def test_decoder_blocks_of_a_unet_that_are_compiled_one_by_one(position, whole):
     """Twenty factors, and no more graphs than blocks of other shapes ask for."""
-    model = UNet(DEEP_UNET, skip_scale=make_skip_scale("cs", 0.9, position))
+    model = UNet(replace(DEEP_UNET, skip_position=position), skip_scale=make_skip_scale("cs", 0.9))
     x, t, count = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0]), CompileCounter()
     expected = model(x, t)
     for stage in model.output_blocks:

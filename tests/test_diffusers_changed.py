@@ -31,7 +31,8 @@ from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.model import diffusers_blocks, skip_layers
 from scalelong.model.diffusers_patch import patch_diffusers, unpatch_diffusers
 from scalelong.model.skip_layers import Conv3x3, GroupNorm
-from scalelong.model.skip_scale import SKIP_POSITIONS, SkipScale
+from scalelong.model.skip_scale import SkipScale
+from scalelong.model.unet_config import SKIP_POSITIONS
 
 KAPPA = 0.1
 patched_when = pytest.mark.parametrize("when", ["before", "after"])
@@ -435,7 +436,7 @@ def test_a_scale_of_one_element(C):
 @pytest.mark.parametrize("position", SKIP_POSITIONS)
 def test_a_policy_whose_factor_is_a_parameter_of_one_element(position):
     class Learned(SkipScale):
-        def make_channel_gates(self, channels):
+        def make_gates(self, skips):
             gate = nn.Module()
             gate.register_parameter("factor", nn.Parameter(torch.full((1,), KAPPA)))
             return gate
@@ -444,7 +445,7 @@ def test_a_policy_whose_factor_is_a_parameter_of_one_element(position):
             return gates.factor  # type: ignore[union-attr]
 
     plain = make_network()
-    patched = patched_copy(plain, skip_scale=Learned(position=position))
+    patched = patched_copy(plain, skip_scale=Learned(), position=position)
     assert_same(patched, scaled_by_hooks(plain, lambda i, skip: KAPPA, position))
     patched(**make_inputs(patched)).sample.sum().backward()
     assert patched.skip_gates.factor.grad.shape == (1,)

@@ -21,7 +21,8 @@ from test_house import modules_loaded_by
 
 from scalelong.model import diffusers_blocks
 from scalelong.model.diffusers_patch import patch_diffusers, unpatch_diffusers
-from scalelong.model.skip_scale import SKIP_POSITIONS, ConstantScale, LearnedScale
+from scalelong.model.skip_scale import ConstantScale, LearnedScale
+from scalelong.model.unet_config import SKIP_POSITIONS
 
 KAPPA = 0.7
 ATTENDED = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
@@ -717,7 +718,7 @@ def test_the_report_of_published_networks(channels, straddling, hidden_and_skip)
 def test_the_report_reads_well():
     report = patch_diffusers(make_network(), skip_scale="cs", kappa=0.5)
     lines = str(report).splitlines()
-    assert lines[0] == "6 skips scaled by ConstantScale(position='before-norm', kappa=0.5)"
+    assert lines[0] == "6 skips scaled by ConstantScale(kappa=0.5)"
     assert lines[1] == "replaced: 2 decoder blocks, 12 residual blocks, 31 norms, 6 shortcuts"
     assert lines[3].split() == ["6", "64", "64", "0.0312", "no"]
     assert len(lines) == 3 + 6

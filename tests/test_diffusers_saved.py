@@ -24,7 +24,7 @@ POLICIES = [
     {"skip_scale": "inv-sqrt2", "position": "after-norm"},
     {"skip_scale": "cs", "kappa": 0.1},
     {"skip_scale": "ls"},
-    {"skip_scale": LearnedScale(reduction=4, shared=False, position="after-norm")},
+    {"skip_scale": LearnedScale(reduction=4, shared=False), "position": "after-norm"},
 ]
 each_policy = pytest.mark.parametrize("options", POLICIES, ids=str)
 
@@ -101,7 +101,8 @@ def test_without_a_saved_policy_the_default_is_cs():
     network = make_network()
     assert patch_diffusers(network).policy == ConstantScale(0.5)
     assert patch_diffusers(make_network(), kappa=0.3).policy == ConstantScale(0.3)
-    assert patch_diffusers(make_network(), position="after-norm").policy == ConstantScale(0.5, position="after-norm")
+    report = patch_diffusers(make_network(), position="after-norm")
+    assert (report.policy, report.position) == (ConstantScale(0.5), "after-norm")
 
 
 @pytest.mark.parametrize("skip_scale", ["cs", "ls"])

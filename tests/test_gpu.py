@@ -271,10 +271,10 @@ def test_gelu_linear_is_within_budget(dtype):
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["cifar10-ddpm-unet", "imagenet64-adm"])
-@pytest.mark.parametrize("policy", [make_skip_scale("ls"), make_skip_scale("cs", 0.7, "after-norm")], ids=["ls", "cs"])
-def test_a_unet_gives_the_outputs_of_the_plain_one_under_autocast(policy, name, channels_last):
-    config = replace(UNET_PRESETS[name], dropout=0.0)
-    model = UNet(config, skip_scale=policy, channels_last=channels_last).cuda()
+@pytest.mark.parametrize(("mode", "position"), [("ls", "before-norm"), ("cs", "after-norm")], ids=["ls", "cs"])
+def test_a_unet_gives_the_outputs_of_the_plain_one_under_autocast(mode, position, name, channels_last):
+    config = replace(UNET_PRESETS[name], dropout=0.0, skip_position=position)
+    model = UNet(config, skip_scale=make_skip_scale(mode, 0.7), channels_last=channels_last).cuda()
     with torch.no_grad():  # residual branches begin at zero
         for p in model.parameters():
             p.add_(0.02 * torch.randn_like(p))

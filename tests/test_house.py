@@ -17,9 +17,9 @@ import scalelong
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
-    {"errors", "monitor", "objective", "usage", "write_whole"},
+    {"errors", "monitor", "usage", "write_whole"},
     {"config"},
-    {"guard", "recipes", "run_folder", "schedule"},
+    {"guard", "objective", "recipes", "run_folder", "schedule"},
     {"command_line", "report", "run_lock"},
     {"data", "hosts"},
     {"outcome", "zero"},
@@ -47,7 +47,7 @@ def imports_of(path: Path) -> Iterator[str]:
 
 
 def modules_loaded_by(statement: str) -> set[str]:
-    code = f"import sys; {statement}; print(*sys.modules)"
+    code = f"import sys\n{statement}\nprint(*sys.modules)"
     env = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     return set(
         subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout.split()
@@ -191,6 +191,18 @@ def test_help_does_not_load_torch(line):
     loaded = modules_loaded_by(f"exec({code!r})")
     assert "scalelong.train.errors" in loaded
     assert not loaded & {"torch", "tyro", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "line", [["scalelong", "train", "digits-unet", "--help"], ["scalelong.train", "digits-uvit", "-h"]]
+)
+def test_help_of_a_recipe_does_not_load_torch(line):
+    """Nor do the configurations, the policies and the checks of options: a command line is read without torch."""
+    module, *arguments = line
+    code = f"import runpy, sys; sys.argv = ['', *{arguments}]; runpy.run_module({module!r}, run_name='__main__')"
+    loaded = modules_loaded_by(f"try: exec({code!r})\nexcept SystemExit: pass\nprint()")
+    assert {"scalelong.train.recipes", "scalelong.model.skip_scale", "scalelong.model.unet_config", "tyro"} <= loaded
+    assert not loaded & {"torch", "numpy", "scalelong.model.unet", "scalelong.kernels.backend"}
 
 
 def test_public_names_are_reachable_from_the_package():

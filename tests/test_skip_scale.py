@@ -6,13 +6,14 @@ import pytest
 import torch
 from torch import nn
 
+from scalelong.model.skip_gates import TokenGate
 from scalelong.model.skip_scale import (
     SKIP_SCALE_NAMES,
     ConstantScale,
     InverseSqrt2,
     LearnedScale,
     SkipScale,
-    TokenGate,
+    SkipShape,
     Unscaled,
     make_skip_scale,
     skip_scale_from_dict,
@@ -28,7 +29,7 @@ def calls_of_the_decoder(model: UViT) -> list[tuple]:
     """(block, skip, scale) for each decoder block, in the order in which they run."""
     calls = []
     for block in model.out_blocks:
-        block.register_forward_pre_hook(lambda block, args: calls.append((block, *args[1:])))
+        block.register_forward_pre_hook(lambda block, args: calls.append((block, args[1].features, args[1].scale)))
     with torch.no_grad():
         model(torch.randn(2, 3, 16, 16), torch.tensor([1.0, 500.0]))
     return calls
@@ -117,7 +118,7 @@ def test_gates_start_near_one_half():
 @pytest.mark.parametrize(("num_tokens", "num_params"), [(257, 8_497), (258, 8_530), (334, 13_714)])
 def test_parameters_of_the_gates(num_tokens, num_params):
     def count(policy):
-        return sum(p.numel() for p in policy.make_gates(6, num_tokens).parameters())
+        return sum(p.numel() for p in policy.make_gates(6 * [SkipShape("tokens", 64, 64, num_tokens)]).parameters())
 
     assert TokenGate(num_tokens, 16).layer1.out_features == num_tokens // 16
     assert count(LearnedScale()) == num_params
@@ -130,7 +131,7 @@ def test_a_short_sequence_keeps_one_hidden_unit():
 
 @pytest.mark.parametrize("policy", [Unscaled(), InverseSqrt2(), ConstantScale()])
 def test_fixed_policies_have_no_parameters(policy):
-    assert policy.make_gates(6, 257) is None
+    assert policy.make_gates(6 * [SkipShape("tokens", 64, 64, 257)]) is None
 
 
 def test_gates_keep_the_default_initialisation_inside_a_model():
@@ -172,6 +173,24 @@ def test_names_make_policies():
     assert [make_skip_scale(name, 0.7) for name in SKIP_SCALE_NAMES] == policies
 
 
+def test_the_registry_is_by_the_names_of_the_command_line():
+    assert tuple(SkipScale.known)[: len(SKIP_SCALE_NAMES)] == SKIP_SCALE_NAMES
+    assert [make_skip_scale(name).kind for name in SKIP_SCALE_NAMES] == list(SKIP_SCALE_NAMES)
+    assert skip_scale_to_dict(LearnedScale(8, shared=False)) == {"kind": "ls-separate", "reduction": 8, "shared": False}
+    assert make_skip_scale("ls", reduction=8) == LearnedScale(8)
+    with pytest.raises(ValueError, match="none of this version cannot be made of"):
+        make_skip_scale("none", reduction=8)
+
+
+def test_a_name_that_is_taken_stays_with_its_policy():
+    class Other(SkipScale, kind="cs"):
+        pass
+
+    assert make_skip_scale("cs") == ConstantScale()
+    with pytest.raises(ValueError, match="another policy has its name"):
+        skip_scale_to_dict(Other())
+
+
 def test_an_unknown_name_is_refused_with_the_known_ones():
     with pytest.raises(ValueError, match="unknown skip scale 'se'; there are none, inv-sqrt2, cs, ls, ls-separate"):
         make_skip_scale("se")
@@ -188,7 +207,7 @@ def test_a_policy_survives_json(policy):
 
 @pytest.mark.parametrize("description", [{"policy": "Magic"}, {"kappa": 0.5}])
 def test_an_unknown_description_is_refused(description):
-    with pytest.raises(ValueError, match=r"unknown skip-scale policy .*; there are Unscaled"):
+    with pytest.raises(ValueError, match=r"unknown skip-scale policy .*; there are none, inv-sqrt2, cs"):
         skip_scale_from_dict(description)
 
 
@@ -204,7 +223,7 @@ class Halving(SkipScale):
 
 
 def test_a_policy_of_ones_own_is_saved_and_loaded(tmp_path):
-    policy = Halving(3.0, (1, 2), position="before-norm")
+    policy = Halving(3.0, (1, 2))
     assert skip_scale_from_dict(json.loads(json.dumps(skip_scale_to_dict(policy)))) == policy
     model = UViT(CONFIG, skip_scale=policy)
     model.save_pretrained(tmp_path)
@@ -232,7 +251,7 @@ def named_like_ours() -> SkipScale:
 def test_a_policy_that_would_not_come_back_is_not_saved(tmp_path, make):
     with pytest.raises(ValueError, match="cannot be saved"):
         UViT(CONFIG, skip_scale=make()).save_pretrained(tmp_path)
-    assert skip_scale_from_dict({"policy": "ConstantScale", "kappa": 0.7}) == ConstantScale(0.7)
+    assert skip_scale_from_dict({"policy": "ConstantScale", "kappa": 0.7}) == ConstantScale(0.7)  # as it was saved
 
 
 @pytest.mark.parametrize("description", ["cs", None, {"policy": "ConstantScale", "factor": 0.5}, {"policy": {}}])

@@ -17,7 +17,7 @@ BATCH = 4
 
 def make_engine(config: TrainConfig):
     torch.manual_seed(0)
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
+    model = make_backbone(config.model, skip_scale=config.skip_scale)
     engine = zero.make_engine(model, config, join_processes(), BATCH)
     zero.set_learning_rate(engine, 1e-3)
     return engine

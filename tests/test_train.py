@@ -49,7 +49,7 @@ def straight(tmp_path_factory) -> Path:
 
 
 def test_a_run_leaves_what_the_house_promises(straight):
-    assert json.loads((straight / "config.json").read_text())["skip_scale"] == "ls"
+    assert json.loads((straight / "config.json").read_text())["model"]["skip_scale"]["kind"] == "ls"
     assert (straight / "samples" / "640.png").is_file()
     assert list((straight / "tensorboard").iterdir())
     files = {p.name for p in (straight / "checkpoints" / "640").iterdir()}

@@ -12,7 +12,9 @@ pytest.importorskip("deepspeed")
 
 from running import log_rows, losses, train_on_ranks
 
+from scalelong.model.architectures import load_backbone
 from scalelong.model.unet import UNet
+from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.commands.export import main as export
 from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
@@ -57,7 +59,6 @@ def test_another_architecture_is_another_configuration():
     ("changes", "message"),
     [
         ({"checkpointing": 0.5}, "'none' or 'blocks'"),
-        ({"skip_position": "inside"}, "before-norm or after-norm"),
         ({"model": replace(RECIPES["digits-unet"].model, out_channels=2)}, "learned variance"),
     ],
     ids=str,
@@ -68,8 +69,8 @@ def test_what_a_unet_cannot_do_is_refused(changes, message):
 
 
 def test_a_uvit_has_no_norm_to_scale_after():
-    with pytest.raises(ValueError, match="no skip scale can stand after"):
-        replace(RECIPES["digits-uvit"], skip_position="after-norm")
+    with pytest.raises(UserError, match="no norm follows the skips of a UViT: no skip scale can stand after"):
+        parse_train_arguments(["digits-uvit", "--skip-position", "after-norm"])
 
 
 @pytest.mark.slow
@@ -90,10 +91,12 @@ def test_resuming_is_exact(tmp_path, dropout):
 @pytest.mark.slow
 def test_a_run_is_exported_and_another_architecture_refused(tmp_path):
     run = tmp_path / "run"
-    assert train(unet_config(run, total_images=2 * STEP, skip_position="after-norm")) == 0
+    model = replace(unet_config(run).model, skip_position="after-norm")
+    assert train(unet_config(run, total_images=2 * STEP, model=model)) == 0
     export([str(run), "--out", str(tmp_path / "exported")])
-    model = UNet.from_pretrained(tmp_path / "exported")
-    assert model.skip_scale.position == "after-norm"
+    model = load_backbone(tmp_path / "exported")
+    assert isinstance(model, UNet)
+    assert model.config.skip_position == "after-norm"
     assert model(torch.randn(1, 1, 8, 8), torch.ones(1), torch.tensor([3])).isfinite().all()
     with pytest.raises(UserError, match="--model UNet -> UViT"):
         train(replace(RECIPES["digits-uvit"], run=run))

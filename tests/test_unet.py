@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -8,14 +9,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalelong.model.presets import UNET_PRESETS
+from scalelong.model.skip_gates import ChannelGate, SharedChannelGates
 from scalelong.model.skip_layers import GroupNorm
 from scalelong.model.skip_scale import (
     SKIP_SCALE_NAMES,
-    ChannelGate,
     ConstantScale,
     LearnedScale,
-    SharedChannelGates,
-    Unscaled,
     make_skip_scale,
 )
 from scalelong.model.unet import UNet, UNetConfig
@@ -23,8 +22,9 @@ from scalelong.model.unet import UNet, UNetConfig
 PLAIN = UNetConfig(img_size=16, model_channels=16, channel_mult=(1, 2, 3), num_res_blocks=1, num_groups=8)
 LABELS = replace(PLAIN, num_classes=7, use_scale_shift_norm=True, resblock_updown=True, num_head_channels=8)
 each_config = pytest.mark.parametrize("config", [PLAIN, LABELS], ids=["plain", "labels"])
-POLICIES = [make_skip_scale(name, 0.7) for name in SKIP_SCALE_NAMES] + [make_skip_scale("cs", 0.7, "after-norm")]
-each_policy = pytest.mark.parametrize("policy", POLICIES, ids=[*SKIP_SCALE_NAMES, "cs-after-norm"])
+POLICIES: list[Any] = [(make_skip_scale(name, 0.7), "before-norm") for name in SKIP_SCALE_NAMES]
+POLICIES.append((make_skip_scale("cs", 0.7), "after-norm"))
+each_policy = pytest.mark.parametrize(("policy", "position"), POLICIES, ids=[*SKIP_SCALE_NAMES, "cs-after-norm"])
 
 
 def make_inputs(config: UNetConfig, B: int = 2) -> tuple[Tensor, ...]:
@@ -65,7 +65,7 @@ def test_published_sizes(name):
     assert f"{model.num_params() / 1e6:.3f}" == millions
     found = []
     for _, block in model.skip_blocks():
-        block.register_forward_pre_hook(lambda _, args: found.append((args[0].shape[1], *args[2].shape[1:3])))
+        block.register_forward_pre_hook(lambda _, args: found.append((args[0].shape[1], *args[2].features.shape[1:3])))
     with torch.no_grad():
         model(*inputs)
     assert found == concatenations
@@ -101,7 +101,7 @@ def test_flops_are_those_that_torch_counts(name):
 def calls_of_the_decoder(model: UNet) -> list[tuple]:
     calls = []
     for _, block in model.skip_blocks():
-        block.register_forward_pre_hook(lambda block, args: calls.append((block, *args[2:])))
+        block.register_forward_pre_hook(lambda block, args: calls.append((block, args[2].features, args[2].scale)))
     with torch.no_grad():
         model(*make_inputs(model.config))
     return calls
@@ -170,7 +170,7 @@ def test_a_factor_before_the_norm_changes_only_groups_that_straddle():
         block.get_parameter("skip_connection.weight")[:, 16:] = 0
     x, t = make_inputs(config)
     torch.testing.assert_close(model(x.double(), t), plain(x.double(), t))  # ... nothing is left of the scale,
-    scaled = UNet(config, skip_scale=ConstantScale(0.5, position="after-norm")).double()
+    scaled = UNet(replace(config, skip_position="after-norm"), skip_scale=ConstantScale(0.5)).double()
     scaled.load_state_dict(model.state_dict())
     assert (scaled(x.double(), t) - plain(x.double(), t)).abs().max() > 1e-2  # unless it stands behind.
 
@@ -196,8 +196,8 @@ def test_output_is_shaped_as_the_image_or_as_asked(config):
 
 @each_config
 @each_policy
-def test_gradients_reach_every_parameter(policy, config):
-    model = make_model(config, policy)
+def test_gradients_reach_every_parameter(policy, position, config):
+    model = make_model(replace(config, skip_position=position), policy)
     output = model(*make_inputs(config))
     output.backward(torch.randn_like(output))
     # Every channel of the gates' hidden layer may be off; their last bias is not.
@@ -222,11 +222,12 @@ def test_residual_branches_begin_at_zero():
 
 @each_policy
 @torch.no_grad()
-def test_saved_models_come_back_the_same(tmp_path, policy):
-    model = make_model(LABELS, policy)
+def test_saved_models_come_back_the_same(tmp_path, policy, position):
+    config = replace(LABELS, skip_position=position)
+    model = make_model(config, policy)
     model.save_pretrained(tmp_path)
     loaded = UNet.from_pretrained(tmp_path)
-    assert (loaded.config, loaded.skip_scale, loaded.training) == (LABELS, policy, False)
+    assert (loaded.config, loaded.skip_scale, loaded.training) == (config, policy, False)
     inputs = make_inputs(LABELS)
     assert torch.equal(loaded(*inputs), model(*inputs))
 
@@ -289,4 +290,4 @@ def test_kappa_outside_0_1_is_refused(kappa):
 
 def test_an_unknown_position_is_refused():
     with pytest.raises(ValueError, match="before-norm or after-norm, got 'inside'"):
-        Unscaled(position="inside")  # type: ignore[arg-type]
+        replace(PLAIN, skip_position="inside")

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -38,8 +38,9 @@ each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["cont
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 
 
-def make_model(config: UNetConfig, mode: tuple = ("none", "before-norm"), **more) -> UNet:
-    model = UNet(config, skip_scale=make_skip_scale(mode[0], 0.7, mode[1]), **more)
+def make_model(config: UNetConfig, mode: Any = ("none", "before-norm"), **more) -> UNet:
+    name, position = mode
+    model = UNet(replace(config, skip_position=position), skip_scale=make_skip_scale(name, 0.7), **more)
     with torch.no_grad():  # so that no branch begins at zero
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))

@@ -11,6 +11,7 @@ from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.model.time_embedding import time_embedding
 from scalelong.model.uvit import UViT, UViTConfig
+from scalelong.model.uvit_checkpoint import load_uvit_checkpoint
 
 # fmt: off
 PUBLISHED = {  # width, depth, heads, tokens, last convolution, parameters / 1e6, multiply-adds of a forward pass / 1e9
@@ -62,8 +63,9 @@ def test_published_sizes(name):
     [
         *UVIT_PRESETS.values(),
         replace(LABELS, time_mlp=True, qkv_bias=True, mlp_ratio=2.5),
+        replace(LABELS, out_channels=6),
     ],
-    ids=[*UVIT_PRESETS, "unpublished-options"],
+    ids=[*UVIT_PRESETS, "unpublished-options", "other-channels"],
 )
 def test_flops_are_those_that_torch_counts(config):
     with torch.device("meta"):
@@ -197,6 +199,20 @@ def test_saved_models_come_back_the_same(tmp_path, skip_scale):
     assert (loaded.config, loaded.skip_scale, loaded.training) == (LABELS, skip_scale, False)
     inputs = make_inputs(LABELS)
     assert torch.equal(loaded(*inputs), model(*inputs))
+
+
+@torch.no_grad()
+def test_a_network_may_predict_other_channels_than_it_takes(tmp_path):
+    model = UViT(replace(LABELS, out_channels=6))
+    for p in model.parameters():
+        p.add_(0.05 * torch.randn_like(p))
+    inputs = make_inputs(LABELS)
+    assert model(*inputs).shape == (2, 6, 16, 16)
+    model.save_pretrained(tmp_path)
+    sizes = {"img_size": 16, "patch_size": 2, "num_heads": 4}
+    for loaded in (UViT.from_pretrained(tmp_path), load_uvit_checkpoint(tmp_path / "model.safetensors", **sizes)):
+        assert loaded.config == model.config
+        assert torch.equal(loaded(*inputs), model(*inputs))
 
 
 @pytest.mark.parametrize("name", ["config.json", "model.safetensors"])

@@ -1,5 +1,7 @@
 """The fused U-ViT against the network written plainly, over the same parameters."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from torch.func import functional_call
 
 from scalelong.bench.published_uvit import as_published
 from scalelong.bench.timing import peak_bytes
+from scalelong.model.backbone_config import BlockMemory
 from scalelong.model.checkpointing import kept_parts
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, Unscaled, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig
@@ -157,11 +160,12 @@ def test_needs_less_memory_than_the_plain_network():
      (0.6, {"attention", 1.0, 3.0}), (0.9, {"attention", 1.0, 3.0, 4.0})],
 )  # fmt: skip
 def test_what_is_kept_costs_most_for_its_size(share, kept):
-    assert kept_parts(share, 4.0) == kept
+    assert CONFIG.block_memory == BlockMemory(total=12, products=(1.0, 3.0, 4.0))
+    assert kept_parts(share, CONFIG.block_memory) == kept
 
 
 def test_products_of_the_same_shape_share_their_room():
-    assert kept_parts(0.6, 3.0) == {"attention", 1.0}
+    assert kept_parts(0.6, replace(CONFIG, mlp_ratio=3.0).block_memory) == {"attention", 1.0}
 
 
 @pytest.mark.parametrize("checkpointing", ["all", "", 0.0, 1.0, -0.5, float("nan")])

@@ -271,6 +271,6 @@ def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema"
         problem = find_problem(folder) if folder.is_dir() else "there is no such folder"
         if problem:
             raise UserError(f"cannot use the checkpoint {folder}: {problem}")
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
+    model = make_backbone(config.model, skip_scale=config.skip_scale)
     model.load_state_dict(read_tensors(folder, weights))
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config

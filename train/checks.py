@@ -8,7 +8,7 @@ import psutil
 
 from scalelong.train.branch import find_origin, keep_origin, with_origin
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
-from scalelong.train.config import TrainConfig, config_differences, config_to_dict
+from scalelong.train.config import TrainConfig, config_differences, flag_values
 from scalelong.train.data.batches import choose_reader, num_reader_threads, prepare_source
 from scalelong.train.data.order import BatchPlan
 from scalelong.train.data.source import LatentSource, open_source
@@ -68,16 +68,7 @@ def check_before_training(config: TrainConfig, processes: Processes) -> Start:
 
 def values_of(config: TrainConfig) -> dict[str, str]:
     """The flags of the configuration and their values, but for those that may differ from host to host."""
-    flat, left = {}, [("--", config_to_dict(config))]
-    while left:
-        prefix, values = left.pop()
-        for name, value in values.items():
-            flag = prefix + name.replace("_", "-")
-            if isinstance(value, dict):
-                left.append((flag + ".", value))
-            elif flag not in OF_ONE_HOST:
-                flat[flag] = str(value)
-    return flat
+    return {flag: str(value) for flag, value in flag_values(config) if flag not in OF_ONE_HOST}
 
 
 def check_same_data(config: TrainConfig, fingerprints: list[tuple[str, str]]) -> None:

@@ -7,18 +7,21 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, has_field, make_skip_scale
+from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
-from scalelong.train.errors import UserError
+from scalelong.train.errors import UserError, warn
 from scalelong.train.recipes import RECIPES
 from scalelong.train.usage import TRAIN_PROGRAM, usage
 
 T = TypeVar("T")
+R = TypeVar("R", bound="RecipeArguments")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,21 @@ class RunArguments:
     """Which one, by its images_seen; the newest if not given."""
     weights: Literal["ema", "model"] = "ema"
     """The averaged weights, or those of the last step."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeArguments:
+    """A run of a recipe: the flags of training, and short forms of some."""
+
+    skip_scale: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SKIP_SCALE_NAMES) + "}")] = ""
+    """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1), a shared learned gate, or one gate a skip. The
+    same as skip-scale.kind."""
+    kappa: float | None = None
+    """Short for skip-scale.kappa, of "cs"."""
+    skip_position: SkipPosition | None = None
+    """Short for model.skip-position, of a UNet."""
+    train: Annotated[TrainConfig, tyro.conf.arg(name="")]
+    """The run."""
 
 
 def parse(kind: type[T], argv: list[str] | None, *, prog: str, default: T | None = None) -> T:
@@ -120,7 +138,78 @@ def parse_train_arguments(argv: list[str]) -> TrainConfig:
         print(usage())
         sys.exit(0)
     name, flags = choose_recipe(argv, program=TRAIN_PROGRAM)
-    return parse(TrainConfig, with_short_names(flags), prog=f"{TRAIN_PROGRAM} {name}", default=RECIPES[name])
+    default = RecipeArguments(train=RECIPES[name])
+    return parse_recipe(RecipeArguments, with_short_names(flags), prog=f"{TRAIN_PROGRAM} {name}", default=default).train
+
+
+def parse_recipe(kind: type[R], flags: list[str], *, prog: str, default: R) -> R:
+    """As ``parse``, of arguments that hold a recipe; what short forms say is in ``train``.
+
+    Raises:
+        UserError: as ``parse`` does; or a short form and a long one that disagree.
+    """
+    policy = default.train.skip_scale
+    flags, chosen = _take_kind(flags)
+    if chosen is not None and chosen != policy.kind:
+        policy = make_skip_scale(chosen)
+    default = replace(default, skip_scale=policy.kind, train=replace(default.train, skip_scale=policy))
+    parsed = parse(kind, flags, prog=prog, default=default)
+    try:
+        if chosen is not None:
+            check_kind(chosen, parsed.train.skip_scale)
+        return replace(parsed, train=_with_short_forms(parsed, given=_names_of(flags)))
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _take_kind(flags: list[str]) -> tuple[list[str], str | None]:
+    """The flags without those that choose the policy, on which depends what other flags there are; and its name."""
+    kept, found, values = [], {}, iter(flags)
+    for flag in values:
+        name, equals, value = flag.partition("=")
+        name = name.replace("_", "-")
+        if name not in ("--skip-scale", "--skip-scale.kind"):
+            kept.append(flag)
+            continue
+        value = value if equals else next(values, None)
+        if value not in SkipScale.known:
+            got = "expected a name after it" if value is None else f"invalid choice {value!r}"
+            raise UserError(f"{name}: {got}; there are {', '.join(SkipScale.known)}")
+        found[name] = value
+    if len(set(found.values())) > 1:
+        raise UserError(" and ".join(f"{name} {value}" for name, value in found.items()) + " disagree: give one")
+    return kept, next(iter(found.values()), None)
+
+
+def _names_of(flags: list[str]) -> set[str]:
+    return {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+
+
+def _with_short_forms(parsed: RecipeArguments, *, given: set[str]) -> TrainConfig:
+    config = parsed.train
+    policy, model = config.skip_scale, config.model
+    if parsed.kappa is not None:
+        if has_field(policy.kind, "kappa"):
+            policy = _with(policy, "kappa", parsed.kappa, "--kappa", "--skip-scale.kappa", given)
+        else:
+            warn(f"--kappa is ignored: the skip scale {policy.kind!r} has none")
+    if parsed.skip_position is not None:
+        if any(field.name == "skip_position" for field in fields(model)):
+            long = "--model.skip-position"
+            model = _with(model, "skip_position", parsed.skip_position, "--skip-position", long, given)
+        elif parsed.skip_position != "before-norm":
+            raise ValueError(f"no norm follows the skips of a {model.architecture}: no skip scale can stand after one")
+    return replace(config, skip_scale=policy, model=model)
+
+
+def _with(part: Any, field: str, value: Any, short: str, long: str, given: set[str]) -> Any:
+    """
+    Raises:
+        ValueError: the long form was given too, and says something else.
+    """
+    if long in given and getattr(part, field) != value:
+        raise ValueError(f"{short} {value} and {long} {getattr(part, field)} disagree: give one")
+    return replace(part, **{field: value})
 
 
 def choose_recipe(argv: list[str], *, program: str) -> tuple[str, list[str]]:

@@ -2,23 +2,19 @@
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from scalelong.model.architectures import (
-    BackboneConfig,
-    architecture_of,
-    backbone_config_from_dict,
-    backbone_config_to_dict,
-    backbone_of,
-)
-from scalelong.model.checkpointing import Checkpointing
-from scalelong.model.skip_scale import SkipPosition, SkipScale, SkipScaleName, make_skip_scale
-from scalelong.model.uvit import UViTConfig
+from scalelong.model.architectures import model_from_dict, model_to_dict
+from scalelong.model.backbone_config import BackboneConfig, Checkpointing
+from scalelong.model.renamed import with_new_names
+from scalelong.model.skip_scale import ConstantScale, SkipScale, has_field, make_skip_scale
 from scalelong.train.errors import UserError
-from scalelong.train.objective import NUM_TIMES
 
+NUM_TIMES = 1000
+"""Points of the grid of times on which discrete schedules are defined and the samplers of diffusers work."""
 ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
 SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
 ReaderName = Literal["auto", "dali", "pillow"]
@@ -132,12 +128,8 @@ class TrainConfig:
     """How many checkpoints are kept, at least 2."""
     seed: int = 0
     """Of the weights, the order of the data, flips, dropped labels, times and noise."""
-    skip_scale: SkipScaleName = "cs"
-    """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1), a shared learned gate, or one gate a skip."""
-    kappa: float = 0.5
-    """Of "cs", in (0, 1]."""
-    skip_position: SkipPosition = "before-norm"
-    """Of a UNet: scale what the first norm of a decoder block reads, or what it yields."""
+    skip_scale: SkipScale = field(default_factory=ConstantScale)
+    """What multiplies the long skips: a policy, or its name."""
     objective: ObjectiveName = "vp-sde"
     """Noise prediction under the continuous VP-SDE, or the discrete schedule of DDPM, ADM or Stable Diffusion."""
     label_drop: float = 0.0
@@ -155,12 +147,15 @@ class TrainConfig:
     checkpointing: Checkpointing = bookkeeping("none")
     """What blocks keep for backward: all, only their inputs ("blocks"), or (U-ViT) at most a share in (0, 1)."""
     model: BackboneConfig
+    """The network."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     guard: GuardConfig = bookkeeping(default_factory=GuardConfig)
 
     def __post_init__(self):
+        if isinstance(self.skip_scale, str):
+            object.__setattr__(self, "skip_scale", make_skip_scale(self.skip_scale))
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
         not_negative = ("images_per_grid", "images_per_average", "images_per_log", "seed")
         _check(self, positive, lambda v: v >= 1, "at least 1")
@@ -185,12 +180,9 @@ class TrainConfig:
             raise ValueError("label_drop needs a model with labels or text (model.num_classes, model.context_tokens)")
         if self.sample.guidance and not self.label_drop:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
-        if getattr(self.model, "out_channels", 0) not in (0, self.model.in_channels):
+        if self.model.channels_out != self.model.in_channels:
             raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
-        backbone_of(self.model).check_options(self.make_skip_scale(), self.checkpointing)
-
-    def make_skip_scale(self) -> SkipScale:
-        return make_skip_scale(self.skip_scale, self.kappa, self.skip_position)
+        self.model.check_checkpointing(self.checkpointing)
 
     @property
     def null_label(self) -> int | None:
@@ -200,10 +192,7 @@ class TrainConfig:
     @property
     def context_shape(self) -> tuple[int, int] | None:
         """(L, D) of the text features that the model takes; None for a model without text."""
-        model = self.model
-        if not (isinstance(model, UViTConfig) and model.context_tokens):
-            return None
-        return model.context_tokens, model.context_dim
+        return self.model.context_shape
 
     @property
     def num_data_classes(self) -> int:
@@ -230,20 +219,22 @@ def _check(config: Any, names: tuple[str, ...], holds: Any, what: str) -> None:
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """A JSON-able form of the configuration."""
-    values = {**asdict(config), "model": backbone_config_to_dict(config.model)}
+    """A JSON-able form of the configuration, in which the skip scale stands with the model, as in exports."""
+    values = {**asdict(config), "model": model_to_dict(config.model, config.skip_scale)}
+    del values["skip_scale"]
     return json.loads(json.dumps(values, default=str))
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainConfig:
-    """What ``config_to_dict`` wrote.
+    """What ``config_to_dict`` wrote, in an earlier version too.
 
     Raises:
         UserError: a field that this version does not know.
     """
     parts = {"optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig, "guard": GuardConfig}
     try:
-        values = {**values, "model": backbone_config_from_dict(values["model"])}
+        values = _with_new_names(values)
+        values["model"], values["skip_scale"] = model_from_dict(values["model"])
         for name, part in parts.items():
             # Runs older than the guard have none.
             values[name] = part(**(values.get(name, {}) if name == "guard" else values[name]))
@@ -253,6 +244,20 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"the run's config.json does not fit this version of scalelong: {error}") from error
+
+
+def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a run of any version under the names of this one."""
+    if "config" not in values["model"]:  # the sizes of the network stood beside the name of its architecture
+        architecture = values["model"].get("architecture", "UViT")
+        sizes = {name: value for name, value in values["model"].items() if name != "architecture"}
+        values = {**values, "model": {"architecture": architecture, "config": sizes}}
+    values = with_new_names("run", values)
+    skip_scale = values["model"].get("skip_scale", {})
+    # Every run had a kappa, whatever its policy.
+    if skip_scale.get("kind") in SkipScale.known and not has_field(skip_scale["kind"], "kappa"):
+        skip_scale.pop("kappa", None)
+    return values
 
 
 def config_differences(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -265,13 +270,32 @@ def _differences(old: Any, new: Any, prefix: str) -> list[str]:
     for f in fields(old):
         before, after = getattr(old, f.name), getattr(new, f.name)
         flag = prefix + f.name.replace("_", "-")
-        if type(before) is not type(after) and f.name == "model":
-            found.append(f"{flag} {architecture_of(before)} -> {architecture_of(after)}")
+        if kind_of(before) != kind_of(after):
+            found.append(f"{flag} {kind_of(before)} -> {kind_of(after)}")
         elif is_dataclass(before):
             found += _differences(before, after, flag + ".")
         elif before != after and not f.metadata.get("bookkeeping"):
             found.append(f"{flag} {before} -> {after}")
     return found
+
+
+def kind_of(part: Any) -> str | None:
+    """Which of several kinds a part of the configuration is: an architecture, or a policy; None of other parts."""
+    if isinstance(part, BackboneConfig):
+        return part.architecture
+    return part.kind if isinstance(part, SkipScale) else None
+
+
+def flag_values(part: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
+    """Every flag of a configuration, and its value."""
+    for f in fields(part):
+        value, flag = getattr(part, f.name), prefix + f.name.replace("_", "-")
+        if (kind := kind_of(value)) is not None:
+            yield flag, kind
+        if is_dataclass(value):
+            yield from flag_values(value, flag + ".")
+        else:
+            yield flag, value
 
 
 SAMPLER_NAMES: tuple[str, ...] = get_args(SamplerName)

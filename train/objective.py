@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-NUM_TIMES = 1000
+from scalelong.train.config import NUM_TIMES
+
 Denoiser = Callable[[Tensor, float], Tensor]
 """D(x, sigma): the mean of x_0, (B, C, H, W), given x = x_0 + sigma ε."""
 

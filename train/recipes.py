@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from scalelong.model.architectures import BackboneConfig
+from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from scalelong.train.usage import DESCRIPTIONS

@@ -1,7 +1,7 @@
 """A run in progress: how it is built from nothing or a checkpoint, saved, and rolled back."""
 
 import gc
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def start_run(start: Start) -> Run:
     if processes.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
+    model = make_backbone(config.model, skip_scale=config.skip_scale, checkpointing=config.checkpointing)
     if checkpoint is not None:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     monitor = SkipMonitor(model)
@@ -123,7 +123,8 @@ def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:
 
 def describe(run: Run) -> str:
     c, p = run.config, run.processes
-    skips = f"{c.skip_scale} (kappa {c.kappa})" if c.skip_scale == "cs" else c.skip_scale
+    more = [f"{name} {value}" for name, value in asdict(c.skip_scale).items() if name != "shared"]
+    skips = f"{c.skip_scale.kind} ({', '.join(more)})" if more else c.skip_scale.kind
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in run.engine.module.parameters())
     how = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
     if run.start.is_branch:

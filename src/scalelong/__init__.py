@@ -6,9 +6,10 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "UNet": "scalelong.model.unet",
-    "UNetConfig": "scalelong.model.unet",
+    "UNetConfig": "scalelong.model.unet_config",
     "UViT": "scalelong.model.uvit",
-    "UViTConfig": "scalelong.model.uvit",
+    "UViTConfig": "scalelong.model.uvit_config",
+    "load_backbone": "scalelong.model.architectures",
     "load_adm_checkpoint": "scalelong.model.adm_checkpoint",
     "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
     "PatchedUNet": "scalelong.model.diffusers_loading",

@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
     weights, error = posthoc_average(
         arguments.run, arguments.std, at=arguments.at, largest_error=arguments.largest_error
     )
-    model = make_backbone(config.model, skip_scale=config.make_skip_scale())
+    model = make_backbone(config.model, skip_scale=config.skip_scale)
     model.load_state_dict(weights)
     write_export(model, arguments.out)
     print(f"width {arguments.std:g}, profile met within {100 * error:.2g} % -> {arguments.out}")

@@ -1,6 +1,6 @@
 """``scalelong export RUN --out DIR``: weights in safetensors with a JSON configuration.
 
-``UViT.from_pretrained(DIR)``, or ``UNet``, reads the folder.
+``scalelong.load_backbone(DIR)`` reads the folder.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from scalelong.train.errors import UserError
 
 @dataclass(frozen=True, kw_only=True)
 class ExportArguments(RunArguments):
-    """Export a run's model: safetensors weights and a JSON configuration, for ``from_pretrained``."""
+    """Export a run's model: safetensors weights and a JSON configuration, for ``load_backbone``."""
 
     out: Path
     """Folder to write; must be new or empty."""

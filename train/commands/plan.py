@@ -10,20 +10,18 @@ and averages are sharded with the optimizer, so the sums are done here, for Deep
 import sys
 import weakref
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
-from typing import Annotated
 from unittest.mock import patch
 
 import torch
-import tyro
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalelong.model.architectures import make_backbone
-from scalelong.train.command_line import choose_recipe, parse
+from scalelong.train.command_line import RecipeArguments, choose_recipe, parse_recipe
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.objective import OBJECTIVES
@@ -41,7 +39,7 @@ ZERO3_COPIES = 1.2
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanArguments:
+class PlanArguments(RecipeArguments):
     """Memory of a GPU, bytes on the wire, and the ZeRO stage and micro-batch to take for a preset."""
 
     nodes: int = 1
@@ -50,8 +48,6 @@ class PlanArguments:
     """GPUs of each."""
     gpu_memory: float = 80.0
     """Of each GPU, in GB of 10^9 bytes."""
-    train: Annotated[TrainConfig, tyro.conf.arg(name="")] = field(default_factory=lambda: RECIPES["digits-uvit"])
-    """The run, with the flags of training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +86,7 @@ def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong plan``."""
     name, flags = choose_recipe(sys.argv[1:] if argv is None else argv, program="scalelong plan")
     default = PlanArguments(train=RECIPES[name])
-    arguments = parse(PlanArguments, flags, prog=f"scalelong plan {name}", default=default)
+    arguments = parse_recipe(PlanArguments, flags, prog=f"scalelong plan {name}", default=default)
     check_arguments(arguments)
     num_gpus = arguments.nodes * arguments.gpus_per_node
     budget = USABLE_SHARE * arguments.gpu_memory * GB
@@ -222,7 +218,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _make_model(config: TrainConfig) -> torch.nn.Module:
     # It draws until all values lie within bounds, and there are no values.
     with patch("torch.nn.init.trunc_normal_"):
-        return make_backbone(config.model, skip_scale=config.make_skip_scale(), checkpointing=config.checkpointing)
+        return make_backbone(config.model, skip_scale=config.skip_scale, checkpointing=config.checkpointing)
 
 
 class _LiveBytes(TorchDispatchMode):

@@ -36,7 +36,7 @@ def make_grid(run: Run) -> None:
     The noise, labels and captions are the same each time, to compare grids by.
     """
     config, sample, processes = run.config, run.config.sample, run.processes
-    model = averaged_network(run.ema, lambda: make_backbone(config.model, skip_scale=config.make_skip_scale()))
+    model = averaged_network(run.ema, lambda: make_backbone(config.model, skip_scale=config.skip_scale))
     texts = texts_of(config, run.source)
     images = generate(
         model,

@@ -1,0 +1,110 @@
+"""What the configurations of all backbones have in common.
+
+Imports no torch, and nor do the configurations: command lines, recipes and checks of options do without it.
+"""
+
+from dataclasses import dataclass, fields
+from numbers import Integral
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from scalelong.model.backbone import Backbone
+
+Checkpointing = Literal["none", "blocks"] | float
+
+
+@dataclass(frozen=True)
+class BlockMemory:
+    """What backward reads of a block, in multiples of the size of its input: what recomputation may drop of it."""
+
+    total: float
+    """All of it, the input included, which is always kept."""
+    products: tuple[float, ...]
+    """Outputs of matrix products, each known by its outputs an input."""
+    attention: float = 1.0
+    """The output of attention."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """The shape of a network: what data, trainer and samplers ask of any.
+
+    A network's own configuration derives from it and gives its architecture a name, by which it is saved and found
+    again: ``class UViTConfig(BackboneConfig, architecture="UViT")``.
+
+    Raises:
+        ValueError: sizes that do not fit together, naming them.
+    """
+
+    known: ClassVar[dict[str, type["BackboneConfig"]]] = {}
+    """The configurations by the names of their architectures."""
+    architecture: ClassVar[str] = ""
+
+    img_size: int
+    """Side of the (square) image or latent, in pixels."""
+    in_channels: int = 3
+    """Channels of the image or latent."""
+    out_channels: int = 0
+    """Channels of the prediction; 0: as the image. Networks that learn the variance have twice as many."""
+    num_classes: int = 0
+    """Rows of the label embedding, a null label for guidance included; 0: no labels."""
+    context_tokens: int = 0
+    """Text tokens; 0: no text."""
+    context_dim: int = 768
+    """Features of a text token as given."""
+
+    def __init_subclass__(cls, architecture: str = "", **more: object):
+        super().__init_subclass__(**more)
+        cls.architecture = architecture or cls.__name__.removesuffix("Config")
+        BackboneConfig.known[cls.architecture] = cls
+
+    def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and (not isinstance(value, Integral) or isinstance(value, bool)):
+                what = ", the side of a square image" if field.name == "img_size" else ""
+                raise ValueError(f"{field.name} is a whole number{what}, got {value!r}")
+        self.check_at_least(1, "img_size", "in_channels", "context_dim")
+        self.check_at_least(0, "out_channels", "num_classes", "context_tokens")
+
+    def check_at_least(self, least: int, *names: str) -> None:
+        """
+        Raises:
+            ValueError: a field of these that is smaller, naming it.
+        """
+        for name in names:
+            if getattr(self, name) < least:
+                what = "must not be negative" if least == 0 else f"must be at least {least}"
+                raise ValueError(f"{name} {what}, got {getattr(self, name)}")
+
+    @classmethod
+    def network(cls) -> type["Backbone"]:
+        """The class of the network that is described; imports it, and torch."""
+        raise NotImplementedError
+
+    @property
+    def channels_out(self) -> int:
+        """Channels of the prediction."""
+        return self.out_channels or self.in_channels
+
+    @property
+    def context_shape(self) -> tuple[int, int] | None:
+        """(tokens, features) of the text that the network takes; None for a network without text."""
+        return (self.context_tokens, self.context_dim) if self.context_tokens else None
+
+    @property
+    def block_memory(self) -> BlockMemory | None:
+        """What recomputation may drop of each block; None where it can only drop all but the input."""
+        return None
+
+    def check_checkpointing(self, checkpointing: Checkpointing) -> None:
+        """
+        Raises:
+            ValueError: neither "none", "blocks" nor, where blocks say what may be dropped, a share in (0, 1).
+        """
+        if checkpointing in ("none", "blocks"):
+            return
+        if self.block_memory is None:
+            raise ValueError(f"checkpointing of a {self.architecture} is 'none' or 'blocks', got {checkpointing!r}")
+        if isinstance(checkpointing, str) or not 0 < checkpointing < 1:
+            raise ValueError(f"checkpointing is 'none', 'blocks' or a share in (0, 1), got {checkpointing!r}")

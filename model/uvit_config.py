@@ -1,0 +1,79 @@
+"""The shape of a U-ViT; imports no torch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory
+
+if TYPE_CHECKING:
+    from scalelong.model.uvit import UViT
+
+
+@dataclass(frozen=True, kw_only=True)
+class UViTConfig(BackboneConfig, architecture="UViT"):
+    """The shape of a U-ViT.
+
+    Raises:
+        ValueError: sizes that do not fit together, naming them.
+    """
+
+    patch_size: int
+    """Side of a patch, in pixels."""
+    width: int = 512
+    """Features of a token."""
+    depth: int = 12
+    """Blocks that a skip joins, half of them on each side; one more block lies between."""
+    num_heads: int = 8
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    final_conv: bool = True
+    """A 3x3 convolution after the last projection."""
+    qkv_bias: bool = False
+    """A bias in the projection to queries, keys and values (no published network has one)."""
+    time_mlp: bool = False
+    """An MLP over the time embedding (no published network has one)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_at_least(1, "patch_size", "width", "num_heads", "mlp_width")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        if self.width % 2:
+            raise ValueError(f"width must be even for the sinusoidal time embedding, got {self.width}")
+        if self.depth < 2 or self.depth % 2:
+            raise ValueError(f"depth must be even and at least 2, got {self.depth}")
+        if self.num_classes and self.context_tokens:
+            raise ValueError("a U-ViT takes class labels or text, not both")
+
+    @classmethod
+    def network(cls) -> type["UViT"]:
+        from scalelong.model.uvit import UViT
+
+        return UViT
+
+    @property
+    def num_skips(self) -> int:
+        return self.depth // 2
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def num_extras(self) -> int:
+        """Tokens before the patches: the time, then the class before it or the text after it."""
+        return 1 + (1 if self.num_classes else 0) + self.context_tokens
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_extras + (self.img_size // self.patch_size) ** 2
+
+    @property
+    def block_memory(self) -> BlockMemory:
+        """Both norms, queries, keys and values (3), what attention puts out, its projection, the stream between the
+        halves of a block, and the MLP's hidden layer."""
+        hidden = self.mlp_width / self.width
+        return BlockMemory(total=8 + hidden, products=(1.0, 3.0, hidden))
