@@ -23,7 +23,7 @@ from torch import Tensor
 from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
-from scalelong.kernels.backend import Backends, backend_of, tells
+from scalelong.kernels.backend import Backends, backend_of, is_traced, tells
 from scalelong.kernels.launches import Kept
 from scalelong.kernels.precision import autocast_dtype, is_autocast
 
@@ -84,7 +84,7 @@ def add_layer_norm(
     if backend == "reference":
         _check(inputs, eps)
         return add_layer_norm_ref(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, eps=eps)
-    if torch.compiler.is_compiling():
+    if is_traced():
         _check(inputs, eps)
         dtype, own_dtype, branch_dtype = _dtypes(inputs, autocast_dtype(x))
         branch = None if branch is None or branch_dtype is None else branch.to(branch_dtype)

@@ -26,7 +26,7 @@ from scalelong.kernels.attention_backends import (
     queries,
     split_heads,
 )
-from scalelong.kernels.backend import Backends, forced_backend, in_transform, tells
+from scalelong.kernels.backend import Backends, forced_backend, in_transform, is_traced, tells
 from scalelong.kernels.double_backward import differentiable_gradients
 from scalelong.kernels.precision import cast_by_autocast, is_autocast, without_autocast
 
@@ -112,10 +112,10 @@ def attention(
         backend = _backend_of_auto()
     elif backend not in BACKENDS:
         raise ValueError(f"attention: unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
-    elif not torch.compiler.is_compiling():
+    elif not is_traced():
         _assert_runs(BACKENDS[backend], qkv, num_heads)
     out = BACKENDS[backend].call(qkv, num_heads, scale)
-    if backend in ("math", "reference") or not out.requires_grad or torch.compiler.is_compiling():
+    if backend in ("math", "reference") or not out.requires_grad or is_traced():
         return out
     return _TwiceDifferentiable.apply(out, num_heads, backend, scale, *_tensors(qkv))
 

@@ -10,7 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -44,14 +44,20 @@ class Backends(NamedTuple):
     backward: str
 
 
+_PROXY = torch._C._TorchDispatchModeKey.PROXY
 _TELLING: dict[Callable[..., Any], Callable[..., Backends]] = {}
 
 
-def get_backend(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Backends:
+@overload
+def get_backend(operator: Tensor) -> str: ...
+@overload
+def get_backend(operator: Callable[..., Any], *arguments: Any, **options: Any) -> Backends: ...
+def get_backend(operator: Callable[..., Any] | Tensor, *arguments: Any, **options: Any) -> Backends | str:
     """What the call ``operator(*arguments, **options)`` runs here and now, forward and backward.
 
     Args:
-        operator: one of this package's, such as ``skip_linear``; its arguments follow as it takes them.
+        operator: one of this package's, such as ``skip_linear``; its arguments follow as it takes them. A tensor alone
+            asks whose kernels operators take for it: "triton", "native" or "reference".
 
     Returns:
         Of each direction "triton" or "native", the kernels of this package for GPUs and CPUs; "torch", PyTorch's own
@@ -64,6 +70,8 @@ def get_backend(operator: Callable[..., Any], *arguments: Any, **options: Any) -
         TypeError: ``operator`` is none of this package's.
         RuntimeError: ``use_backend`` forces a backend that cannot take these tensors; says why.
     """
+    if isinstance(operator, Tensor):
+        return backend_of(operator)
     if operator not in _TELLING:
         known = ", ".join(sorted(each.__name__ for each in _TELLING))
         raise TypeError(f"get_backend: {operator!r} is no operator that tells what it runs; those imported are {known}")
@@ -104,6 +112,11 @@ def backend_of(tensor: Tensor) -> str:
         return "native"
     _warn_once()
     return "reference"
+
+
+def is_traced() -> bool:
+    """Under torch.compile, torch.export or make_fx, which record operators as registered, not what those launch."""
+    return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
 def in_transform() -> bool:

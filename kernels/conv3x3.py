@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from scalelong.kernels import native_library
 from scalelong.kernels.arguments import described
-from scalelong.kernels.backend import Backends, backend_of, tells
+from scalelong.kernels.backend import Backends, backend_of, is_traced, tells
 
 
 def conv3x3_ref(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -57,7 +57,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None) -> Backends:
 
 def _runs_natively(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        not torch.compiler.is_compiling()
+        not is_traced()
         and backend_of(x) == "native"
         and not torch.is_autocast_enabled("cpu")
         and all(y is None or y.dtype == torch.float32 for y in (x, weight, bias))

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels import gelu_linear_triton
-from scalelong.kernels.backend import Backends, backend_of, tells
+from scalelong.kernels.backend import Backends, backend_of, is_traced, tells
 from scalelong.kernels.double_backward import differentiable_gradients
 from scalelong.kernels.precision import autocast_dtype, product_dtype, without_autocast
 
@@ -56,7 +56,7 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str = "g
 
 
 def _backend_of(x: Tensor) -> str:
-    return "reference" if torch.compiler.is_compiling() else backend_of(x)
+    return "reference" if is_traced() else backend_of(x)
 
 
 @tells(gelu_linear)

@@ -30,7 +30,7 @@ from scalelong.kernels.arguments import (
     is_channels_last,
     none_as_empty,
 )
-from scalelong.kernels.backend import Backends, backend_of, get_backend, in_transform, tells
+from scalelong.kernels.backend import Backends, backend_of, get_backend, in_transform, is_traced, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 from scalelong.kernels.launches import Kept
@@ -146,7 +146,7 @@ def skip_group_norm(
     """
     h, s = _promoted(h, s)
     float_scale = 1.0
-    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+    if is_traced() and scale is not None and not isinstance(scale, Tensor):
         scale = as_argument(scale, h)
     if isinstance(scale, Tensor):
         scale = scale.reshape(()) if scale.shape == (1,) else scale
@@ -178,7 +178,7 @@ def _run(op: str, tensors: Tensors, options: Options) -> Tensor:
     if backend == "reference":
         _check_arguments(op, tensors, options)
         return _reference(options, *tensors)
-    if torch.compiler.is_compiling():
+    if is_traced():
         _check_arguments(op, tensors, options)
         return torch.ops.scalelong.skip_group_norm(*tensors, *options)[0]
     # An eager call costs half as much without the Python that torch.library wraps around the operator.

@@ -23,7 +23,7 @@ from scalelong.kernels.arguments import (
     described,
     is_channels_last,
 )
-from scalelong.kernels.backend import Backends, in_transform, tells
+from scalelong.kernels.backend import Backends, in_transform, is_traced, tells
 from scalelong.kernels.precision import cast_by_autocast
 from scalelong.kernels.skip_linear import backend_of_products, backends_of_projection, projected
 
@@ -91,7 +91,7 @@ def _scales_rows(scale: Scale) -> bool:
 
 
 def _without_view(y: Tensor) -> Tensor:
-    return y if torch.compiler.is_compiling() else _WithoutView.apply(y)
+    return y if is_traced() else _WithoutView.apply(y)
 
 
 class _WithoutView(torch.autograd.Function):
@@ -110,7 +110,7 @@ def _rows(h: Tensor, s: Tensor, scale: Scale, weight_OC: Tensor, bias_O: Tensor 
     """By ``skip_linear``, with a position for a token."""
     if isinstance(scale, Tensor) and scale.dim() == 2:
         scale = scale.expand(-1, h.shape[2:].numel())
-    if not torch.compiler.is_compiling():
+    if not is_traced():
         return projected(h, s, scale, weight_OC, bias_O, channels_last=True, backend=backend)
     h_NPC, s_NPC = h.movedim(1, -1).flatten(1, -2), s.movedim(1, -1).flatten(1, -2)
     y_NPO = projected(h_NPC, s_NPC, scale, weight_OC, bias_O, channels_last=False, backend=backend)

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from scalelong.kernels import skip_linear_blas, skip_linear_triton
 from scalelong.kernels.arguments import Scale, as_argument, concatenated_tokens, described, is_one_of, none_as_empty
-from scalelong.kernels.backend import FUSED_DTYPES, Backends, backend_of, forced_backend, tells
+from scalelong.kernels.backend import FUSED_DTYPES, Backends, backend_of, forced_backend, is_traced, tells
 from scalelong.kernels.double_backward import differentiable_gradients, second_derivatives
 from scalelong.kernels.launches import Kept, places
 from scalelong.kernels.precision import autocast_dtype, is_autocast, product_dtype, without_autocast
@@ -102,12 +102,12 @@ def projected(
 
     ``backend`` is that of x. ``check`` is called with the arguments where they are of a kind that it has not seen yet.
     """
-    if torch.compiler.is_compiling() and scale is not None and not isinstance(scale, Tensor):
+    if is_traced() and scale is not None and not isinstance(scale, Tensor):
         scale = as_argument(scale, x)
     is_tensor = isinstance(scale, Tensor)
     tensors = _Tensors(x, s, scale if is_tensor else None, weight, bias)
     float_scale = 1.0 if scale is None or is_tensor else float(scale)
-    if torch.compiler.is_compiling() and not channels_last:
+    if is_traced() and not channels_last:
         if check is not None:
             check(x, s, scale, weight, bias)
         return torch.ops.scalelong.skip_linear(*tensors, float_scale, autocast_dtype(x))

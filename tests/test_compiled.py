@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from plain_networks import ADM, DDPM, KAPPA, diffusers_unet, unet, uvit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from scalelong.kernels.add_layer_norm import add_layer_norm
 from scalelong.kernels.attention import attention
@@ -190,3 +192,22 @@ def test_a_compiled_unet_writes_no_concatenation_and_activates_in_the_norm(make,
     assert sum(n for name, n in seen.items() if " cat " in name) == of_time
     assert sum(n for name, n in seen.items() if "silu" in name) == of_embeddings
     assert seen["scalelong.skip_group_norm"] == len([m for m in found.ours.modules() if isinstance(m, nn.GroupNorm)])
+
+
+@pytest.mark.parametrize("make_pair", [uvit, partial(unet, ADM)], ids=["uvit", "unet"])
+@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+def test_make_fx_records_operators_and_their_gradients(make_pair, tracing_mode):
+    """Not what they launch: products written into given memory could not be differentiated again."""
+    model = make_pair("ls").ours
+    batch = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 5])
+    names = [name for name, _ in model.named_parameters()]
+    parameters = [p.detach().clone().requires_grad_() for p in model.parameters()]
+
+    def gradients(*parameters: Tensor) -> tuple[Tensor, ...]:
+        output = functional_call(model, dict(zip(names, parameters, strict=True)), batch)
+        return torch.autograd.grad(output.square().mean(), parameters)
+
+    graph = make_fx(gradients, tracing_mode=tracing_mode, _allow_non_fake_inputs=True)(*parameters)
+    for recorded, expected in zip(graph(*parameters), gradients(*parameters), strict=True):
+        torch.testing.assert_close(recorded, expected)
+    assert any("scalelong" in str(node.target) for node in graph.graph.nodes)
