@@ -80,8 +80,8 @@ def test_features_have_the_gradients_of_forward(name, checkpointing):
     wanted = [1, len(model.named_blocks()) - 2]
     expected = outputs_of_blocks(plain, batch)
     losses = (
-        sum(x.square().sum() for x in model.features(*batch, blocks=wanted).values()),
-        sum(expected[n].square().sum() for n in wanted),
+        torch.stack([x.square().sum() for x in model.features(*batch, blocks=wanted).values()]).sum(),
+        torch.stack([expected[n].square().sum() for n in wanted]).sum(),
     )
     for network, loss in zip((model, plain), losses, strict=True):
         loss.backward()
