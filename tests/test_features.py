@@ -15,7 +15,7 @@ from scalelong.model.uvit import UViT
 
 TEXT = replace(UVIT, num_classes=0, context_tokens=5, context_dim=12)
 NETWORKS = {"uvit": (UViT, UVIT), "uvit-text": (UViT, TEXT), "ddpm": (UNet, DDPM), "adm": (UNet, ADM)}
-CASES = [(name, checkpointing) for name in NETWORKS for checkpointing in ("none", "blocks")]
+CASES: list[Any] = [(name, checkpointing) for name in NETWORKS for checkpointing in ("none", "blocks")]
 CASES.append(("uvit", 0.5))
 each_network = pytest.mark.parametrize("name", NETWORKS)
 each_case = pytest.mark.parametrize(("name", "checkpointing"), CASES, ids=str)
