@@ -56,6 +56,10 @@ class BackboneConfig:
     def __init_subclass__(cls, architecture: str = "", **more: object):
         super().__init_subclass__(**more)
         cls.architecture = architecture or cls.__name__.removesuffix("Config")
+        before = BackboneConfig.known.setdefault(cls.architecture, cls)
+        if before.__module__ != cls.__module__:
+            raise ValueError(f"the architecture {cls.architecture!r} is that of a configuration in {before.__module__}")
+        # Defined again in one place, as in a notebook, it replaces itself.
         BackboneConfig.known[cls.architecture] = cls
 
     def __post_init__(self):

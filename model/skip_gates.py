@@ -69,4 +69,4 @@ class SharedChannelGates(nn.ModuleDict):
         super().__init__({str(num_channels): ChannelGate(num_channels, reduction) for num_channels in channels})
 
     def forward(self, skip: Tensor) -> Tensor:
-        return self[str(skip.shape[1])](skip)
+        return self[str(int(skip.shape[1]))](skip)  # a tracer's symbol too

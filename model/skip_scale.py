@@ -217,6 +217,13 @@ def _make(kind: str, values: dict[str, Any]) -> SkipScale:
     return made
 
 
+def described(policy: SkipScale) -> str:
+    """Its name, and the values of the fields that its name leaves open: "cs (kappa 0.5)"."""
+    implied = {field for kind in SkipScale.known.values() if kind.policy is type(policy) for field in kind.fixed}
+    values = [f"{field} {value}" for field, value in asdict(policy).items() if field not in implied]
+    return f"{policy.kind} ({', '.join(values)})" if values else policy.kind
+
+
 def check_kind(kind: str, policy: SkipScale) -> None:
     """
     Raises:

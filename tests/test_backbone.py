@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from scalelong.model.backbone import Backbone
+from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.unet import UNet, UNetConfig
 from scalelong.model.uvit import UViT, UViTConfig
 
@@ -84,6 +85,21 @@ def test_another_number_of_labels_is_refused(network, config, shape):
 def test_text_of_another_shape_is_refused(shape):
     with pytest.raises(ValueError, match=r"expected text of shape \(2, 5, 12\), got \("):
         UViT(TEXT)(X, torch.ones(2), torch.randn(shape))
+
+
+def test_the_name_of_an_architecture_is_taken_once():
+    assert {name: config.architecture for name, config in BackboneConfig.known.items()}.items() >= {
+        ("UViT", "UViT"),
+        ("UNet", "UNet"),
+    }
+    with pytest.raises(
+        ValueError, match=r"architecture 'UViT' is that of a configuration in scalelong\.model\.uvit_config"
+    ):
+
+        class Another(UViTConfig, architecture="UViT"):
+            pass
+
+    assert BackboneConfig.known["UViT"] is UViTConfig
 
 
 @each_network

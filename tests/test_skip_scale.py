@@ -15,6 +15,7 @@ from scalelong.model.skip_scale import (
     SkipScale,
     SkipShape,
     Unscaled,
+    described,
     make_skip_scale,
     skip_scale_from_dict,
     skip_scale_to_dict,
@@ -180,6 +181,16 @@ def test_the_registry_is_by_the_names_of_the_command_line():
     assert make_skip_scale("ls", reduction=8) == LearnedScale(8)
     with pytest.raises(ValueError, match="none of this version cannot be made of"):
         make_skip_scale("none", reduction=8)
+
+
+def test_a_policy_in_words():
+    assert [described(make_skip_scale(name, 0.7)) for name in SKIP_SCALE_NAMES] == [
+        "none",
+        "inv-sqrt2",
+        "cs (kappa 0.7)",
+        "ls (reduction 16)",
+        "ls-separate (reduction 16)",
+    ]
 
 
 def test_a_name_that_is_taken_stays_with_its_policy():

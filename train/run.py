@@ -1,7 +1,7 @@
 """A run in progress: how it is built from nothing or a checkpoint, saved, and rolled back."""
 
 import gc
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.skip_scale import described
 from scalelong.train.checkpoint import (
     TrainState,
     find_problem,
@@ -123,14 +124,12 @@ def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:
 
 def describe(run: Run) -> str:
     c, p = run.config, run.processes
-    more = [f"{name} {value}" for name, value in asdict(c.skip_scale).items() if name != "shared"]
-    skips = f"{c.skip_scale.kind} ({', '.join(more)})" if more else c.skip_scale.kind
     parameters = sum(getattr(x, "ds_numel", x.numel()) for x in run.engine.module.parameters())
     how = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
     if run.start.is_branch:
         how = f"starting from {c.branch_from}"
     return (
-        f"{how}: {parameters:,} parameters, skips {skips}, {c.precision}, ZeRO {c.zero_stage}, "
+        f"{how}: {parameters:,} parameters, skips {described(c.skip_scale)}, {c.precision}, ZeRO {c.zero_stage}, "
         f"{p.world_size} x {p.device.type}, images by {choose_reader(c.data.reader)} from {c.data.path}"
     )
 
