@@ -25,11 +25,16 @@ def sigmoid(z):
 
 
 @triton.jit
+def normal_cdf(z):
+    return 0.5 + 0.5 * tl.math.erf(z * 0.7071067811865476)
+
+
+@triton.jit
 def activate(z, ACT: tl.constexpr):
     if ACT == "silu":
         return z * sigmoid(z)
     elif ACT == "gelu":
-        return 0.5 * z * (1 + tl.math.erf(z * 0.7071067811865476))
+        return z * normal_cdf(z)
     elif ACT == "gelu-tanh":  # 1 + tanh(u) = 2 sigmoid(2 u)
         return z * sigmoid(z * (1.5957691216057308 + 0.07135481627260025 * z * z))
     else:
@@ -42,7 +47,7 @@ def activation_slope(z, ACT: tl.constexpr):
         sigma = sigmoid(z)
         return sigma + sigma * (z - z * sigma)  # with fused multiply-adds two instructions
     elif ACT == "gelu":
-        return 0.5 * (1 + tl.math.erf(z * 0.7071067811865476)) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
+        return normal_cdf(z) + z * 0.3989422804014327 * tl.exp(-0.5 * z * z)
     elif ACT == "gelu-tanh":
         # Beyond 10 the slope is 0 or 1. By sigmoid(-w) instead of 1 - sigmoid(w), which would lose its digits.
         z = tl.clamp(z, -10.0, 10.0, propagate_nan=tl.PropagateNan.ALL)

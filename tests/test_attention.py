@@ -219,8 +219,8 @@ def over_projections(op: Callable[..., Tensor], **options: Any) -> Callable[...,
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=tuple(DTYPES))
 def test_options_are_as_exact_as_the_reference(device, backend, dtype, make_options, num_keys):
     inputs, options = projections(num_keys, dtype, device), make_options(16)
-    given = tuple(inputs.values())
-    if (reason := BACKENDS[backend].why_not(given[0] if num_keys is None else given, 2)) is not None:
+    given: Any = inputs["qkv"] if num_keys is None else tuple(inputs.values())
+    if (reason := BACKENDS[backend].why_not(given, 2)) is not None:
         pytest.skip(reason)
     norms = {False: options.get("qk_norm"), True: in_dtype(options.get("qk_norm"), torch.float64)}
     norms[False] = in_dtype(norms[False], dtype, device)
@@ -255,7 +255,7 @@ def test_the_reference_of_the_options_is_what_the_formula_says(num_keys):
 @pytest.mark.parametrize("backend", ["auto", "flash", "math", "reference"])
 def test_the_three_by_themselves_are_as_packed(backend):
     packed = qkv(2, 17, 2, 16)
-    separate = tuple(x.contiguous() for x in packed.split(32, dim=-1))
+    separate: Any = tuple(x.contiguous() for x in packed.split(32, dim=-1))
     assert torch.equal(attention(separate, 2, backend=backend), attention(packed, 2, backend=backend))
 
 
@@ -435,7 +435,7 @@ class PackedStandIn(ModuleType):
     returns_tuple = False
 
     def flash_attn_qkvpacked_func(self, qkv, *, softmax_scale=None, causal=False, deterministic=False):
-        out = attend(*qkv.unbind(2), softmax_scale)
+        out = attend(*qkv.unbind(2), scale=softmax_scale)
         self.seen = qkv, deterministic
         return (out, torch.empty(0)) if self.returns_tuple else out
 

@@ -1,6 +1,6 @@
 """What get_backend says of a call, against what the call and its backward launch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -37,7 +37,7 @@ NATIVES = (
 @dataclass(frozen=True)
 class Call:
     operator: Callable[..., Any]
-    make: Callable[[torch.dtype], tuple[Any, ...]]
+    make: Callable[[torch.dtype], Sequence[Any]]
 
 
 def leaves(*shapes: tuple[int, ...]) -> Callable[[torch.dtype], list[Tensor]]:
@@ -90,7 +90,7 @@ CALLS = {
 each_call = pytest.mark.parametrize("call", CALLS.values(), ids=tuple(CALLS))
 
 
-def run(call: Call, arguments: tuple[Any, ...]) -> Backends:
+def run(call: Call, arguments: Sequence[Any]) -> Backends:
     plans: list[Plan] = []
     with patch.object(Plan, "run", lambda plan, tensors: plans.append(plan)):
         with OperatorsSeen() as forward:
