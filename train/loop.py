@@ -131,7 +131,7 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     scale = zero.loss_scale(engine) if measures else 1.0
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures)
     if taken.applied:
-        apply_to_rows(engine, engine.module.after_step())
+        apply_to_rows(engine)
     run.unchecked_losses.append(torch.stack(losses).mean())
     run.unchecked_gradients.append(taken.is_finite)
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1

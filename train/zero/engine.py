@@ -21,14 +21,18 @@ SCALER_COUNTS = ("growth_interval", "_growth_tracker")
 
 
 def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micro_batch: int) -> Any:
-    """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them."""
+    """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them.
+
+    Its ``row_functions`` are those of ``model.after_step()``, for ``apply_to_rows``.
+    """
     import deepspeed
     from deepspeed.runtime import torch_autocast
 
     # A run in 16 bits that came before in this process has left its mark there.
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     o = config.optimizer
-    groups = optimizer_groups(model, o.weight_decay)
+    # Both asked for before ZeRO 3 takes the parameters' shapes away.
+    groups, row_functions = optimizer_groups(model, o.weight_decay), model.after_step()
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     engine, *_ = deepspeed.initialize(
@@ -36,6 +40,7 @@ def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micr
         optimizer=optimizer,
         config=deepspeed_config(config, micro_batch, num_params),
     )
+    engine.row_functions = row_functions
     scaler = _grad_scaler(engine)
     if scaler is not None:
         scaler.set_growth_interval(scaler.get_growth_interval() * _scaler_updates_per_step(engine))

@@ -1,6 +1,5 @@
 """What is done to rows of parameters after each step of the optimizer, though ZeRO cuts parameters anywhere."""
 
-from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import torch
@@ -10,17 +9,14 @@ from scalelong.train.zero import engine as zero
 
 
 @torch.no_grad()
-def apply_to_rows(engine, functions: Mapping[str, Callable[[Tensor], Tensor]]) -> None:
-    """Puts the value of a function in the place of each parameter that is named. Every rank must call it.
+def apply_to_rows(engine) -> None:
+    """Puts what ``Backbone.after_step`` makes of parameters in their place. Every rank must call it.
 
-    Args:
-        engine: of DeepSpeed.
-        functions: by the names of parameters. Each is given the whole parameter (rows, ...) in fp32, on every rank, and
-            returns as many numbers; what it makes of a row may depend on that row alone. All ranks compute the same
-            bits, so that nothing is sent under ZeRO 0 to 2, and ZeRO 3 gathers one parameter at a time.
+    All ranks compute the same bits of whole parameters in fp32: nothing is sent under ZeRO 0 to 2, and ZeRO 3 gathers
+    one parameter at a time.
     """
     parameters = dict(engine.module.named_parameters())
-    for name, function in functions.items():
+    for name, function in engine.row_functions.items():
         parameter, stage = parameters[name], engine.zero_optimization_stage()
         if stage == 3:
             _replace_shard(parameter, function(zero.gather(parameter, parameter.ds_tensor.to(engine.device), stage)))
