@@ -76,18 +76,21 @@ def measure(preset: str, number: int, variables: dict[str, str]) -> tuple[list[f
     """So many runs at once, all of them warm.
 
     Returns:
-        Seconds of each step of all of them, and how many cores other programs kept busy meanwhile.
+        Seconds of each step of all of them, none if they do not get warm in time, and how many cores other programs
+        kept busy meanwhile.
 
     Raises:
-        RuntimeError: a run does not start.
+        RuntimeError: a run ends.
     """
     with tempfile.TemporaryDirectory() as folder:
         runs = [Path(folder) / str(n) for n in range(number)]
         with training(preset, runs, variables) as programs:
             deadline = time.monotonic() + SECONDS_TO_START
             while min(len(step_times(run)) for run in runs) < STEPS_TO_WARM_UP:
-                if any(program.poll() is not None for program in programs) or time.monotonic() > deadline:
-                    raise RuntimeError(f"a run of {preset} does not train")
+                if any(program.poll() is not None for program in programs):
+                    raise RuntimeError(f"a run of {preset} has ended")
+                if time.monotonic() > deadline:
+                    return [], math.nan
                 time.sleep(0.2)
             before, by_all, by_us = [len(step_times(run)) for run in runs], busy(), cpu_seconds(programs)
             time.sleep(SECONDS)
@@ -117,7 +120,12 @@ def row_of(preset: str, number: int, way: str, seconds: list[float]) -> Row:
         ms_median=median,
         ms_p20=p20,
         ms_p80=p80,
+        error="" if seconds else f"not {STEPS_TO_WARM_UP} steps in {SECONDS_TO_START:g} s",
     )
+
+
+def percent(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.0f} %" if whole else "-"
 
 
 def main() -> None:
@@ -128,7 +136,7 @@ def main() -> None:
     for way, variables in WAYS.items():
         for number in (1, 2):
             seconds, by_others = measure(preset, number, variables)
-            others[way] = max(others.get(way, 0.0), by_others)
+            others[way] = max(by_others, others.get(way, 0.0))
             # Of all runs together: the mean, because a step that waits for a time slice takes many times the median.
             speeds[way, number] = number * images * len(seconds) / sum(seconds) if seconds else 0.0
             rows.append(row_of(preset, number, way, seconds))
@@ -137,8 +145,8 @@ def main() -> None:
     for way in WAYS:
         alone, together = speeds[way, 1], speeds[way, 2]
         print(
-            f"{way}: {alone:,.0f} images/s alone ({100 * alone / usual:.0f} % of libgomp's), "
-            f"{together:,.0f} of two together ({100 * together / alone:.0f} % of one alone); "
+            f"{way}: {alone:,.0f} images/s alone ({percent(alone, usual)} of libgomp's), "
+            f"{together:,.0f} of two together ({percent(together, alone)} of one alone); "
             f"others kept up to {others[way]:.1f} cores busy"
         )
     if os.environ.get("SCALELONG_RECORD") == "1":

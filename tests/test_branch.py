@@ -15,6 +15,7 @@ from killing import Kill, train_until_killed
 from running import log_rows, losses, run_on_ranks, small_config
 
 from scalelong.train.branch import STAYS, Origin, parse_origin
+from scalelong.train.commands.ema_posthoc import kept_averages, posthoc_average
 from scalelong.train.config import DataConfig, TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
@@ -92,6 +93,26 @@ def test_what_differs_takes_effect_and_the_branch_resumes_as_any_run(tmp_path, o
     assert read_config(stopped.run).branch_from == f"{gone.resolve()}@{4 * STEP}"
     with pytest.raises(UserError, match=f"is a branch of {gone.resolve()}@{4 * STEP}, not of {origin}"):
         train(replace(stopped, branch_from=str(origin), total_images=14 * STEP))
+
+
+@pytest.mark.slow
+def test_averages_that_the_other_run_has_kept_are_found(tmp_path):
+    def averaging(config: TrainConfig) -> TrainConfig:
+        return replace(config, images_per_average=STEP, optimizer=replace(config.optimizer, ema_stds=(0.05, 0.1)))
+
+    there = averaging(small_config(tmp_path / "there", images_per_checkpoint=4 * STEP, total_images=8 * STEP))
+    assert train(there) == 0
+    branch = averaging(branch_of(there.run, tmp_path / "branch"))
+    assert train(branch) == 0
+    kept = [(int(average.folder.name) // STEP, average.profile.step) for average in kept_averages(branch.run, None)]
+    assert kept[::2] == [(n, n) for n in range(8, 0, -1)]
+    made, error = posthoc_average(branch.run, 0.08)
+    expected, expected_error = posthoc_average(there.run, 0.08)
+    assert error == expected_error
+    assert all(torch.equal(value, made[name]) for name, value in expected.items())
+    assert {average.folder.parent.parent for average in kept_averages(branch.run, 3 * STEP)} == {there.run.resolve()}
+    shutil.rmtree(there.run)
+    assert {int(average.folder.name) // STEP for average in kept_averages(branch.run, None)} == {5, 6, 7, 8}
 
 
 @pytest.mark.slow

@@ -9,9 +9,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
-from scalelong.train.checkpoint import find_problem, list_checkpoints
+from scalelong.train.checkpoint import find_problem, list_checkpoints, newest_checkpoint
 from scalelong.train.config import TrainConfig, config_differences
-from scalelong.train.errors import UserError
+from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import read_config
 
 STAYS = ("--model", "--skip-", "--kappa", "--objective")
@@ -48,21 +48,20 @@ def find_origin(config: TrainConfig) -> Path:
     if origin.run.resolve() == config.run.resolve():
         raise UserError(f"--branch-from {config.branch_from} is the run folder itself; take another --run")
     check_differences(read_config(origin.run), config)
-    checkpoints = list_checkpoints(origin.run)
     if origin.images_seen is None:
-        whole = (checkpoint for checkpoint in checkpoints if find_problem(checkpoint) is None)
-        found = next(whole, None)
-        if found is None:
+        newest = newest_checkpoint(origin.run, warn)
+        if newest is None:
             raise UserError(f"--branch-from {origin.run}: it has no whole checkpoint")
-        return found
-    for checkpoint in checkpoints:
-        if int(checkpoint.name) == origin.images_seen:
-            problem = find_problem(checkpoint)
-            if problem is not None:
-                raise UserError(f"--branch-from {config.branch_from}: {problem}")
-            return checkpoint
-    there_are = ", ".join(checkpoint.name for checkpoint in reversed(checkpoints)) or "none"
-    raise UserError(f"--branch-from {config.branch_from}: no such checkpoint; {origin.run} has {there_are}")
+        return newest
+    there_are = {int(checkpoint.name): checkpoint for checkpoint in reversed(list_checkpoints(origin.run))}
+    if origin.images_seen not in there_are:
+        names = ", ".join(map(str, there_are)) or "none"
+        raise UserError(f"--branch-from {config.branch_from}: no such checkpoint; {origin.run} has {names}")
+    checkpoint = there_are[origin.images_seen]
+    problem = find_problem(checkpoint)
+    if problem is not None:
+        raise UserError(f"--branch-from {config.branch_from}: {problem}")
+    return checkpoint
 
 
 def check_differences(origin: TrainConfig, branch: TrainConfig) -> None:

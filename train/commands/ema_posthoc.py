@@ -4,7 +4,8 @@ It needs a run with two or more ``--optimizer.ema-stds``, whose averages it comb
 """
 
 import json
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,12 +15,13 @@ import tyro
 from torch import Tensor
 
 from scalelong.model.architectures import make_backbone
+from scalelong.train.branch import parse_origin
 from scalelong.train.checkpoint import find_problem, numbered_folders, read_tensors
 from scalelong.train.command_line import parse
 from scalelong.train.commands.export import write_export
 from scalelong.train.config import LARGEST_STD
 from scalelong.train.errors import UserError, warn
-from scalelong.train.run_folder import averages_folder, read_config
+from scalelong.train.run_folder import averages_folder, config_path, read_config
 from scalelong.train.zero.averages import Profile, compose, exponent_of_std
 
 
@@ -92,9 +94,7 @@ def kept_averages(run: Path, at: int | None) -> list[KeptAverage]:
         UserError: there are none, or those of ``at`` are not among them.
     """
     found = []
-    for folder in numbered_folders(averages_folder(run)):
-        if at is not None and int(folder.name) > at:
-            continue
+    for folder in kept_folders(run, math.inf if at is None else at):
         problem = find_problem(folder, files=("state.json",))
         if problem:
             warn(f"passing over the averages {folder}: {problem}")
@@ -107,6 +107,18 @@ def kept_averages(run: Path, at: int | None) -> list[KeptAverage]:
     if at is not None and found[0].folder.name != str(at):
         raise UserError(f"there are no whole averages {averages_folder(run) / str(at)}")
     return found
+
+
+def kept_folders(run: Path, up_to: float) -> Iterator[Path]:
+    """The newest first; behind those of a branch, those that the other run kept before it, if that is still there."""
+    for folder in numbered_folders(averages_folder(run)):
+        if int(folder.name) <= up_to:
+            yield folder
+    branch_from = read_config(run).branch_from
+    if branch_from is not None:
+        origin = parse_origin(branch_from)
+        if config_path(origin.run).is_file():
+            yield from kept_folders(origin.run, min(up_to, origin.images_seen or 0))
 
 
 def combine(kept: Sequence[KeptAverage], coefficients: Sequence[float]) -> dict[str, Tensor]:

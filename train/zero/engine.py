@@ -51,13 +51,23 @@ def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micr
 
 
 def destroy(engine) -> None:
-    """Ends an engine, so that what it holds is freed with the last reference to it."""
+    """Ends an engine and frees weights, gradients and the optimizer's state, though something may refer to it still.
+
+    DeepSpeed 0.19.8 keeps engines of ZeRO 3: their networks in the list below, and they themselves in closures.
+    """
     from deepspeed.runtime.zero import parameter_offload
 
     engine.destroy()
-    # Under ZeRO 3, DeepSpeed 0.19.8 keeps the network of every engine there.
     stack = parameter_offload.FWD_MODULE_STACK
     stack[:] = [module for module in stack if module is not engine.module]
+    base = _base_optimizer(engine)
+    base.state.clear()
+    base.param_groups.clear()
+    vars(engine.optimizer).clear()
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+        for tensor in (parameter, getattr(parameter, "ds_tensor", parameter)):
+            tensor.data = tensor.data.new_empty(0)
 
 
 def optimizer_groups(model: Backbone, weight_decay: float) -> list[dict[str, Any]]:
