@@ -164,7 +164,8 @@ def _fa3(qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
 
 
 def _flash(module: str, qkv: Projected, num_heads: int, scale: float | None) -> Tensor:
-    package, options = _module(module), {"deterministic": torch.are_deterministic_algorithms_enabled()}
+    package = _module(module)
+    options: dict[str, Any] = {"deterministic": torch.are_deterministic_algorithms_enabled()}
     if scale is not None:
         options["softmax_scale"] = scale
     if isinstance(qkv, Tensor):
