@@ -15,7 +15,7 @@ from scalelong.model.uvit import UViT
 
 TEXT = replace(UVIT, num_classes=0, context_tokens=5, context_dim=12)
 NETWORKS = {"uvit": (UViT, UVIT), "uvit-text": (UViT, TEXT), "ddpm": (UNet, DDPM), "adm": (UNet, ADM)}
-CASES = [(name, checkpointing) for name in NETWORKS for checkpointing in ("none", "blocks")]
+CASES: list[Any] = [(name, checkpointing) for name in NETWORKS for checkpointing in ("none", "blocks")]
 CASES.append(("uvit", 0.5))
 each_network = pytest.mark.parametrize("name", NETWORKS)
 each_case = pytest.mark.parametrize(("name", "checkpointing"), CASES, ids=str)
@@ -80,8 +80,8 @@ def test_features_have_the_gradients_of_forward(name, checkpointing):
     wanted = [1, len(model.named_blocks()) - 2]
     expected = outputs_of_blocks(plain, batch)
     losses = (
-        sum(x.square().sum() for x in model.features(*batch, blocks=wanted).values()),
-        sum(expected[n].square().sum() for n in wanted),
+        torch.stack([x.square().sum() for x in model.features(*batch, blocks=wanted).values()]).sum(),
+        torch.stack([expected[n].square().sum() for n in wanted]).sum(),
     )
     for network, loss in zip((model, plain), losses, strict=True):
         loss.backward()

@@ -209,8 +209,9 @@ def test_a_network_may_predict_other_channels_than_it_takes(tmp_path):
     inputs = make_inputs(LABELS)
     assert model(*inputs).shape == (2, 6, 16, 16)
     model.save_pretrained(tmp_path)
-    sizes = {"img_size": 16, "patch_size": 2, "num_heads": 4}
-    for loaded in (UViT.from_pretrained(tmp_path), load_uvit_checkpoint(tmp_path / "model.safetensors", **sizes)):
+    weights = tmp_path / "model.safetensors"
+    published = load_uvit_checkpoint(weights, img_size=16, patch_size=2, num_heads=4)
+    for loaded in (UViT.from_pretrained(tmp_path), published):
         assert loaded.config == model.config
         assert torch.equal(loaded(*inputs), model(*inputs))
 
