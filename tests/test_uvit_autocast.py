@@ -8,6 +8,7 @@ from operators_seen import OperatorsSeen
 
 from scalelong.bench.ahead_of_time import recorded_launches
 from scalelong.kernels import backend
+from scalelong.model.skip_scale import LongSkip
 from scalelong.model.uvit import Block, UViTConfig
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter launches nothing")
@@ -32,7 +33,7 @@ def test_no_cast_runs_over_activations(x_dtype, scale):
     assert max(p.numel() for p in block.parameters()) < x.numel()
     with recorded_launches() as launches:
         with torch.autocast("cpu", torch.bfloat16), OperatorsSeen() as forward:
-            y = block(x, skip, factor)
+            y = block(x, LongSkip(skip, factor, i=1))
         with OperatorsSeen() as backward:
             y.backward(torch.zeros_like(y))
     assert forward.casts(x.numel()) == []
