@@ -35,12 +35,12 @@ def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micr
     groups, row_functions = optimizer_groups(model, o.weight_decay), model.after_step()
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     num_params = sum(parameter.numel() for parameter in model.parameters())
-    started: Any = deepspeed.initialize(
+    initialized = deepspeed.initialize(
         model=model.to(processes.device),
         optimizer=optimizer,
         config=deepspeed_config(config, micro_batch, num_params),
     )
-    engine = started[0]
+    engine: Any = initialized[0]
     engine.row_functions = row_functions
     scaler = _grad_scaler(engine)
     if scaler is not None:
