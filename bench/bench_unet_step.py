@@ -12,7 +12,7 @@ unet_patched holds a UNet of diffusers against its patched self, each in both la
 a GPU, a small one of the same kind on a CPU, with random weights.
 
 On a GPU: ADM ImageNet-64 and DDPM CIFAR-10 in bf16. On a CPU: DDPM CIFAR-10 in fp32 with constant scales;
-SCALELONG_BENCH=full adds the other modes and checkpointing.
+SCALELONG_BENCH=full adds the other modes and recomputing.
 """
 
 import copy
@@ -31,7 +31,7 @@ from scalelong.bench.compare import DEVICE, ON_GPU, is_warm
 from scalelong.bench.published_unet import as_published
 from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.bench.training_step import Network, Trainer, compiled, noisy_batch, speed, step_rows
-from scalelong.model.backbone_config import Checkpointing
+from scalelong.model.backbone_config import Recompute
 from scalelong.model.diffusers_patch import patch_diffusers
 from scalelong.model.presets import UNET_PRESETS
 from scalelong.model.skip_scale import Unscaled, make_skip_scale
@@ -117,15 +117,15 @@ def test_unet_step(benchmark, report, note, case):
 
 @pytest.mark.skipif(not IS_FULL, reason="SCALELONG_BENCH=full runs it")
 @pytest.mark.parametrize("preset", BATCHES)
-def test_checkpointing(benchmark, report, preset):
+def test_recomputing(benchmark, report, preset):
     model, batch = make_model(preset, "cs"), BATCHES[preset]
     trainer = Trainer(model, noisy_batch(model.config, batch), DTYPE)
 
-    def step(checkpointing: Checkpointing) -> None:
-        model.checkpointing = checkpointing
+    def step(recompute: Recompute) -> None:
+        model.recompute = recompute
         trainer.step(model)
 
-    choices: dict[str, Checkpointing] = {"ours-blocks": "blocks", "ours": "none"}
+    choices: dict[str, Recompute] = {"ours-blocks": "blocks", "ours": "none"}
     steps = {name: partial(step, choice) for name, choice in choices.items()}
     rows, _ = step_rows(benchmark, "unet_step", f"{preset} B={batch} cs checkpointing", DTYPE, "channels_last", steps)
     report(rows)

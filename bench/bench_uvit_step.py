@@ -10,8 +10,8 @@ Shapes are MODEL B=batch MODE, MODE being the skip scale of ours. Providers:
 All share one set of parameters, and all but published-unscaled one fused AdamW and one EMA. bf16 is autocast over fp32
 parameters, as in training.
 
-On a GPU: M/4 first, then L/2, S/2 and H/2 in bf16, each mode, compiled with LS, and what checkpointing saves.
-On a CPU: S/2 in fp32, compiled once; SCALELONG_BENCH=full adds the other modes, S/2 in bf16 (minutes), checkpointing.
+On a GPU: M/4 first, then L/2, S/2 and H/2 in bf16, each mode, compiled with LS, and what recomputing saves.
+On a CPU: S/2 in fp32, compiled once; SCALELONG_BENCH=full adds the other modes, S/2 in bf16 (minutes), recomputing.
 """
 
 import os
@@ -27,7 +27,7 @@ from scalelong.bench.compare import DEVICE, ON_GPU, is_warm
 from scalelong.bench.published_uvit import as_published
 from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.bench.training_step import Network, Trainer, compiled, noisy_batch, speed, step_rows
-from scalelong.model.backbone_config import Checkpointing
+from scalelong.model.backbone_config import Recompute
 from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import Unscaled, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig
@@ -136,18 +136,18 @@ def test_uvit_step(benchmark, report, note, case):
 
 
 @pytest.mark.skipif(not IS_FULL, reason="SCALELONG_BENCH=full runs it")
-def test_checkpointing(benchmark, report):
+def test_recomputing(benchmark, report):
     """What it saves and what it costs; "ours" keeps all that backward needs."""
     preset, batch = ("imagenet256-uvit-l2", 2 if IS_DRY_RUN else 64) if ON_GPU else ("cifar10-uvit-s2", 4)
     case = Benchmark(preset, batch, "ls", torch.bfloat16 if ON_GPU else torch.float32, compiles=False)
     model = make_model(case.config, case.mode)
     trainer = UViTTrainer(model, batch, case.dtype)
 
-    def step(checkpointing: Checkpointing) -> None:
-        model.checkpointing = checkpointing
+    def step(recompute: Recompute) -> None:
+        model.recompute = recompute
         trainer.step(model)
 
-    choices: dict[str, Checkpointing] = {
+    choices: dict[str, Recompute] = {
         "ours-blocks": "blocks",
         "ours-budget-0.5": 0.5,
         "ours-budget-0.85": 0.85,

@@ -1,6 +1,6 @@
 """Training runs that share their cores: how fast each is, alone and two at a time, by how its threads wait.
 
-    python -m scalelong.bench.busy [PRESET]      three minutes; SCALELONG_RECORD=1 appends the rows
+    python -m scalelong.bench.busy [RECIPE]      three minutes; SCALELONG_RECORD=1 appends the rows
 
 A row is a step of the trainer, measured by the run itself; "alone" and "two at once" are measured in turns. Providers:
   ours         as the trainer sets it: threads that wait sleep after a bounded spin (train/hosts/cores.py)

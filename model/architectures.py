@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scalelong.model.backbone_config import BackboneConfig, Checkpointing
+from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.renamed import with_new_names
 from scalelong.model.skip_scale import SkipScale, skip_scale_from_dict, skip_scale_to_dict
 from scalelong.model.unet_config import UNetConfig as UNetConfig
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 def make_backbone(
-    config: BackboneConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
+    config: BackboneConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"
 ) -> "Backbone":
     """The network that a configuration describes.
 
     Raises:
-        ValueError: a way of checkpointing that the network does not have.
+        ValueError: a way of recomputing that the network does not have.
     """
     network: Any = config.network()
-    return network(config, skip_scale=skip_scale, checkpointing=checkpointing)
+    return network(config, skip_scale=skip_scale, recompute=recompute)
 
 
 def load_backbone(folder: str | Path) -> "Backbone":

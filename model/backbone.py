@@ -9,10 +9,10 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor, nn
 
 from scalelong.model.architectures import model_to_dict, read_description
-from scalelong.model.backbone_config import BackboneConfig, Checkpointing
+from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
-from scalelong.model.checkpointing import run_block
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
+from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
 
 
@@ -33,12 +33,12 @@ class Backbone(nn.Module):
     Args:
         config: the network's shape.
         skip_scale: the policy that scales the long skips; unscaled if not given.
-        checkpointing: what the blocks keep for backward: all of it ("none"), their inputs ("blocks"), or where the
+        recompute: what the blocks keep for backward: all of it ("none"), their inputs ("blocks"), or where the
             configuration has a ``block_memory`` at most a share in (0, 1); the rest is computed again. May be set on
             the model at any time.
 
     Raises:
-        ValueError: a way of checkpointing that the network does not have.
+        ValueError: a way of recomputing that the network does not have.
     """
 
     config_class: ClassVar[type[BackboneConfig]]
@@ -49,14 +49,12 @@ class Backbone(nn.Module):
     """The long skips, in execution order: the first is i = N, the innermost."""
     __call__: Callable[..., Any]
 
-    def __init__(
-        self, config: BackboneConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
-    ):
+    def __init__(self, config: BackboneConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
         super().__init__()
-        config.check_checkpointing(checkpointing)
+        config.check_recompute(recompute)
         self.config = config
         self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
-        self.checkpointing: Checkpointing = checkpointing
+        self.recompute: Recompute = recompute
         self.block_memory = config.block_memory
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
@@ -137,8 +135,8 @@ class Backbone(nn.Module):
         return number % len(names)
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
-        """``block(*arguments)``, keeping for backward what ``checkpointing`` allows."""
-        return run_block(block, *arguments, checkpointing=self.checkpointing, memory=self.block_memory)
+        """``block(*arguments)``, keeping for backward what ``recompute`` allows."""
+        return run_block(block, *arguments, recompute=self.recompute, memory=self.block_memory)
 
     def _long_skip(self, executed: int, features: Tensor, gates: nn.Module | None) -> LongSkip:
         """The long skip that the decoder's block number ``executed`` takes in."""

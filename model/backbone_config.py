@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from scalelong.model.backbone import Backbone
 
-Checkpointing = Literal["none", "blocks"] | float
+Recompute = Literal["none", "blocks"] | float
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class BackboneConfig:
         """What recomputation may drop of each block; None where it can only drop all but the input."""
         return None
 
-    def check_checkpointing(self, checkpointing: Checkpointing) -> None:
+    def check_recompute(self, recompute: Recompute) -> None:
         """
         Raises:
             ValueError: neither "none", "blocks" nor, where blocks say what may be dropped, a share in (0, 1).
         """
-        if checkpointing in ("none", "blocks"):
+        if recompute in ("none", "blocks"):
             return
         if self.block_memory is None:
-            raise ValueError(f"checkpointing of a {self.architecture} is 'none' or 'blocks', got {checkpointing!r}")
-        if isinstance(checkpointing, str) or not 0 < checkpointing < 1:
-            raise ValueError(f"checkpointing is 'none', 'blocks' or a share in (0, 1), got {checkpointing!r}")
+            raise ValueError(f"recompute of a {self.architecture} is 'none' or 'blocks', got {recompute!r}")
+        if isinstance(recompute, str) or not 0 < recompute < 1:
+            raise ValueError(f"recompute is 'none', 'blocks' or a share in (0, 1), got {recompute!r}")

@@ -5,6 +5,7 @@ from typing import Any
 
 RENAMED: dict[str, dict[str, str]] = {
     "run": {
+        "checkpointing": "recompute",
         "skip_scale": "model.skip_scale.kind",
         "kappa": "model.skip_scale.kappa",
         "skip_position": "model.config.skip_position",

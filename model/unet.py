@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
 from scalelong.model.backbone import Backbone, last_of
-from scalelong.model.backbone_config import Checkpointing
-from scalelong.model.checkpointing import run_block
+from scalelong.model.backbone_config import Recompute
 from scalelong.model.layer_calls import is_called_by_class
 from scalelong.model.linear_layers import TokenConv1d, project_tokens
 from scalelong.model.parameter_kinds import ParameterKind
+from scalelong.model.recompute import run_block
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, norm_and_activation, shortcut
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
@@ -197,10 +197,10 @@ class UNet(Backbone):
         config: UNetConfig,
         *,
         skip_scale: SkipScale | None = None,
-        checkpointing: Checkpointing = "none",
+        recompute: Recompute = "none",
         channels_last: bool = True,
     ):
-        super().__init__(config, skip_scale=skip_scale, checkpointing=checkpointing)
+        super().__init__(config, skip_scale=skip_scale, recompute=recompute)
         self.channels_last = channels_last
 
         width = config.embedding_width
@@ -296,7 +296,7 @@ class UNet(Backbone):
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         return run_block(
-            block, *arguments, checkpointing=self.checkpointing, is_random=self.training and self.config.dropout > 0
+            block, *arguments, recompute=self.recompute, is_random=self.training and self.config.dropout > 0
         )
 
     def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Embedding:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
 from scalelong.model.backbone import Backbone, last_of
-from scalelong.model.backbone_config import Checkpointing
+from scalelong.model.backbone_config import Recompute
 from scalelong.model.linear_layers import GeluLinear, SkipLinear, project_gelu, project_skip
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
@@ -96,10 +96,8 @@ class UViT(Backbone):
     config_class = UViTConfig
     kinds = PARAMETERS
 
-    def __init__(
-        self, config: UViTConfig, *, skip_scale: SkipScale | None = None, checkpointing: Checkpointing = "none"
-    ):
-        super().__init__(config, skip_scale=skip_scale, checkpointing=checkpointing)
+    def __init__(self, config: UViTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
+        super().__init__(config, skip_scale=skip_scale, recompute=recompute)
         width = config.width
         self.patch_embed = PatchEmbed(config)
         self.time_embed = (

@@ -22,7 +22,7 @@ kept = []
 
 
 def build_and_step() -> None:
-    model = make_backbone(config.model, skip_scale=config.skip_scale, checkpointing=config.checkpointing)
+    model = make_backbone(config.model, skip_scale=config.skip_scale, recompute=config.recompute)
     engine = zero.make_engine(model, config, processes, micro_batch)
     ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
     kept.extend((engine, ema))

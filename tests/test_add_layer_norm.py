@@ -433,7 +433,7 @@ def test_autocast_gives_the_dtype_of_the_next_product():
     assert torch.autograd.grad(y.sum(), weight)[0].dtype == torch.float32
 
 
-def test_a_module_trains_under_activation_checkpointing():
+def test_a_module_trains_under_activation_recomputing():
     x, branch = (torch.randn(2, 9, 24, requires_grad=True) for _ in range(2))
 
     def f(x, branch):

@@ -1,4 +1,4 @@
-"""The command line: every flag on every preset, and errors of one line that name what is wrong."""
+"""The command line: every flag on every recipe, and errors of one line that name what is wrong."""
 
 import io
 import json
@@ -28,7 +28,7 @@ FLAT_FLAGS = {
     "--zero-stage": ("3", 3),
     "--precision": ("fp16", "fp16"),
 }
-each_preset = pytest.mark.parametrize("preset", RECIPES)
+each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 
 
 def one_line_error(*argv: str) -> str:
@@ -39,17 +39,17 @@ def one_line_error(*argv: str) -> str:
     return message
 
 
-@each_preset
-def test_a_preset_alone_is_itself(preset):
-    assert parse_train_arguments([preset]) == RECIPES[preset]
+@each_recipe
+def test_a_recipe_alone_is_itself(recipe):
+    assert parse_train_arguments([recipe]) == RECIPES[recipe]
 
 
-@each_preset
+@each_recipe
 @pytest.mark.parametrize("flag", FLAT_FLAGS)
-def test_a_flat_flag_changes_its_field_and_no_other(preset, flag):
+def test_a_flat_flag_changes_its_field_and_no_other(recipe, flag):
     text, value = FLAT_FLAGS[flag]
-    expected = replace(RECIPES[preset], **{flag[2:].replace("-", "_"): value})
-    assert parse_train_arguments([preset, flag, text]) == expected
+    expected = replace(RECIPES[recipe], **{flag[2:].replace("-", "_"): value})
+    assert parse_train_arguments([recipe, flag, text]) == expected
 
 
 def test_flags_combine_in_any_order():
@@ -103,6 +103,11 @@ def test_short_forms_and_long_ones_say_the_same(flags):
     assert parse_train_arguments(["digits-uvit", *flags]) == expected
 
 
+@pytest.mark.parametrize("flags", [["--checkpointing", "blocks"], ["--checkpointing=blocks"]])
+def test_flags_of_earlier_versions_are_read_under_their_new_names(flags):
+    assert parse_train_arguments(["digits-uvit", *flags]).recompute == "blocks"
+
+
 def test_a_policy_has_its_own_fields():
     config = parse_train_arguments(["digits-unet", "--skip-scale", "ls-separate", "--skip-scale.reduction", "4"])
     assert config.skip_scale == LearnedScale(reduction=4, shared=False)
@@ -119,7 +124,7 @@ def test_the_position_is_that_of_a_unet(flag):
 
 
 @pytest.mark.parametrize(
-    ("preset", "flags", "named"),
+    ("recipe", "flags", "named"),
     [
         (
             "digits-uvit",
@@ -144,8 +149,8 @@ def test_the_position_is_that_of_a_unet(flag):
         ("digits-unet", "--model.context-tokens 4", ["context_tokens 4", "UNet"]),
     ],
 )
-def test_what_a_policy_or_a_network_does_not_take_is_named(preset, flags, named):
-    message = one_line_error(preset, *flags.split())
+def test_what_a_policy_or_a_network_does_not_take_is_named(recipe, flags, named):
+    message = one_line_error(recipe, *flags.split())
     assert all(part in message for part in named), message
 
 
@@ -167,13 +172,13 @@ def test_the_launchers_flag_is_accepted_wherever_it_stands(added):
     assert parse_train_arguments(["digits-uvit", "--seed", "5", *added]) == expected
 
 
-@pytest.mark.parametrize("argv", [["no-such-preset"], [], ["--seed", "1"]])
-def test_without_a_known_preset_all_are_listed(argv):
+@pytest.mark.parametrize("argv", [["no-such-recipe"], [], ["--seed", "1"]])
+def test_without_a_known_recipe_all_are_listed(argv):
     message = one_line_error(*argv)
-    assert all(preset in message for preset in RECIPES)
+    assert all(recipe in message for recipe in RECIPES)
 
 
-def test_a_misspelt_preset_is_suggested():
+def test_a_misspelt_recipe_is_suggested():
     assert "perhaps you meant digits-uvit" in one_line_error("digits-uvti")
 
 
@@ -248,14 +253,14 @@ def help_of(capsys, *argv: str) -> str:
 
 
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_lists_the_presets_with_a_word_on_each(flag, capsys):
+def test_help_lists_the_recipes_with_a_word_on_each(flag, capsys):
     shown = help_of(capsys, flag)
-    assert all(f"{preset} " in shown and DESCRIPTIONS[preset] in shown for preset in RECIPES)
+    assert all(f"{recipe} " in shown and DESCRIPTIONS[recipe] in shown for recipe in RECIPES)
 
 
-@each_preset
-def test_help_of_a_preset_says_something_of_every_flag_and_its_value(preset, capsys):
-    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, preset, "--help"))
+@each_recipe
+def test_help_of_a_recipe_says_something_of_every_flag_and_its_value(recipe, capsys):
+    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, recipe, "--help"))
     entries = dict(re.findall(r"(--[a-z][\w.-]*) (.*?)(?= --[a-z]| \w+ options |$)", shown))
     assert FLAT_FLAGS.keys() <= entries.keys()
     for flag in FLAT_FLAGS:
@@ -263,7 +268,7 @@ def test_help_of_a_preset_says_something_of_every_flag_and_its_value(preset, cap
         assert entry, entries[flag]
         described, default = entry.groups()
         assert len(described.split()) >= 3, f"{flag}: {described!r}"
-        value = getattr(RECIPES[preset], flag[2:].replace("-", "_"))
+        value = getattr(RECIPES[recipe], flag[2:].replace("-", "_"))
         assert default == (value.kind if flag == "--skip-scale" else str(value))
     assert {"--kappa", "--skip-position", "--skip-scale.kappa"} <= entries.keys()
 
@@ -337,9 +342,9 @@ def test_the_other_commands_miss_a_run_in_one_line(command, tmp_path, capsys, mo
     assert re.fullmatch(r"error: .*no-run.*\n", capsys.readouterr().err)
 
 
-@each_preset
-def test_a_configuration_survives_json(preset):
-    config = replace(RECIPES[preset], skip_scale="ls-separate", run=Path("a/b"))
+@each_recipe
+def test_a_configuration_survives_json(recipe):
+    config = replace(RECIPES[recipe], skip_scale="ls-separate", run=Path("a/b"))
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 

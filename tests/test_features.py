@@ -15,15 +15,15 @@ from scalelong.model.uvit import UViT
 
 TEXT = replace(UVIT, num_classes=0, context_tokens=5, context_dim=12)
 NETWORKS = {"uvit": (UViT, UVIT), "uvit-text": (UViT, TEXT), "ddpm": (UNet, DDPM), "adm": (UNet, ADM)}
-CASES: list[Any] = [(name, checkpointing) for name in NETWORKS for checkpointing in ("none", "blocks")]
+CASES: list[Any] = [(name, recompute) for name in NETWORKS for recompute in ("none", "blocks")]
 CASES.append(("uvit", 0.5))
 each_network = pytest.mark.parametrize("name", NETWORKS)
-each_case = pytest.mark.parametrize(("name", "checkpointing"), CASES, ids=str)
+each_case = pytest.mark.parametrize(("name", "recompute"), CASES, ids=str)
 
 
-def make(name: str, checkpointing: Any = "none") -> tuple[Any, tuple[Tensor, ...]]:
+def make(name: str, recompute: Any = "none") -> tuple[Any, tuple[Tensor, ...]]:
     network, config = NETWORKS[name]
-    model: Any = _drawn(network(config, skip_scale=make_skip_scale("ls"), checkpointing=checkpointing))  # type: ignore[call-arg, arg-type]
+    model: Any = _drawn(network(config, skip_scale=make_skip_scale("ls"), recompute=recompute))  # type: ignore[call-arg, arg-type]
     batch: tuple[Tensor, ...] = (torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]))
     if config.num_classes:
         batch += (torch.tensor([1, 5]),)
@@ -58,8 +58,8 @@ def test_the_blocks_are_those_of_the_network_in_the_order_in_which_they_run(name
 
 
 @each_case
-def test_features_are_those_of_forward(name, checkpointing):
-    model, batch = make(name, checkpointing)
+def test_features_are_those_of_forward(name, recompute):
+    model, batch = make(name, recompute)
     expected = outputs_of_blocks(model, batch)
     names = [name for name, _ in model.named_blocks()]
     found = model.features(*batch, blocks=names)
@@ -73,8 +73,8 @@ def test_features_are_those_of_forward(name, checkpointing):
 
 
 @each_case
-def test_features_have_the_gradients_of_forward(name, checkpointing):
-    model, batch = make(name, checkpointing)
+def test_features_have_the_gradients_of_forward(name, recompute):
+    model, batch = make(name, recompute)
     plain, _ = make(name)
     plain.load_state_dict(model.state_dict())
     wanted = [1, len(model.named_blocks()) - 2]
@@ -92,8 +92,8 @@ def test_features_have_the_gradients_of_forward(name, checkpointing):
 
 
 @each_case
-def test_each_block_runs_once_and_none_behind_the_last_that_is_asked_for(name, checkpointing):
-    model, batch = make(name, checkpointing)
+def test_each_block_runs_once_and_none_behind_the_last_that_is_asked_for(name, recompute):
+    model, batch = make(name, recompute)
     calls, names = count_calls(model), [name for name, _ in model.named_blocks()]
     middle = len(names) // 2
     model.features(*batch, blocks=[0, middle, names[0]])

@@ -462,7 +462,7 @@ def test_autocast_promotes_as_a_concatenation_does():
     assert torch.autograd.grad(y.sum(), weight)[0].dtype == torch.float32
 
 
-def test_a_module_trains_under_activation_checkpointing():
+def test_a_module_trains_under_activation_recomputing():
     h, s = torch.randn(2, 8, 4, 4, requires_grad=True), torch.randn(2, 8, 4, 4, requires_grad=True)
     scale = torch.tensor(0.5, requires_grad=True)
     plain = torch.autograd.grad(skip_group_norm(h, s, scale, 4, None, None).sin().sum(), (h, s, scale))

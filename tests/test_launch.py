@@ -185,7 +185,7 @@ def test_that_there_is_no_gpu_is_shown_once(capfd):
     assert capfd.readouterr().err == said + "\n"
 
 
-def test_options_end_at_the_preset():
+def test_options_end_at_the_recipe():
     assert split_arguments(["--master-port", "1", "digits-uvit", "--run", "x"]) == (
         ["--master-port", "1"],
         ["digits-uvit", "--run", "x"],
@@ -307,7 +307,7 @@ def test_processes_that_a_killed_launcher_leaves_behind_are_ended(capfd):
         (["--num-acelerators", "2", "digits-uvit"], ["--num-acelerators", "--num-accelerators"]),
         (["--node-rank", "0", "digits-uvit"], ["hostfile", "master_addr"]),
         (["digits-uvit", "--total-images", "many"], ["--total-images", "many"]),
-        ([], ["which preset?"]),
+        ([], ["which recipe?"]),
     ],
 )
 def test_bad_input_gets_one_line(options, words):

@@ -172,7 +172,7 @@ def test_hooks_see_every_layer_exactly_as_often_as_in_the_plain_network(recomput
             if pair == "diffusers":
                 network.enable_gradient_checkpointing()
             else:
-                network.checkpointing = "blocks"
+                network.recompute = "blocks"
     seen, expected = (watched(copy.deepcopy(network), found.call, kinds) for network in (found.ours, found.plain))
     assert seen == expected
     leaves = {name for name, module in found.ours.named_modules() if not list(module.children())}

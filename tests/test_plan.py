@@ -79,8 +79,8 @@ def test_the_command_prints_a_line_for_each_stage_and_what_to_take(capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nope"], "unknown preset 'nope'"),
-        ([], "which preset"),
+        (["nope"], "unknown recipe 'nope'"),
+        ([], "which recipe"),
         (["digits-uvit", "--nodes", "3"], "--images-per-step 64 does not divide by 24 GPUs"),
         (["digits-uvit", "--gpus-per-node", "0"], "must be at least 1"),
         (["digits-uvit", "--model.width", "48", "--gpu-memory", "0.0001"], "no stage fits"),

@@ -68,17 +68,19 @@ def test_a_run_of_before_has_the_same_configuration(name, position):
     if name == "ls":
         policy = LearnedScale()
     for recipe in ("digits-uvit", "digits-unet"):
-        config = replace(RECIPES[recipe], skip_scale=policy)
+        config = replace(RECIPES[recipe], skip_scale=policy, recompute="blocks")
         if recipe == "digits-unet":
             config = replace(config, model=replace(config.model, skip_position=position))
         elif position == "after-norm":
             continue
         sizes = {"architecture": config.model.architecture, **old_sizes(config.model)}
         flat = {"skip_scale": name, "kappa": old.get("kappa", 0.5), "skip_position": position}
-        assert config_from_dict({**config_to_dict(config), "model": sizes, **flat}) == config
+        described = config_to_dict(config)
+        flat["checkpointing"] = described.pop("recompute")
+        assert config_from_dict({**described, "model": sizes, **flat}) == config
         if recipe == "digits-uvit":  # the oldest runs name no architecture, and no position
             del sizes["architecture"], flat["skip_position"]
-            assert config_from_dict({**config_to_dict(config), "model": sizes, **flat}) == config
+            assert config_from_dict({**described, "model": sizes, **flat}) == config
 
 
 @each_policy

@@ -110,10 +110,10 @@ def test_decoder_blocks_that_are_compiled_one_by_one(position):
     assert count.frame_count <= 3
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "blocks"])
+@pytest.mark.parametrize("recompute", ["none", "blocks"])
 @pytest.mark.parametrize("make", [partial(UViT, UVIT), partial(UNet, ADM)], ids=["uvit", "unet"])
-def test_the_monitor_takes_what_the_network_reports(make, checkpointing):
-    model: Any = _drawn(make(skip_scale=Renormalised(0.5), checkpointing=checkpointing))
+def test_the_monitor_takes_what_the_network_reports(make, recompute):
+    model: Any = _drawn(make(skip_scale=Renormalised(0.5), recompute=recompute))
     outputs = []
     for _, block in model.skip_blocks():
         block.register_forward_hook(lambda _, inputs, output: outputs.append((inputs, output)))

@@ -46,8 +46,8 @@ def expect_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["nope"], ["unknown preset 'nope'", "digits-uvit", "cifar10-uvit-s2"]),
-        ([], ["which preset?", "digits-uvit"]),
+        (["nope"], ["unknown recipe 'nope'", "digits-uvit", "cifar10-uvit-s2"]),
+        ([], ["which recipe?", "digits-uvit"]),
         (["digits-uvit", "--total-image", "5"], ["--total-image", "--total-images"]),
         (["digits-uvit", "--total-images", "many"], ["--total-images", "many"]),
         (["digits-uvit", "--skip-scale", "half"], ["half", "ls-separate"]),

@@ -58,7 +58,7 @@ def test_another_architecture_is_another_configuration():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"checkpointing": 0.5}, "'none' or 'blocks'"),
+        ({"recompute": 0.5}, "'none' or 'blocks'"),
         ({"model": replace(RECIPES["digits-unet"].model, out_channels=2)}, "learned variance"),
     ],
     ids=str,
@@ -105,6 +105,6 @@ def test_a_run_is_exported_and_another_architecture_refused(tmp_path):
 @pytest.mark.slow
 def test_two_processes_under_zero_3_give_the_losses_of_one(tmp_path):
     assert train(unet_config(tmp_path / "one", total_images=5 * STEP)) == 0
-    flags = [*FLAGS, "--run", tmp_path / "two", "--zero-stage", 3, "--checkpointing", "blocks"]
+    flags = [*FLAGS, "--run", tmp_path / "two", "--zero-stage", 3, "--recompute", "blocks"]
     train_on_ranks(2, "digits-unet", *flags, "--total-images", 5 * STEP)
     np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-4)

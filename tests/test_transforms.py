@@ -167,7 +167,7 @@ def test_a_gradient_penalty(name, recomputed):
     if recomputed:
         for network in (pair.ours, pair.plain):
             network.enable_gradient_checkpointing() if name.startswith("diffusers") else setattr(
-                network, "checkpointing", "blocks"
+                network, "recompute", "blocks"
             )
 
     def results(network: nn.Module, dtype: torch.dtype) -> list[Tensor]:

@@ -276,10 +276,10 @@ def test_labels_missing_or_unwanted_are_refused():
         UNet(PLAIN)(*make_inputs(LABELS))
 
 
-@pytest.mark.parametrize("checkpointing", [0.5, "some"])
-def test_checkpointing_by_shares_is_refused(checkpointing):
+@pytest.mark.parametrize("recompute", [0.5, "some"])
+def test_recomputing_by_shares_is_refused(recompute):
     with pytest.raises(ValueError, match="'none' or 'blocks', got"):
-        UNet(PLAIN, checkpointing=checkpointing)
+        UNet(PLAIN, recompute=recompute)
 
 
 @pytest.mark.parametrize("kappa", [0.0, 1.5, math.nan])

@@ -151,12 +151,12 @@ def test_compiles_to_one_graph(mode, config):
 @each_config
 @each_dtype
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_checkpointing_changes_no_bit(dropout, dtype, config):
+def test_recomputing_changes_no_bit(dropout, dtype, config):
     config = replace(config, dropout=dropout)
     model, batch = make_model(config, ("ls", "before-norm")).train(), make_batch(config)
     results = []
-    for checkpointing in ("none", "blocks"):
-        model.checkpointing = checkpointing
+    for recompute in ("none", "blocks"):
+        model.recompute = recompute
         torch.manual_seed(1)
         results.append(output_and_gradients(model, batch, dtype))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
@@ -182,8 +182,8 @@ def test_a_step_takes_less_memory_than_the_plain_network(channels_last):
         F.mse_loss(model(x, t, y), noise).backward()
         model.zero_grad()
 
-    def peak(checkpointing: Literal["none", "blocks"]) -> int:
-        ours.checkpointing = checkpointing
+    def peak(recompute: Literal["none", "blocks"]) -> int:
+        ours.recompute = recompute
         return peak_bytes(step, (ours,), "cpu")
 
     kept = peak_bytes(step, (plain,), "cpu")

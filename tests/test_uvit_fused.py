@@ -12,7 +12,7 @@ from torch.func import functional_call
 from scalelong.bench.published_uvit import as_published
 from scalelong.bench.timing import peak_bytes
 from scalelong.model.backbone_config import BlockMemory
-from scalelong.model.checkpointing import kept_parts
+from scalelong.model.recompute import kept_parts
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, Unscaled, make_skip_scale
 from scalelong.model.uvit import UViT, UViTConfig
 
@@ -105,18 +105,18 @@ def test_compiles_to_one_graph(mode):
     compiled(x, t, y).sum().backward()
 
 
-@pytest.mark.parametrize("checkpointing", ["blocks", 0.2, 0.5, 0.75])
+@pytest.mark.parametrize("recompute", ["blocks", 0.2, 0.5, 0.75])
 @each_dtype
-def test_checkpointing_changes_no_bit(dtype, checkpointing):
+def test_recomputing_changes_no_bit(dtype, recompute):
     model, batch = make_model("ls"), make_batch()
     expected = output_and_gradients(model, batch, dtype)
-    model.checkpointing = checkpointing
+    model.recompute = recompute
     found = output_and_gradients(model, batch, dtype)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-@pytest.mark.parametrize("checkpointing", ["blocks", 0.5, 0.9])
-def test_checkpointing_holds_with_a_linear_that_adds_its_bias_in_place(checkpointing, monkeypatch):
+@pytest.mark.parametrize("recompute", ["blocks", 0.5, 0.9])
+def test_recomputing_holds_with_a_linear_that_adds_its_bias_in_place(recompute, monkeypatch):
     def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         y = x.matmul(weight.t())
         if bias is not None:
@@ -126,20 +126,20 @@ def test_checkpointing_holds_with_a_linear_that_adds_its_bias_in_place(checkpoin
     monkeypatch.setattr(F, "linear", linear)
     model, batch = make_model("ls"), make_batch()
     expected = output_and_gradients(model, batch, torch.float32)
-    model.checkpointing = checkpointing
+    model.recompute = recompute
     found = output_and_gradients(model, batch, torch.float32)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_checkpointing_lowers_the_peak():
+def test_recomputing_lowers_the_peak():
     model, (x, t, y, _) = make_model("ls"), make_batch(B=32)
 
-    def peak(checkpointing) -> int:
-        model.checkpointing = checkpointing
+    def peak(recompute) -> int:
+        model.recompute = recompute
         return peak_bytes(lambda: model(x, t, y).sum().backward(), (), "cpu")
 
     peak("none")  # makes the gradients, which then stay
-    peaks = [peak(checkpointing) for checkpointing in ("none", 0.75, 0.25, "blocks")]
+    peaks = [peak(recompute) for recompute in ("none", 0.75, 0.25, "blocks")]
     assert peaks == sorted(peaks, reverse=True)
     assert peaks[-1] < 0.5 * peaks[0]
 
@@ -168,7 +168,7 @@ def test_products_of_the_same_shape_share_their_room():
     assert kept_parts(0.6, replace(CONFIG, mlp_ratio=3.0).block_memory) == {"attention", 1.0}
 
 
-@pytest.mark.parametrize("checkpointing", ["all", "", 0.0, 1.0, -0.5, float("nan")])
-def test_other_ways_of_checkpointing_are_refused(checkpointing):
-    with pytest.raises(ValueError, match="checkpointing is 'none', 'blocks' or a share in"):
-        UViT(CONFIG, checkpointing=checkpointing)
+@pytest.mark.parametrize("recompute", ["all", "", 0.0, 1.0, -0.5, float("nan")])
+def test_other_ways_of_recomputing_are_refused(recompute):
+    with pytest.raises(ValueError, match="recompute is 'none', 'blocks' or a share in"):
+        UViT(CONFIG, recompute=recompute)

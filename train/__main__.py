@@ -1,4 +1,4 @@
-"""``python -m scalelong.train PRESET [--field value ...]``: trains, or goes on with, a run."""
+"""``python -m scalelong.train RECIPE [--field value ...]``: trains, or goes on with, a run."""
 
 import os
 import sys

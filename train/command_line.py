@@ -123,15 +123,17 @@ def without_local_rank(argv: list[str]) -> list[str]:
 
 
 def with_short_names(flags: list[str]) -> list[str]:
-    """``--run-folder`` is ``--run``, which torchrun takes for one of its own wherever it stands."""
-    return [re.sub(r"^--run[-_]folder(?==|$)", "--run", flag) for flag in flags]
+    """``--run-folder`` is ``--run``, which torchrun takes for one of its own wherever it stands; and what was
+    ``--checkpointing`` before is ``--recompute``."""
+    flags = [re.sub(r"^--run[-_]folder(?==|$)", "--run", flag) for flag in flags]
+    return [re.sub(r"^--checkpointing(?==|$)", "--recompute", flag) for flag in flags]
 
 
 def parse_train_arguments(argv: list[str]) -> TrainConfig:
-    """A preset, then flags that override its fields. The launcher's ``--local_rank`` is accepted and not needed.
+    """A recipe, then flags that override its fields. The launcher's ``--local_rank`` is accepted and not needed.
 
     Raises:
-        UserError: an unknown preset (the presets are listed) or field, or a value that does not fit.
+        UserError: an unknown recipe (the recipes are listed) or field, or a value that does not fit.
     """
     argv = without_local_rank(argv)
     if argv and argv[0] in ("-h", "--help"):
@@ -213,17 +215,17 @@ def _with(part: Any, field: str, value: Any, short: str, long: str, given: set[s
 
 
 def choose_recipe(argv: list[str], *, program: str) -> tuple[str, list[str]]:
-    """The preset's name, which comes first, and the flags behind it.
+    """The recipe's name, which comes first, and the flags behind it.
 
     Raises:
-        UserError: none, or an unknown one; the presets are listed.
+        UserError: none, or an unknown one; the recipes are listed.
     """
-    presets = ", ".join(RECIPES)
+    recipes = ", ".join(RECIPES)
     if not argv or argv[0].startswith("-"):
-        raise UserError(f"which preset? {program} PRESET [--field value ...]; presets: {presets}")
+        raise UserError(f"which recipe? {program} RECIPE [--field value ...]; recipes: {recipes}")
     name, *flags = argv
     if name not in RECIPES:
         close = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"; perhaps you meant {close[0]}" if close else ""
-        raise UserError(f"unknown preset {name!r}{hint}; presets: {presets}")
+        raise UserError(f"unknown recipe {name!r}{hint}; recipes: {recipes}")
     return name, flags

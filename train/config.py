@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from scalelong.model.architectures import model_from_dict, model_to_dict
-from scalelong.model.backbone_config import BackboneConfig, Checkpointing
+from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.renamed import with_new_names
 from scalelong.model.skip_scale import ConstantScale, SkipScale, has_field, make_skip_scale
 from scalelong.train.errors import UserError
@@ -144,7 +144,7 @@ class TrainConfig:
     """A DeepSpeed JSON whose values are added to those that the flags give."""
     accumulation_steps: int = bookkeeping(1)
     """Micro-batches that make one step on each process."""
-    checkpointing: Checkpointing = bookkeeping("none")
+    recompute: Recompute = bookkeeping("none")
     """What blocks keep for backward: all, only their inputs ("blocks"), or (U-ViT) at most a share in (0, 1)."""
     model: BackboneConfig
     """The network."""
@@ -182,7 +182,7 @@ class TrainConfig:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
         if self.model.channels_out != self.model.in_channels:
             raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
-        self.model.check_checkpointing(self.checkpointing)
+        self.model.check_recompute(self.recompute)
 
     @property
     def null_label(self) -> int | None:

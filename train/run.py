@@ -88,7 +88,7 @@ def start_run(start: Start) -> Run:
     if processes.device.type == "cpu":
         keep_freed_memory()
     torch.manual_seed(config.seed)
-    model = make_backbone(config.model, skip_scale=config.skip_scale, checkpointing=config.checkpointing)
+    model = make_backbone(config.model, skip_scale=config.skip_scale, recompute=config.recompute)
     if checkpoint is not None:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     monitor = SkipMonitor(model)

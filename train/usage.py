@@ -17,7 +17,7 @@ DESCRIPTIONS = {
     "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
     "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
 }
-"""What each preset of the command line trains; recipes.py has the recipes."""
+"""What each recipe of the command line trains; recipes.py has the recipes."""
 
 
 def usage() -> str:
@@ -26,13 +26,13 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in DESCRIPTIONS]
     return "\n".join(
         [
-            f"usage: {TRAIN_PROGRAM} PRESET [--field value ...]",
+            f"usage: {TRAIN_PROGRAM} RECIPE [--field value ...]",
             "",
             "Trains a diffusion model with scaled long skips. The same command resumes.",
             "",
-            "presets:",
+            "recipes:",
             *lines,
             "",
-            f"{TRAIN_PROGRAM} PRESET --help lists the fields of a preset and their values.",
+            f"{TRAIN_PROGRAM} RECIPE --help lists the fields of a recipe and their values.",
         ]
     )

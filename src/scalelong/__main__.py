@@ -8,12 +8,12 @@ from scalelong.train.errors import UserError, run_command
 from scalelong.train.hosts.cores import bound_spinning
 
 COMMANDS = {
-    "train": ("scalelong.train.__main__", "train a preset, or go on with a run"),
+    "train": ("scalelong.train.__main__", "train a recipe, or go on with a run"),
     "launch": ("scalelong.train.hosts.launch", "train on several processes or hosts"),
     "sample": ("scalelong.train.commands.sample", "draw samples from a run as one picture"),
     "evaluate": ("scalelong.train.commands.evaluate", "score a run's samples against real images"),
     "ema-posthoc": ("scalelong.train.commands.ema_posthoc", "averaged weights of a width chosen after the run"),
-    "plan": ("scalelong.train.commands.plan", "memory, traffic and ZeRO stage of a preset on given GPUs"),
+    "plan": ("scalelong.train.commands.plan", "memory, traffic and ZeRO stage of a recipe on given GPUs"),
     "export": ("scalelong.train.commands.export", "write a run's model as safetensors and JSON"),
     "prepare": ("scalelong.train.commands.prepare", "make shards of images or of latents, with their indices"),
 }

@@ -1,4 +1,4 @@
-"""``scalelong plan PRESET --nodes 2 --gpus-per-node 8 --gpu-memory 80``: what a run will take.
+"""``scalelong plan RECIPE --nodes 2 --gpus-per-node 8 --gpu-memory 80``: what a run will take.
 
 For each ZeRO stage: the memory of one GPU, what it sends in a step, and the largest micro-batch that fits; then the
 flags to take. Nothing is allocated: the step is carried out on tensors without data.
@@ -40,7 +40,7 @@ ZERO3_COPIES = 1.2
 
 @dataclass(frozen=True, kw_only=True)
 class PlanArguments(RecipeArguments):
-    """Memory of a GPU, bytes on the wire, and the ZeRO stage and micro-batch to take for a preset."""
+    """Memory of a GPU, bytes on the wire, and the ZeRO stage and micro-batch to take for a recipe."""
 
     nodes: int = 1
     """Machines."""
@@ -94,7 +94,7 @@ def main(argv: list[str] | None = None) -> None:
     print(describe(name, arguments, needs))
     fitting = [need for need in needs if need.total <= budget]
     if not fitting:
-        raise UserError("no stage fits, at one image at a time: take --checkpointing blocks, or more or larger GPUs")
+        raise UserError("no stage fits, at one image at a time: take --recompute blocks, or more or larger GPUs")
     best = min(fitting, key=lambda need: (need.accumulation_steps, need.stage))
     print(f"\ntake --zero-stage {best.stage} --accumulation-steps {best.accumulation_steps}")
 
@@ -218,7 +218,7 @@ def _drop_gradient(parameter: Tensor) -> None:
 def _make_model(config: TrainConfig) -> torch.nn.Module:
     # It draws until all values lie within bounds, and there are no values.
     with patch("torch.nn.init.trunc_normal_"):
-        return make_backbone(config.model, skip_scale=config.skip_scale, checkpointing=config.checkpointing)
+        return make_backbone(config.model, skip_scale=config.skip_scale, recompute=config.recompute)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -274,7 +274,7 @@ def describe(name: str, arguments: PlanArguments, needs: list[Need]) -> str:
     return "\n".join(
         [
             f"{name}: {measure_network(config).num_params:,} parameters, {config.precision}, "
-            f"checkpointing {config.checkpointing}; {config.images_per_step:,} images a step on {num_gpus} GPUs "
+            f"recompute {config.recompute}; {config.images_per_step:,} images a step on {num_gpus} GPUs "
             f"({arguments.nodes} x {arguments.gpus_per_node}) of {arguments.gpu_memory:g} GB, "
             f"{config.images_per_step // num_gpus:,} a GPU",
             "",

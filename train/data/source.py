@@ -98,7 +98,7 @@ def open_source(path: str, num_classes: int, *, split: str = "train") -> ImageSo
         UserError: nothing to read there, or another number of classes than the model's.
     """
     if not path:
-        raise UserError("this preset needs data to train on: --data.path FOLDER")
+        raise UserError("this recipe needs data to train on: --data.path FOLDER")
     source = recognise_source(path, split, labelled=num_classes > 0)
     if source.holds == "features":
         raise UserError(f"{path} holds features, one a file; make shards of them: scalelong prepare {path} OUT")

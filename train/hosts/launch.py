@@ -1,4 +1,4 @@
-"""``scalelong launch [--option value ...] PRESET [--field value ...]``: training on several processes or hosts.
+"""``scalelong launch [--option value ...] RECIPE [--field value ...]``: training on several processes or hosts.
 
 A front of the deepspeed launcher. It asks every host whether it can take part before training starts, passes signals on
 to the training processes, which then save, and ends the whole job when a process or a host is lost.
@@ -49,9 +49,9 @@ SSH_ENDED = re.compile(r"pdsh@[^:]+: ([^:]+): ssh exited with exit code (\d+)")
 
 @dataclass(frozen=True, kw_only=True)
 class LaunchConfig:
-    """Training on several processes or hosts: scalelong launch [OPTIONS] PRESET [--field value ...]
+    """Training on several processes or hosts: scalelong launch [OPTIONS] RECIPE [--field value ...]
 
-    The preset and its fields are those of training."""
+    The recipe and its fields are those of training."""
 
     hostfile: Path | None = None
     """A line 'NAME slots=NUMBER' for each host; without one, this machine alone."""
@@ -107,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The options of the launch, and what follows from the preset on."""
+    """The options of the launch, and what follows from the recipe on."""
     for position, argument in enumerate(argv):
         if argument in RECIPES:
             return argv[:position], argv[position:]

@@ -43,7 +43,7 @@ DONE_HERE = {
     "optimizer": "--optimizer.*",
     "scheduler": "--optimizer.*",
     "checkpoint": "--images-per-checkpoint",
-    "activation_checkpointing": "--checkpointing",
+    "activation_checkpointing": "--recompute",
     "tensorboard": "the run folder's tensorboard/",
     "csv_monitor": "the run folder's log.jsonl",
 }

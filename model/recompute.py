@@ -1,4 +1,4 @@
-"""Activation checkpointing of blocks: what backward finds, and what it computes again."""
+"""Recomputing activations of blocks: what backward finds, and what it computes again."""
 
 from collections.abc import Callable
 from functools import partial
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from scalelong.model.backbone_config import BlockMemory, Checkpointing
+from scalelong.model.backbone_config import BlockMemory, Recompute
 
 aten = torch.ops.aten
 _PRODUCTS = {aten.mm.default: 1, aten.addmm.default: 2}  # which argument is the transposed weight
@@ -24,25 +24,25 @@ _ATTENTION = {
 def run_block(
     block: Callable[..., Tensor],
     *arguments: Any,
-    checkpointing: Checkpointing,
+    recompute: Recompute,
     memory: BlockMemory | None = None,
     is_random: bool = False,
 ) -> Tensor:
-    """``block(*arguments)``, keeping for backward what ``checkpointing`` allows.
+    """``block(*arguments)``, keeping for backward what ``recompute`` allows.
 
     Args:
-        checkpointing: "none" keeps all that backward reads, "blocks" the block's inputs, a share at most that part of
+        recompute: "none" keeps all that backward reads, "blocks" the block's inputs, a share at most that part of
             what "none" keeps: torch's selective checkpointing then saves the products that fit, those that cost most
             for their size first.
         memory: what backward reads of the block, for a share.
         is_random: the block drops activations out.
     """
-    if checkpointing == "none" or not torch.is_grad_enabled():
+    if recompute == "none" or not torch.is_grad_enabled():
         return block(*arguments)
     options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": is_random}
-    if checkpointing != "blocks":
+    if recompute != "blocks":
         assert memory is not None, "a share of what is not known"
-        kept = kept_parts(float(checkpointing), memory)
+        kept = kept_parts(float(recompute), memory)
         if F.linear is not torch._C._nn.linear:  # type: ignore[attr-defined]
             # DeepSpeed's, under ZeRO 3: it adds the bias in place, to a product that would have been kept.
             kept &= {"attention"}
