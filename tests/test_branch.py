@@ -14,6 +14,7 @@ pytest.importorskip("deepspeed")
 from killing import Kill, train_until_killed
 from running import log_rows, losses, run_on_ranks, small_config
 
+from scalelong.model.skip_scale import ConstantScale, LearnedScale
 from scalelong.train.branch import STAYS, Origin, parse_origin
 from scalelong.train.commands.ema_posthoc import kept_averages, posthoc_average
 from scalelong.train.config import DataConfig, TrainConfig
@@ -159,8 +160,8 @@ def test_what_may_not_differ_is_named_and_nothing_is_written(tmp_path, origin):
     run = tmp_path / "branch"
     base = branch_of(origin, run)
     for config, words in (
-        (replace(base, skip_scale="ls"), "--skip-scale cs -> ls"),
-        (replace(base, kappa=0.7), "--kappa 0.5 -> 0.7"),
+        (replace(base, skip_scale=LearnedScale()), "--skip-scale cs -> ls"),
+        (replace(base, skip_scale=ConstantScale(0.7)), "--skip-scale.kappa 0.5 -> 0.7"),
         (replace(base, objective="linear"), "--objective vp-sde -> linear"),
         (replace(base, model=replace(base.model, depth=4)), "--model.depth 2 -> 4"),
         (replace(base, label_drop=0.0, sample=replace(base.sample, guidance=0.0)), "--label-drop 0.1 -> 0.0"),

@@ -14,7 +14,7 @@ from scalelong.train.config import TrainConfig, config_differences
 from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import read_config
 
-STAYS = ("--model", "--skip-", "--kappa", "--objective")
+STAYS = ("--model", "--skip-scale", "--objective")
 """Beginnings of the flags that say what the network computes: with other values its weights would mean something else.
 
 All others may differ: the learning rate and the optimizer, batch, precision, seed, data, guard."""

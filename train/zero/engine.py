@@ -54,7 +54,7 @@ def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micr
 def destroy(engine) -> None:
     """Ends an engine and frees weights, gradients and the optimizer's state, though something may refer to it still.
 
-    DeepSpeed 0.19.8 keeps engines of ZeRO 3: their networks in the list below, and they themselves in closures.
+    DeepSpeed 0.19.8 keeps engines of ZeRO 3: their networks in the list below, and they themselves somewhere else.
     """
     from deepspeed.runtime.zero import parameter_offload
 
