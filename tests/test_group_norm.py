@@ -544,7 +544,7 @@ W = torch.ones(12)
         ((X, S, None, 4, None, W), {}, "bias without weight"),
         ((X, S, None, 4, W, W), {"gain": torch.ones(2, 8)}, r"gain has shape \(2, 8\), but 12 channels need \(2, 12\)"),
         ((X, S, None, 4, W, W), {"shift": torch.ones(12)}, r"shift has shape \(12,\)"),
-        ((X, S, None, 4, W, W), {"act": "relu"}, "act 'relu' is none of 'silu', 'gelu', None"),
+        ((X, S, None, 4, W, W), {"act": "relu"}, "act 'relu' is none of 'silu', 'gelu', 'gelu-tanh', None"),
         ((X, S, None, 4, W, W), {"eps": -1.0}, "eps must be"),
         ((X, S, None, 4, W, W), {"eps": float("nan")}, "eps must be"),
         ((X, S, None, 4, W, W), {"eps": float("inf")}, "eps must be"),

@@ -171,7 +171,8 @@ def test_harm_ends_the_run_within_a_minute_and_its_flags_go_on_by_any_launcher(n
     told = re.search(r"CODE (-?\d+) SECONDS ([\d.]+) LEFT (\d+)", done.stdout)
     assert told is not None, done.stdout + done.stderr
     code, seconds, left = int(told[1]), float(told[2]), int(told[3])
-    assert code == EXIT_SAVED_AFTER_SIGNAL if what == "term" else code not in (0, EXIT_SAVED_AFTER_SIGNAL)
+    is_as_told = code == EXIT_SAVED_AFTER_SIGNAL if what == "term" else code not in (0, EXIT_SAVED_AFTER_SIGNAL)
+    assert is_as_told, done.stdout + done.stderr
     assert seconds < SECONDS_TO_END
     assert "2 x cpu" in done.stdout
     assert cause in done.stdout + done.stderr
