@@ -34,6 +34,11 @@ def test_the_kernels_are_right_in_the_interpreter():
     run_interpreted("interpreted_add_layer_norm.py", "-m", "not exhaustive")
 
 
+@pytest.mark.exhaustive
+def test_every_shape_and_type_is_right_in_the_interpreter():
+    run_interpreted("interpreted_add_layer_norm.py", "-m", "exhaustive")
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_tilings_cover_every_row_and_feature(direction, itemsize):

@@ -92,7 +92,7 @@ def test_a_dry_run_walks_through_the_first_call(tmp_path):
     assert "launches compiled" in (out / "first.log").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_dry_run_walks_through_the_second_call(tmp_path):
     printed, rows, _ = dry_run(tmp_path, "second")
     found = outcomes(printed, "second")

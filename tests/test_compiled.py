@@ -122,8 +122,14 @@ DEEP_UNET = UNetConfig(
 )
 
 
-@pytest.mark.parametrize("whole", [True, False], ids=["stages", "residual blocks"])
-@pytest.mark.parametrize("position", ["before-norm", "after-norm"])
+@pytest.mark.parametrize(
+    ("position", "whole"),
+    [
+        ("before-norm", True),
+        ("after-norm", False),
+        *(pytest.param(*x, marks=pytest.mark.exhaustive) for x in (("before-norm", False), ("after-norm", True))),
+    ],
+)
 def test_decoder_blocks_of_a_unet_that_are_compiled_one_by_one(position, whole):
     """Twenty factors, and no more graphs than blocks of other shapes ask for."""
     model = UNet(replace(DEEP_UNET, skip_position=position), skip_scale=make_skip_scale("cs", 0.9))
@@ -180,8 +186,11 @@ def test_a_compiled_uvit_is_fused():
 
 @pytest.mark.parametrize(
     ("make", "of_time", "of_embeddings"),
-    [(lambda: unet(DDPM, "cs"), 1, 2), (lambda: unet(ADM, "ls"), 1, 2), (diffusers_unet, 2, 14)],
-    ids=["ddpm", "adm", "diffusers"],
+    [
+        pytest.param(lambda: unet(DDPM, "cs"), 1, 2, id="ddpm", marks=pytest.mark.exhaustive),
+        pytest.param(lambda: unet(ADM, "ls"), 1, 2, id="adm"),
+        pytest.param(diffusers_unet, 2, 14, id="diffusers"),
+    ],
 )
 def test_a_compiled_unet_writes_no_concatenation_and_activates_in_the_norm(make, of_time, of_embeddings):
     """What is left are the sines and cosines of time, and the activations of its embedding."""
@@ -194,8 +203,15 @@ def test_a_compiled_unet_writes_no_concatenation_and_activates_in_the_norm(make,
     assert seen["scalelong.skip_group_norm"] == len([m for m in found.ours.modules() if isinstance(m, nn.GroupNorm)])
 
 
-@pytest.mark.parametrize("make_pair", [uvit, partial(unet, ADM)], ids=["uvit", "unet"])
-@pytest.mark.parametrize("tracing_mode", ["real", "symbolic"])
+@pytest.mark.parametrize(
+    ("make_pair", "tracing_mode"),
+    [
+        pytest.param(uvit, "real", id="uvit-real"),
+        pytest.param(partial(unet, ADM), "symbolic", id="unet-symbolic"),
+        pytest.param(uvit, "symbolic", id="uvit-symbolic", marks=pytest.mark.exhaustive),
+        pytest.param(partial(unet, ADM), "real", id="unet-real", marks=pytest.mark.exhaustive),
+    ],
+)
 def test_make_fx_records_operators_and_their_gradients(make_pair, tracing_mode):
     """Not what they launch: products written into given memory could not be differentiated again."""
     model = make_pair("ls").ours

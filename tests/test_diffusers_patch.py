@@ -357,8 +357,8 @@ def make_smallest(block: str = "UpBlock2D") -> Any:
     ("block", "skip_scale"),
     [
         ("UpBlock2D", "ls-separate"),
-        pytest.param("AttnUpBlock2D", "ls", marks=pytest.mark.slow),
-        pytest.param("SkipUpBlock2D", "cs", marks=pytest.mark.slow),
+        pytest.param("AttnUpBlock2D", "ls", marks=pytest.mark.exhaustive),
+        pytest.param("SkipUpBlock2D", "cs", marks=pytest.mark.exhaustive),
         pytest.param("CrossAttnUpBlock2D", "cs", marks=pytest.mark.slow),
     ],
 )

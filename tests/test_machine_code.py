@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing"),
 ]
-each_arch = pytest.mark.parametrize("arch", [80, 90])
+each_arch = pytest.mark.parametrize("arch", [pytest.param(80, marks=pytest.mark.exhaustive), 90])
 BLOCK = 1024
 
 

@@ -31,7 +31,7 @@ def network_of(kind: str) -> TrainConfig:
     [
         pytest.param("weights", "fp32", 0, 1, 2, 1, marks=pytest.mark.exhaustive),
         pytest.param("weights", "fp32", 2, 1, 2, 2, marks=pytest.mark.exhaustive),
-        ("weights", "fp32", 3, 2, 2, 1),
+        pytest.param("weights", "fp32", 3, 2, 2, 1, marks=pytest.mark.exhaustive),
         ("activations", "fp32", 1, 2, 16, 1),
         pytest.param("activations", "fp32", 3, 2, 16, 2, marks=pytest.mark.exhaustive),
         ("weights", "bf16", 2, 2, 2, 1),
