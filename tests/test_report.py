@@ -189,12 +189,21 @@ def test_on_a_terminal_a_bar_shows_progress_and_messages_stay_above_it(tmp_path,
     assert "100/200 images  loss 0.2500  1,234 images/s" in shown.split("[checkpoint] 50")[1]
 
 
+@pytest.fixture
+def handlers():
+    """Those that the tests had before, put back: after a signal some do nothing."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 def send(number: int) -> None:
     os.kill(os.getpid(), number)
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_remembered_and_interrupts_nothing(number):
+def test_a_signal_is_remembered_and_interrupts_nothing(handlers, number):
     with StopSignals() as stop:
         assert stop.received is None
         send(number)
@@ -211,7 +220,17 @@ def test_under_nohup_a_terminal_may_close():
         signal.signal(signal.SIGHUP, before)
 
 
-def test_a_second_signal_soon_after_does_not_cut_the_saving_short():
+def test_once_a_signal_has_come_the_next_ones_kill_no_more(handlers):
+    with StopSignals():
+        send(signal.SIGTERM)
+    send(signal.SIGTERM)
+    with StopSignals():
+        pass
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, signal.SIG_IGN)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+def test_a_second_signal_soon_after_does_not_cut_the_saving_short(handlers):
     with StopSignals() as stop:
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGINT):
             send(number)
@@ -219,7 +238,7 @@ def test_a_second_signal_soon_after_does_not_cut_the_saving_short():
 
 
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_ctrl_c_after_patience_is_over_interrupts(first, monkeypatch):
+def test_ctrl_c_after_patience_is_over_interrupts(handlers, first, monkeypatch):
     monkeypatch.setattr(StopSignals, "PATIENCE_SECONDS", -1.0)
     with StopSignals() as stop:
         send(first)
@@ -228,7 +247,7 @@ def test_ctrl_c_after_patience_is_over_interrupts(first, monkeypatch):
         assert stop.received == first.name
 
 
-def test_a_launcher_that_repeats_its_signal_never_interrupts(monkeypatch):
+def test_a_launcher_that_repeats_its_signal_never_interrupts(handlers, monkeypatch):
     monkeypatch.setattr(StopSignals, "PATIENCE_SECONDS", -1.0)
     with StopSignals() as stop:
         for _ in range(3):

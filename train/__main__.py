@@ -4,7 +4,7 @@ import os
 import sys
 import time
 
-from scalelong.train.errors import dropped_if_nobody_reads, run_command, speak_as
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, dropped_if_nobody_reads, run_command, speak_as
 from scalelong.train.usage import usage
 
 SECONDS_BEHIND_THE_DEAD = 3.0
@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     config = parse_train_arguments(argv)
 
     from scalelong.train.hosts.processes import leave_processes, to_user_error
+    from scalelong.train.hosts.signals import ignore_stop_signals
     from scalelong.train.loop import train
 
     try:
@@ -40,6 +41,8 @@ def main(argv: list[str] | None = None) -> None:
         # The launcher is to meet the one that died before it meets this one.
         time.sleep(SECONDS_BEHIND_THE_DEAD)
         raise told from None
+    if exit_code == EXIT_SAVED_AFTER_SIGNAL:
+        ignore_stop_signals()
     leave_processes()
     sys.exit(exit_code)
 

@@ -59,16 +59,17 @@ def train_on(start: Start) -> int:
         if start.is_branch:
             save(run)  # from here on it needs the other run no more
         heartbeat = Heartbeat(processes, on_loss=lambda host, seconds: end_process(host, seconds, outcome.fail))
-        with StopSignals() as signals, heartbeat, processes.agree(lambda: report_of(run)) as report:
-            report.say(describe(run))
-            if busy := others_at_work(processes):
-                report.say(busy)
-            is_finished = take_steps(run, report, signals, outcome)
-        if is_finished:
-            outcome.finish()
-        else:
-            outcome.stop(signals.received)
-    announce_end(start, outcome.images_seen, signals.received, is_finished=is_finished)
+        with StopSignals() as signals:
+            with heartbeat, processes.agree(lambda: report_of(run)) as report:
+                report.say(describe(run))
+                if busy := others_at_work(processes):
+                    report.say(busy)
+                is_finished = take_steps(run, report, signals, outcome)
+            if is_finished:
+                outcome.finish()
+            else:
+                outcome.stop(signals.received)
+            announce_end(start, outcome.images_seen, signals.received, is_finished=is_finished)
     return 0 if is_finished else EXIT_SAVED_AFTER_SIGNAL
 
 

@@ -13,10 +13,21 @@ def stop_signals() -> tuple[signal.Signals, ...]:
     return tuple(n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN)
 
 
+def ignore_stop_signals() -> None:
+    """For the last moments of a process, in which Python takes its own handlers away."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _do_nothing(_number: int, _frame: FrameType | None) -> None:
+    """Unlike SIG_IGN no child inherits it."""
+
+
 class StopSignals:
     """While entered, remembers that a signal came. Ctrl-C again, two seconds later or more, interrupts at once.
 
-    A launcher passes the terminal's Ctrl-C on as SIGTERM; that second signal must not cut the saving short.
+    A launcher passes the terminal's Ctrl-C on as SIGTERM; that second signal must not cut the saving short, nor make a
+    death of the end that follows: once a signal has come, those that would kill do nothing afterwards.
     """
 
     PATIENCE_SECONDS = 2.0
@@ -32,7 +43,8 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler)
+            kills = handler == signal.SIG_DFL and self.received is not None
+            signal.signal(number, _do_nothing if kills else handler)
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         if self.received is None:
