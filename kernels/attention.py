@@ -26,7 +26,7 @@ from scalelong.kernels.attention_backends import (
     queries,
     split_heads,
 )
-from scalelong.kernels.backend import Backends, forced_backend, in_transform, is_traced, tells
+from scalelong.kernels.backend import Backends, forced_backend, in_transform, is_traced, is_wrapper, tells
 from scalelong.kernels.double_backward import differentiable_gradients
 from scalelong.kernels.precision import cast_by_autocast, is_autocast, without_autocast
 
@@ -109,7 +109,7 @@ def attention(
     _check(qkv, num_heads, scale)
     qkv = normalised(qkv, num_heads, qk_norm)
     if backend == "auto":
-        backend = _backend_of_auto()
+        backend = _backend_of_auto(qkv)
     elif backend not in BACKENDS:
         raise ValueError(f"attention: unknown backend {backend!r}; there are auto, {', '.join(BACKENDS)}")
     elif not is_traced():
@@ -120,13 +120,14 @@ def attention(
     return _TwiceDifferentiable.apply(out, num_heads, backend, scale, *_tensors(qkv))
 
 
-def _backend_of_auto() -> str:
-    return "reference" if forced_backend() == "reference" or in_transform() else "sdpa"
+def _backend_of_auto(qkv: Projected) -> str:
+    is_plain = forced_backend() == "reference" or in_transform() or is_wrapper(queries(qkv))
+    return "reference" if is_plain else "sdpa"
 
 
 @tells(attention)
 def _(qkv: Projected, num_heads: int, *, backend: str = "auto", **_: Any) -> Backends:
-    backend = _backend_of_auto() if backend == "auto" else backend
+    backend = _backend_of_auto(qkv) if backend == "auto" else backend
     name = backend if backend in ("reference", *PACKAGES) else "torch"
     return Backends(name, name)
 

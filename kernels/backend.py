@@ -100,7 +100,7 @@ def backend_of(tensor: Tensor) -> str:
         if reason is not None:
             raise RuntimeError(f"the backend {forced!r} cannot run: {reason}")
         return forced
-    if tensor.dtype not in FUSED_DTYPES or in_transform():
+    if tensor.dtype not in FUSED_DTYPES or in_transform() or is_wrapper(tensor):
         return "reference"
     if tensor.is_cuda:
         return "triton" if _why_no_triton() is None else "reference"
@@ -117,6 +117,11 @@ def backend_of(tensor: Tensor) -> str:
 def is_traced() -> bool:
     """Under torch.compile, torch.export or make_fx, which record operators as registered, not what those launch."""
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
+
+
+def is_wrapper(tensor: Tensor) -> bool:
+    """Made of other tensors, as DTensor and quantised ones are: PyTorch's operators take them apart, ours cannot."""
+    return type(tensor) is not Tensor and hasattr(type(tensor), "__tensor_flatten__")
 
 
 def in_transform() -> bool:

@@ -22,3 +22,14 @@ def same_start():
 def same_linear(monkeypatch):
     """DeepSpeed's ZeRO 3 puts a product of its own in the place of torch's, which outlives a run in an earlier test."""
     monkeypatch.setattr(F, "linear", LINEAR)
+
+
+@pytest.fixture
+def process_group(tmp_path):
+    """Of this process alone."""
+    if torch.distributed.is_initialized():  # by a training run in an earlier test
+        yield
+        return
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()

@@ -334,16 +334,6 @@ def test_accelerate_offloads_each_layer(pair):
         torch.testing.assert_close(found.call(offloaded), expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def process_group(tmp_path):
-    if torch.distributed.is_initialized():  # by a training run in an earlier test
-        yield
-        return
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
 @each_pair
 def test_fsdp_shards_each_layer(process_group, pair):
     from torch.distributed.device_mesh import init_device_mesh

@@ -1,5 +1,6 @@
 """What every operator takes that PyTorch's own takes: shapes, subclasses of tensors, copies on write, and counters."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from scalelong.kernels.add_layer_norm import add_layer_norm
+from scalelong.kernels.attention import attention
 from scalelong.kernels.conv3x3 import conv3x3, conv3x3_ref
 from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import group_norm
@@ -150,6 +152,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "group_norm": lambda: group_norm(_tensors((2, 8, 4))[0], 2, *_tensors((8,), (8,))),
     "conv3x3": lambda: conv3x3(*_tensors((2, 8, 4, 4), (6, 8, 3, 3), (6,))),
     "skip_conv1x1": lambda: skip_conv1x1(*_tensors((2, 8, 4, 4), (2, 8, 4, 4)), 0.7, *_tensors((6, 16, 1, 1), (6,))),  # type: ignore[misc]
+    "attention": lambda: attention(_tensors((2, 5, 24))[0], 2),
 }
 
 
@@ -170,6 +173,29 @@ def test_tensors_that_only_stand_for_real_ones(operator):
         real.sum().backward()
         assert not isinstance(real, FakeTensor)
         assert (y.shape, y.dtype, y.stride()) == (real.shape, real.dtype, real.stride())
+
+
+@pytest.mark.parametrize("operator", CALLS)
+def test_tensors_that_are_distributed(operator, process_group, monkeypatch):
+    """Not only where FSDP has gathered them; and plain ones are computed as before after that."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+    call, plain, mesh = CALLS[operator], _tensors, init_device_mesh("cpu", (1,))
+    expected, leaves = call(), []
+
+    def distributed(*shapes: tuple[int, ...]) -> Any:
+        leaves.extend(distribute_tensor(x.detach(), mesh, [Replicate()]).requires_grad_() for x in plain(*shapes))
+        return leaves[-len(shapes) :]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[__name__], "_tensors", distributed)
+        y = call()
+        y.sum().backward()
+    assert isinstance(y, DTensor)
+    torch.testing.assert_close(y.full_tensor(), expected)
+    assert all(isinstance(leaf.grad, DTensor) for leaf in leaves)
+    assert torch.equal(call(), expected)
 
 
 def test_stand_ins_that_are_met_outside_their_mode_leave_nothing_behind():
