@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 
 from scalelong.train import loop
 from scalelong.train.checkpoint import numbered_folders
-from scalelong.train.config import GuardConfig, config_from_dict, config_to_dict
+from scalelong.train.config import GuardConfig, TrainConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.guard import LOSSES_BEFORE_JUDGING, Guard
 from scalelong.train.objective import Objective
@@ -196,18 +197,17 @@ def test_too_many_in_a_row_stop_the_run(tmp_path, images, disturb, stage):
         loop.train(config)
 
 
+def rolling_back_config(tmp_path: Path, images: Path, first: int, **changes: Any) -> TrainConfig:
+    """Of a run that returns once three losses from step number ``first`` on were too high, and goes on for a while."""
+    guard = GuardConfig(roll_back_factor=5.0, roll_back_steps=3)
+    return killable_config(tmp_path / "run", images, steps=first + 8, guard=guard, **changes)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_a_loss_that_climbs_brings_back_the_checkpoint_before(tmp_path, images, disturb, stage):
     first = LOSSES_BEFORE_JUDGING + 4
-    config = killable_config(
-        tmp_path / "run",
-        images,
-        steps=first + 8,
-        zero_stage=stage,
-        keep_checkpoints=99,
-        guard=GuardConfig(roll_back_factor=5.0, roll_back_steps=3),
-    )
+    config = rolling_back_config(tmp_path, images, first, zero_stage=stage, keep_checkpoints=99)
     disturb(lambda number, loss: loss * 100 if first <= number < first + 3 else loss)
     assert loop.train(config) == 0
     # The climb begins at step 24, saves come every second step: 22 is the last one before it, 26 follows the return.
@@ -233,14 +233,7 @@ def test_a_return_frees_before_it_builds_and_drops_the_averages_it_gives_up(
     tmp_path, images, disturb, monkeypatch, stage
 ):
     first = LOSSES_BEFORE_JUDGING + 4
-    config = killable_config(
-        tmp_path / "run",
-        images,
-        steps=first + 8,
-        zero_stage=stage,
-        images_per_average=STEP,
-        guard=GuardConfig(roll_back_factor=5.0, roll_back_steps=3),
-    )
+    config = rolling_back_config(tmp_path, images, first, zero_stage=stage, images_per_average=STEP)
     config = replace(config, optimizer=replace(config.optimizer, ema_stds=(0.05, 0.2)))
     disturb(lambda number, loss: loss * 100 if first <= number < first + 3 else loss)
     bytes_when_built, kept_when_built = [], []
@@ -277,9 +270,8 @@ def test_the_main_process_alone_hashes_the_checkpoint_to_return_to(tmp_path, ima
 def test_averages_after_a_return_are_those_of_a_run_without_the_steps_given_up(tmp_path, images, disturb):
     """The steps 23 to 26 are undone; nothing else moves the weights, so that their average is what it was."""
     first = LOSSES_BEFORE_JUDGING + 4
-    guard = GuardConfig(roll_back_factor=5.0, roll_back_steps=3)
-    config = killable_config(tmp_path / "run", images, steps=first + 8, images_per_average=STEP, guard=guard)
-    config = replace(config, optimizer=replace(config.optimizer, ema_stds=(0.2,)), keep_checkpoints=99)
+    config = rolling_back_config(tmp_path, images, first, images_per_average=STEP, keep_checkpoints=99)
+    config = replace(config, optimizer=replace(config.optimizer, ema_stds=(0.2,)))
     disturb(lambda number, loss: loss * 100 if first <= number < first + 3 else loss)
     assert loop.train(config) == 0
     name, exponent = "ema-0.2", exponent_of_std(0.2)
