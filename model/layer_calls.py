@@ -9,8 +9,9 @@ from collections.abc import Iterable
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-# Their hooks bring weights and take them away again, whatever the arguments of the call.
-_MOVERS_OF_WEIGHTS = ("deepspeed.runtime.zero.",)
+# Their hooks bring weights and take them away again, whatever the arguments of the call. DeepSpeed wraps some of them
+# for NVTX, which leaves these no other name.
+_MOVERS_OF_WEIGHTS = ("deepspeed.runtime.zero.", "deepspeed.utils.nvtx")
 
 
 def is_called_by_class(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -7,6 +7,7 @@ import torch
 from running import small_config
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.layer_calls import is_called_by_class
 from scalelong.train.config import TrainConfig
 from scalelong.train.hosts.processes import join_processes
 from scalelong.train.objective import OBJECTIVES
@@ -55,6 +56,13 @@ def test_a_step_moves_the_weights_and_tells_the_norm_if_asked(config):
     assert norms[0] is not None
     assert norms[0] > 0
     assert norms[1] == pytest.approx(3 * norms[0], rel=1e-5)
+
+
+def test_layers_stay_fused_under_every_stage(config):
+    """ZeRO 3 hangs hooks on each, which only move weights."""
+    layers = list(make_engine(config).module.modules())[1:]  # DeepSpeed's own hooks look at the network's output
+    assert len(layers) > 20
+    assert [type(layer).__name__ for layer in layers if not is_called_by_class(layer, type(layer))] == []
 
 
 def test_the_norm_is_the_same_under_every_stage(config):
