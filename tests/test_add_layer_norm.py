@@ -1,8 +1,5 @@
 """The residual sum with its LayerNorm on a CPU: numbers, gradients, registration, and what it says to bad input."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,6 +9,7 @@ import torch
 from add_layer_norm_cases import DTYPES, Case, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import run_on
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -79,9 +77,6 @@ def test_a_stream_in_fp32_with_branches_and_outputs_in_16_bits(half, adaptive):
 
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_parity_on_each_instruction_set(isa):
-    flags = Path("/proc/cpuinfo").read_text().split()
-    if isa != "baseline" and {"avx2": "avx2", "avx512": "avx512bw"}[isa] not in flags:
-        pytest.skip(f"this processor has no {isa}")
     code = """
 import itertools, torch
 from add_layer_norm_cases import DTYPES, Case
@@ -94,8 +89,7 @@ for dtype, (shape, mean) in itertools.product(DTYPES, means.items()):
 for half in (torch.bfloat16, torch.float16):
     Case(shape=(3, 19, 77), branch_dtype=half, autocast=half, adaptive=("gain", "gate")).assert_parity()
 """
-    env = {**os.environ, "SCALELONG_ISA": isa, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    run_on(isa, code)
 
 
 @each_dtype

@@ -1,11 +1,9 @@
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from instruction_sets import run_on
 from parity import assert_within_budget
 from torch import Tensor
 
@@ -56,17 +54,13 @@ def test_outputs_and_gradients_are_within_budget(layout, shape):
 @needs_native
 @pytest.mark.parametrize("isa", ["baseline", "avx2"])
 def test_lesser_instruction_sets_compute_the_same(isa):
-    capability = torch.backends.cpu.get_cpu_capability()
-    if isa == "avx2" and capability not in ("AVX2", "AVX512"):
-        pytest.skip("this processor has no avx2")
     code = f"""
 from parity import assert_within_budget
 from test_conv3x3 import SHAPES, conv3x3, conv3x3_ref, make_inputs
 for shape in {tuple(SHAPES.values())}:
     assert_within_budget(conv3x3, conv3x3_ref, make_inputs(shape), grad_budget=2.0)
 """
-    env = {**os.environ, "SCALELONG_ISA": isa, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    run_on(isa, code)
 
 
 @needs_native

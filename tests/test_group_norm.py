@@ -1,8 +1,5 @@
 """The fused GroupNorm on a CPU: numbers, gradients, layouts, registration, and what it says to bad input."""
 
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -10,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from group_norm_cases import SCALES, Case, in_channels_last
+from instruction_sets import FLAGS, run_on
 from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -49,11 +47,8 @@ def test_parity_at_shapes_of_networks_and_odd_ones(hidden, skip, spatial, groups
 
 
 @both_layouts
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512", "avx512_bf16"])
+@pytest.mark.parametrize("isa", FLAGS)
 def test_parity_on_each_instruction_set(isa, channels_last):
-    flags = Path("/proc/cpuinfo").read_text().split()
-    if isa != "baseline" and {"avx2": "avx2", "avx512": "avx512bw"}.get(isa, isa) not in flags:
-        pytest.skip(f"this processor has no {isa}")
     code = f"""
 import itertools, torch
 from group_norm_cases import Case
@@ -72,8 +67,7 @@ for dtype in (torch.bfloat16, torch.float16):  # each small number, subnormal on
     tiny, eps = 3e-7, torch.finfo(dtype).eps
     assert ((y - truth).abs() <= 0.51 * eps * truth.abs() + tiny).all()
 """
-    env = {**os.environ, "SCALELONG_ISA": isa, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
+    run_on(isa, code)
 
 
 @both_layouts

@@ -61,7 +61,8 @@ def result(network: nn.Module, call: Callable[[nn.Module], Tensor]) -> dict[str,
     return {"output": output.detach(), **dict(zip(leaves, grads, strict=True))}
 
 
-def assert_same(pair: Pair, rename: Callable[[str], str] = lambda name: name) -> None:
+def assert_same(pair: Pair, rename: Callable[[str], str] = lambda name: name) -> dict[str, Tensor]:
+    """Of the two networks the same comes; returns what came of ours."""
     found, expected = (result(network, pair.call) for network in (pair.ours, pair.plain))
     assert set(found) == {rename(name) for name in expected}
     # Some gradients are zero but for rounding: a bias before a norm over one channel.
@@ -70,6 +71,7 @@ def assert_same(pair: Pair, rename: Callable[[str], str] = lambda name: name) ->
         floor = 1e-5 if name == "output" else 1e-5 * largest
         allowed = 1e-3 * float(truth.abs().max()) + floor
         assert float((found[rename(name)] - truth).abs().max()) <= allowed, name
+    return found
 
 
 def adapted(network: Any, config: Any) -> None:
@@ -200,8 +202,7 @@ def test_a_hook_of_one_layer_sees_and_changes_what_it_would_in_the_plain_network
     roles = {re.sub(r"[.]\d+[.]", ".", name): name for name in leaves}
     for name in roles.values():
         handles = [change(network, name) for network in (found.ours, found.plain)]
-        assert_same(found)
-        changed = result(found.ours, found.call)
+        changed = assert_same(found)
         for handle in handles:
             handle.remove()
         if not isinstance(found.ours.get_submodule(name), nn.Identity | nn.Dropout) and kind != "backward":

@@ -1,33 +1,22 @@
 """The C++ library below its Python: rounding, what it refuses, gradients that nobody wants, instruction sets."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from group_norm_cases import Case, in_channels_last
+from instruction_sets import FLAGS, outcome_on, run_on
 
 from scalelong.kernels import group_norm_native, native_library
 from scalelong.kernels.group_norm_arguments import Options, Tensors, Wanted
 
 ROOT = Path(__file__).resolve().parents[1]
-ISAS = {"baseline": None, "avx2": "avx2", "avx512": "avx512bw", "avx512_bf16": "avx512_bf16"}
 pytestmark = pytest.mark.skipif(native_library.ERROR is not None, reason=str(native_library.ERROR))
 both_layouts = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 
 
-def run_on(isa: str, code: str) -> None:
-    flag = ISAS[isa]
-    if flag is not None and flag not in Path("/proc/cpuinfo").read_text().split():
-        pytest.skip(f"this processor has no {isa}")
-    env = {**os.environ, "SCALELONG_ISA": isa, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}"}
-    subprocess.run([sys.executable, "-c", code], env=env, check=True)
-
-
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", FLAGS)
 def test_bfloat16_rounds_as_torch_does_and_keeps_each_kind_of_nan(isa):
     run_on(
         isa,
@@ -66,10 +55,9 @@ assert torch.equal(y[0, :, 1], -normal.bfloat16())
 
 def test_an_unknown_instruction_set_is_refused_by_name():
     code = "import torch; from scalelong.kernels.gelu_linear import _gelu; _gelu(torch.ones(1), torch.float32, 'gelu')"
-    env = {**os.environ, "SCALELONG_ISA": "avx-2", "PYTHONPATH": str(ROOT / "src")}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=False)
-    assert done.returncode != 0
-    assert "SCALELONG_ISA='avx-2' is none of baseline, avx2, avx512, avx512_bf16" in done.stderr
+    status, err = outcome_on("avx-2", code)
+    assert status != 0
+    assert "SCALELONG_ISA='avx-2' is none of baseline, avx2, avx512, avx512_bf16" in err
 
 
 NAMES = ("h", "s", "scale", "weight", "bias", "gain", "shift")
