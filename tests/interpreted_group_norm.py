@@ -125,8 +125,7 @@ def small_case_of(form, channels_last, **changes):
     return replace(SMALL_WHOLE_GROUPS if form == "whole" else SMALL, channels_last=channels_last, **changes)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@of_each_form
+@of_a_form_each("dtype", [(dtype,) for dtype in DTYPES])
 def test_every_form_is_within_budget(form, channels_last, dtype, force):
     force(form)
     case_of(form, channels_last, dtype=dtype, scale="(N,Cs)", is_adaptive=True).assert_parity()
@@ -211,7 +210,7 @@ def test_shapes_at_the_edge(num_hidden, num_skip, groups, spatial, channels_last
     ],
     ids=str,
 )
-@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("channels_last", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_shapes_at_the_edge_when_split(num_hidden, num_skip, groups, spatial, channels_last, force):
     force("split", positions=32, tiles_of_chunk=1)
     edge_case(num_hidden, num_skip, groups, spatial, channels_last).assert_parity()

@@ -11,6 +11,7 @@ from interpreter_fixtures import (  # noqa: F401 (fixtures)
     uninitialised_memory_full_of_nan,
 )
 from parity import assert_within_budget
+from samples import each_value_once
 from torch import Tensor
 
 from scalelong.kernels import skip_linear_triton
@@ -107,9 +108,12 @@ def test_any_shape_is_within_budget(seed):
     assert_within_budget(ours, ref, inputs)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("wide", ["xs", "s", "x"])
-@pytest.mark.parametrize("scale", [None, 0.7, "scalar", "token", "channel"])
+@each_value_once(
+    "scale, wide, dtype",
+    (None, 0.7, "scalar", "token", "channel"),
+    ("xs", "s", "x"),
+    (torch.bfloat16, torch.float16),
+)
 def test_fp32_operands_under_autocast_are_within_budget(scale, wide, dtype):
     B, T, D1, D2, OUT = 2, 19, 33, 24, 38
     inputs = {"x": torch.randn(B, T, D1), "s": torch.randn(B, T, D2)}

@@ -9,6 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from interpreting import run_interpreted
+from samples import each_value_once
 from torch import Tensor
 
 from scalelong.bench.ahead_of_time import Launch, recorded_launches, spill_bytes
@@ -80,12 +81,10 @@ BF16, FP32 = torch.bfloat16, torch.float32
 
 @pytest.mark.slow
 @compiled_only
-@pytest.mark.parametrize(
-    ("dtypes", "is_adaptive"), [((BF16, BF16), False), ((FP32, BF16), False), ((BF16, BF16), True)]
-)
-@pytest.mark.parametrize("shape", NETWORKS, ids=str)
-def test_memory_decides_and_not_instructions(shape, dtypes, is_adaptive):
+@each_value_once("shape, kind", NETWORKS, (((BF16, BF16), False), ((FP32, BF16), False), ((BF16, BF16), True)))
+def test_memory_decides_and_not_instructions(shape, kind):
     """Passes over rows of two bytes: forward four; backward four, and with a gate six."""
+    dtypes, is_adaptive = kind
     forward, backward, *small = launches_of(shape, dtypes, is_adaptive=is_adaptive)
     # Gain, shift and gate are loaded once a program, which walks through few rows where samples are small.
     budgets = (28, 6 * BACKWARD_PER_PASS) if is_adaptive else (4 * FORWARD_PER_PASS, 4 * BACKWARD_PER_PASS)

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from group_norm_cases import SCALES, Case, in_channels_last
 from instruction_sets import FLAGS, run_on
+from samples import each_value_once
 from second_order import assert_ordinary, assert_transforms, assert_twice_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -372,8 +373,7 @@ def test_backward_keeps_the_inputs_and_next_to_nothing_else(channels_last):
     assert 0 < num_bytes < 0.01 * y.nbytes
 
 
-@both_layouts
-@pytest.mark.parametrize("scale", ["none", "(N,Cs)"])
+@each_value_once("scale, channels_last", ("none", "(N,Cs)"), (False, True))
 def test_opcheck(channels_last, scale):
     case = Case(channels_last=channels_last, scale=scale, is_adaptive=scale != "none", is_affine=scale != "none")
     x = {name: x.requires_grad_() for name, x in case.inputs().items()}
