@@ -23,7 +23,7 @@ from scalelong.train.diffusion.process import PROCESSES, VariancePreserving
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.objective import make_objective
-from scalelong.train.objective_config import SAMPLER_NAMES, ObjectiveConfig
+from scalelong.train.objective_config import SAMPLER_NAMES, NoiseName, ObjectiveConfig
 from scalelong.train.sampling import generate as generate_module
 from scalelong.train.sampling.diffusers_samplers import BY_DIFFUSERS, make_scheduler
 from scalelong.train.sampling.generate import generate, guided, labels_in_turn, to_uint8
@@ -36,7 +36,7 @@ pytest.importorskip("diffusers")
 MEAN, STD = 0.3, 0.5
 # Machines that are shared stall for longer than Hypothesis waits.
 unhurried = settings(deadline=None)
-OBJECTIVES = {name: make_objective(ObjectiveConfig(noise=name)) for name in PROCESSES}
+OBJECTIVES = {name: make_objective(ObjectiveConfig(noise=cast(NoiseName, name))) for name in PROCESSES}
 each_process = pytest.mark.parametrize("name", PROCESSES)
 
 

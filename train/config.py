@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from scalelong.model.architectures import model_from_dict, model_to_dict
 from scalelong.model.backbone_config import BackboneConfig, Recompute
@@ -14,6 +14,7 @@ from scalelong.model.skip_scale import ConstantScale, SkipScale, has_field, make
 from scalelong.train.errors import UserError
 from scalelong.train.objective_config import (
     NUM_TIMES,
+    NoiseName,
     ObjectiveConfig,
     SamplerName,
     check_guidance_interval,
@@ -178,7 +179,7 @@ class TrainConfig:
         if isinstance(self.skip_scale, str):
             object.__setattr__(self, "skip_scale", make_skip_scale(self.skip_scale))
         if isinstance(self.objective, str):
-            object.__setattr__(self, "objective", ObjectiveConfig(noise=self.objective))
+            object.__setattr__(self, "objective", ObjectiveConfig(noise=cast(NoiseName, self.objective)))
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
         not_negative = ("images_per_grid", "images_per_average", "images_per_log", "seed")
         _check(self, positive, lambda v: v >= 1, "at least 1")

@@ -51,18 +51,21 @@ class Process(ABC):
 
     @property
     @abstractmethod
-    def sigma_range(self) -> tuple[float, float]:
-        """The sigma that samplers end with, before 0, and the one that they start from."""
+    def largest_sigma(self) -> float:
+        """The sigma that samplers start from."""
 
     def sigmas(self, count: int) -> list[float]:
-        """So many sigmas for a sampler, falling from the largest to the smallest (arXiv:2206.00364, eq. 5)."""
-        smallest, largest = (sigma ** (1 / RHO) for sigma in self.sigma_range)
-        shares = [n / max(count - 1, 1) for n in range(count)]
-        return [(largest + share * (smallest - largest)) ** RHO for share in shares]
+        """So many sigmas for a sampler in sigma, falling from the largest, that leave one more step to 0.
+
+        At equal distances of sigma / (1 + sigma), the time of rectified flow, whatever the process.
+        """
+        largest = self.largest_sigma / (1 + self.largest_sigma)
+        shares = [largest * (1 - n / count) for n in range(count)]
+        return [share / (1 - share) for share in shares]
 
     def largest_noise(self) -> float:
         """What samplers multiply standard normal noise by to start from x at the largest sigma."""
-        return self.sigma_range[1]
+        return self.largest_sigma
 
 
 class VariancePreserving(Process):
@@ -85,15 +88,13 @@ class VariancePreserving(Process):
 
     def largest_noise(self) -> float:
         # x_t itself starts as standard normal noise, though a trace of the image should be left in it.
-        return 1 / self.signal_of_sigma(self.sigma_range[1])
+        return 1 / self.signal_of_sigma(self.largest_sigma)
 
 
 class VPSDE(VariancePreserving):
     """Continuous time t in [0, 1], β(t) = 0.1 + 19.9 t (arXiv:2011.13456, eq. 32-33)."""
 
     beta_min, beta_max = 0.1, 20.0
-    first_time = 1e-3
-    """Where sampling ends (arXiv:2011.13456, appendix C)."""
 
     def draw_time(self, u_B: Tensor) -> Tensor:
         return u_B
@@ -120,11 +121,10 @@ class VPSDE(VariancePreserving):
     def grid_time(self, n: Tensor) -> Tensor:
         return n / NUM_TIMES
 
-    @cached_property
-    def sigma_range(self) -> tuple[float, float]:
-        signal, noise_level = self.levels(torch.tensor([self.first_time, 1.0], dtype=torch.float64))
-        smallest, largest = (noise_level / signal).tolist()
-        return smallest, largest
+    @property
+    def largest_sigma(self) -> float:
+        """Of t = 1."""
+        return math.sqrt(math.expm1((self.beta_min + self.beta_max) / 2))
 
 
 class Discrete(VariancePreserving):
@@ -179,8 +179,8 @@ class Discrete(VariancePreserving):
         return n
 
     @property
-    def sigma_range(self) -> tuple[float, float]:
-        return math.exp(self._log_sigmas[0]), math.exp(self._log_sigmas[-1])
+    def largest_sigma(self) -> float:
+        return math.exp(self._log_sigmas[-1])
 
 
 class Linear(Discrete):
@@ -233,13 +233,8 @@ class Flow(Process):
         return 999 * t
 
     @property
-    def sigma_range(self) -> tuple[float, float]:
-        return 1e-3, self.last_time / (1 - self.last_time)
-
-    def sigmas(self, count: int) -> list[float]:
-        """At equal distances of t, the last of them one such distance from t = 0."""
-        times = [self.last_time * (1 - n / count) for n in range(count)]
-        return [t / (1 - t) for t in times]
+    def largest_sigma(self) -> float:
+        return self.last_time / (1 - self.last_time)
 
 
 class Karras(Process):
@@ -268,8 +263,14 @@ class Karras(Process):
         return 250 * t.log()
 
     @property
-    def sigma_range(self) -> tuple[float, float]:
-        return self.smallest, self.largest
+    def largest_sigma(self) -> float:
+        return self.largest
+
+    def sigmas(self, count: int) -> list[float]:
+        """EDM's, down to the smallest (arXiv:2206.00364, eq. 5)."""
+        smallest, largest = self.smallest ** (1 / RHO), self.largest ** (1 / RHO)
+        shares = [n / max(count - 1, 1) for n in range(count)]
+        return [(largest + share * (smallest - largest)) ** RHO for share in shares]
 
 
 PROCESSES: dict[str, VariancePreserving] = {

@@ -45,6 +45,7 @@ def guided(
     """
 
     def with_guidance(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        assert condition is not None
         assert null_condition is not None, "guidance needs a null condition"
         null = torch.as_tensor(null_condition).to(condition).expand_as(condition)
         # One pass over both halves: the batch is doubled, the launches are not.

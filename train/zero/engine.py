@@ -32,8 +32,8 @@ def make_engine(
 ) -> Any:
     """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them.
 
-    Its ``row_functions`` are those of ``model.after_step()``, for ``apply_to_rows``. What the loss learns, if it does, is
-    a group of its own, without weight decay.
+    Its ``row_functions`` are those of ``model.after_step()``, for ``apply_to_rows``. What the loss learns, if it does,
+    is a group of its own, without weight decay.
     """
     import deepspeed
     from deepspeed.runtime import torch_autocast
