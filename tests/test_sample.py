@@ -236,6 +236,25 @@ def test_guidance_moves_away_from_the_unconditional_prediction(strength):
     torch.testing.assert_close(found, x - sigma * noise, rtol=1e-5, atol=1e-4)
 
 
+def test_guidance_is_kept_to_its_interval():
+    labels, interval = torch.tensor([1, 5]), (0.5, 2.0)
+    x, passes = torch.randn(2, 1, 2, 2), {}
+    for sigma in (0.4, 0.5, 0.6, 2.0, 2.1):
+        model = LabelModel()
+        find = lambda strength, **how: guided(cast(Backbone, model), OBJECTIVES["vp-sde"], labels, 9, strength, **how)  # noqa: B023, E731
+        inside = interval[0] < sigma <= interval[1]
+        found = find(1.5, interval=interval)(x, sigma)
+        passes[sigma] = len(model.calls[0][0])
+        torch.testing.assert_close(found, find(1.5 if inside else 0.0)(x, sigma), rtol=0, atol=0)
+    assert passes == {0.4: 2, 0.5: 2, 0.6: 4, 2.0: 4, 2.1: 2}  # outside, the batch is not doubled
+
+
+def test_an_interval_that_holds_all_noise_is_none():
+    everywhere = generate_toys(guidance_interval=(0.0, 1e9))
+    np.testing.assert_array_equal(everywhere, generate_toys())
+    assert not np.array_equal(generate_toys(guidance_interval=(0.1, 1.0)), everywhere)
+
+
 @pytest.mark.parametrize(("labels", "strength", "passes"), [([1, 5], 0.0, 2), ([1, 5], 1.0, 4), (None, 1.0, 2)])
 def test_only_guidance_doubles_the_batch(labels, strength, passes):
     model = LabelModel()
