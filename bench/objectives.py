@@ -13,13 +13,14 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
 from typing import Any, get_args
+
+import torch
 
 from scalelong.bench.record import RESULTS, commit, device_name
 from scalelong.train.config import ScheduleName
@@ -27,113 +28,157 @@ from scalelong.train.objective_config import PredictionName, TimesName, Weightin
 from scalelong.train.recipes import RECIPES
 from scalelong.train.run_folder import log_path
 
-VARIED = {"prediction": PredictionName, "weighting": WeightingName, "times": TimesName, "schedule": ScheduleName}
-SECTION_OF = {"prediction": "objective", "weighting": "objective", "times": "objective", "schedule": "optimizer"}
-ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+VARIED = {
+    "objective.prediction": get_args(PredictionName),
+    "objective.weighting": get_args(WeightingName),
+    "objective.times": get_args(TimesName),
+    "optimizer.schedule": get_args(ScheduleName),
+}
+"""Flags, and the values of each that are trained."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
-    """A row: a run, and how its samples score."""
+class Trial:
+    """A run that is wanted."""
 
-    date: str
-    commit: str
-    device: str
-    torch: str
     recipe: str
     varied: str
     value: str
     total_images: int
+    num_images: int
+    """Samples that are scored."""
+
+    def __str__(self) -> str:
+        return f"{self.varied.partition('.')[2]}={self.value}"
+
+    def commands(self, run: Path) -> list[list[str]]:
+        """The modules and their arguments that train the run to its end from where it is, and score its samples."""
+        flags = [f"--{self.varied}", self.value, "--run", run, "--total-images", self.total_images]
+        flags += ["--images-per-grid", 0, "--images-per-checkpoint", max(self.total_images // 4, 1)]
+        commands = [
+            ["scalelong.train", self.recipe, *flags],
+            ["scalelong", "evaluate", run, "--num-images", self.num_images],
+        ]
+        return [[str(word) for word in command] for command in commands]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Trial):
+    """What came of it."""
+
     seconds: float
     """Of its steps, beside another run."""
     loss: float
-    """Of its last tenth, on average; comparable only between runs of the same objective."""
-    sampler: str
-    num_images: int
+    """Of its last tenth, on average: comparable between runs of the same objective only."""
     accuracy_with_guidance: float
     distance_with_guidance: float
     accuracy: float
     distance: float
+    sampler: str
+    date: str
+    commit: str
+    device: str
+    torch: str
 
 
-def variants(only: Iterable[str] = ()) -> list[tuple[str, str]]:
-    """(what varies, its value) of each run; only those named, as "prediction=flow", if any are.
+def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] = ()) -> list[Trial]:
+    """All of them, or those named, as "prediction=flow".
 
     Raises:
         ValueError: one that there is not.
     """
-    known = [(varied, value) for varied, names in VARIED.items() for value in get_args(names)]
-    wanted = [tuple(text.partition("=")[::2]) for text in only]
-    for varied, value in wanted:
-        if (varied, value) not in known:
-            raise ValueError(f"no run varies {varied}={value}; there are {', '.join('='.join(pair) for pair in known)}")
-    return [pair for pair in known if not wanted or pair in wanted]
+    how: Any = {"recipe": recipe, "total_images": total_images, "num_images": num_images}
+    known = [Trial(varied=varied, value=value, **how) for varied, values in VARIED.items() for value in values]
+    names = [str(trial) for trial in known]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"no run of {unknown[0]}; there are {', '.join(names)}")
+    return [trial for trial in known if not only or str(trial) in only]
 
 
-def train_and_score(recipe: str, varied: str, value: str, run: Path, total_images: int, num_images: int) -> Trained:
-    """The run, trained to its end from where it is, and the scores of its samples.
-
+def train_and_score(trial: Trial, run: Path) -> Row:
+    """
     Raises:
         RuntimeError: a command failed; says what it printed.
     """
-    flag = f"--{SECTION_OF[varied]}.{varied}"
-    command = ["scalelong.train", recipe, flag, value, "--run", run, "--total-images", total_images]
-    _run_module(*command, "--images-per-grid", 0, "--images-per-checkpoint", max(total_images // 4, 1))
-    _run_module("scalelong", "evaluate", run, "--num-images", num_images)
-    return row_of(recipe, varied, value, run, total_images, num_images)
+    for module, *arguments in trial.commands(run):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[1:])}: {(done.stderr or done.stdout).strip()}")
+    return row_of(trial, run)
 
 
-def row_of(recipe: str, varied: str, value: str, run: Path, total_images: int, num_images: int) -> Trained:
+def row_of(trial: Trial, run: Path) -> Row:
     """What the log and the scores of a finished run say."""
     rows = [json.loads(line) for line in log_path(run).read_text().splitlines()]
     seen = [0, *(row["images_seen"] for row in rows)]
-    seconds = sum((b - a) / row["images_per_second"] for a, b, row in zip(seen, seen[1:], rows, strict=False))
     tail = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
-    guided, plain = (json.loads((run / "evaluation.json").read_text())["samples"][n] for n in (0, -1))
-    import torch
-
-    return Trained(
-        date=datetime.now(UTC).date().isoformat(),
-        commit=commit(),
-        device=device_name("cpu").partition(",")[0] + ", 1 thread beside another run",
-        torch=torch.__version__,
-        recipe=recipe,
-        varied=varied,
-        value=value,
-        total_images=total_images,
-        seconds=round(seconds, 1),
+    samples = json.loads((run / "evaluation.json").read_text())["samples"]
+    guided, plain = samples[0], samples[-1]
+    sample = RECIPES[trial.recipe].sample
+    return Row(
+        **asdict(trial),
+        seconds=round(sum((b - a) / r["images_per_second"] for a, b, r in zip(seen, seen[1:], rows, strict=False)), 1),
         loss=round(sum(tail) / len(tail), 5),
-        sampler=f"{RECIPES[recipe].sample.sampler}, {RECIPES[recipe].sample.steps} steps",
-        num_images=num_images,
         accuracy_with_guidance=guided["accuracy"],
         distance_with_guidance=round(guided["distance"], 4),
         accuracy=plain["accuracy"],
         distance=round(plain["distance"], 4),
+        sampler=f"{sample.sampler}, {sample.steps} steps, guidance {guided['guidance']:g}",
+        date=datetime.now(UTC).date().isoformat(),
+        commit=commit(),
+        device=device_name("cpu").partition(",")[0] + ", 1 thread",
+        torch=torch.__version__,
     )
 
 
-def _run_module(module: str, *arguments: object) -> None:
-    command = [sys.executable, "-m", module, *map(str, arguments)]
-    done = subprocess.run(command, env={**os.environ, **ONE_THREAD}, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}: {(done.stderr or done.stdout).strip()}")
-
-
-def rows_there(path: Path) -> list[dict[str, str]]:
+def finished(path: Path) -> list[dict[str, str]]:
+    """The rows that are there."""
     if not path.is_file():
         return []
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
-def append_row(path: Path, row: Trained) -> None:
+def append_row(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     is_new = not path.is_file()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Trained)], lineterminator="\n")
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
         if is_new:
             writer.writeheader()
         writer.writerow(asdict(row))
+
+
+def run_trials(wanted: Sequence[Trial], runs: Path, out: Path, jobs: int, work: Callable[[Trial, Path], Row]) -> int:
+    """Does what has no row yet, so many at a time, and appends each row as it comes; returns how many failed."""
+    names = [field.name for field in fields(Trial)]
+    there = [tuple(row[name] for name in names) for row in finished(out)]
+    left = [trial for trial in wanted if tuple(str(getattr(trial, name)) for name in names) not in there]
+
+    def attempt(trial: Trial) -> Row | str:
+        run = runs / trial.recipe / f"{trial}-{trial.total_images}"
+        try:
+            return work(trial, run)
+        except RuntimeError as error:
+            return f"{trial}: {error}"
+
+    num_failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for came in pool.map(attempt, left):
+            if isinstance(came, str):
+                num_failed += 1
+                print(came, file=sys.stderr, flush=True)
+                continue
+            append_row(out, came)
+            print(
+                f"{came!s:<32}{came.seconds:>6.0f} s   with guidance {came.accuracy_with_guidance:.1%}, distance "
+                f"{came.distance_with_guidance:.3f}; without {came.accuracy:.1%}, {came.distance:.3f}",
+                flush=True,
+            )
+    return num_failed
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -144,45 +189,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--total-images", type=int, default=0, help="0: as many as the recipe says")
     parser.add_argument("--num-images", type=int, default=1000, help="samples that are scored")
     parser.add_argument("--jobs", type=int, default=2)
-    parser.add_argument("--only", nargs="*", default=[], metavar="VARIED=VALUE")
-    arguments = parser.parse_args(argv)
-    total_images = arguments.total_images or RECIPES[arguments.recipe].total_images
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE")
+    a = parser.parse_args(argv)
     try:
-        wanted = variants(arguments.only)
+        wanted = trials(a.recipe, a.total_images or RECIPES[a.recipe].total_images, a.num_images, a.only)
     except ValueError as error:
         parser.error(str(error))
-
-    def key(values: Any) -> tuple[str, ...]:
-        names = ("recipe", "varied", "value", "total_images", "num_images")
-        return tuple(str(values[name]) for name in names)
-
-    there = {key(row) for row in rows_there(arguments.out)}
-    lock = Lock()
-
-    def work(varied: str, value: str) -> str | None:
-        """Why it failed; None if it did not."""
-        named = {"recipe": arguments.recipe, "varied": varied, "value": value, "total_images": total_images}
-        if key({**named, "num_images": arguments.num_images}) in there:
-            return None
-        run = arguments.runs / arguments.recipe / f"{varied}-{value}-{total_images}"
-        try:
-            row = train_and_score(**named, run=run, num_images=arguments.num_images)
-        except RuntimeError as error:
-            print(f"{varied} {value}: {error}", file=sys.stderr, flush=True)
-            return str(error)
-        with lock:
-            append_row(arguments.out, row)
-            print(
-                f"{varied:<11}{value:<20}{row.seconds:>7.0f} s   with guidance {row.accuracy_with_guidance:.1%}, "
-                f"distance {row.distance_with_guidance:.3f}; without {row.accuracy:.1%}, {row.distance:.3f}",
-                flush=True,
-            )
-        return None
-
-    with ThreadPoolExecutor(arguments.jobs) as pool:
-        failures = [error for error in pool.map(lambda pair: work(*pair), wanted) if error]
-    if failures:
-        sys.exit(f"{len(failures)} of {len(wanted)} runs failed; the same command goes on")
+    num_failed = run_trials(wanted, a.runs, a.out, a.jobs, train_and_score)
+    if num_failed:
+        sys.exit(f"{num_failed} of {len(wanted)} runs failed; the same command goes on")
 
 
 if __name__ == "__main__":

@@ -284,6 +284,6 @@ def test_what_is_no_objective_is_named(fields, named):
 
 def test_samplers_that_cannot_serve_an_objective_are_refused():
     check_sampler("euler-maruyama", ObjectiveConfig(prediction="v"))
-    for fields, named in (({"noise": "cosine"}, "cosine"), ({"prediction": "flow"}, "flow")):
+    for config, named in ((ObjectiveConfig(noise="cosine"), "cosine"), (ObjectiveConfig(prediction="flow"), "flow")):
         with pytest.raises(ValueError, match=f"euler-maruyama needs a run with --objective vp-sde, not {named}"):
-            check_sampler("euler-maruyama", ObjectiveConfig(**fields))
+            check_sampler("euler-maruyama", config)
