@@ -22,7 +22,7 @@ from scalelong.train.loop import train
 from scalelong.train.objective import Objective
 from scalelong.train.objective_config import ObjectiveConfig, PredictionName, TimesName, WeightingName
 from scalelong.train.recipes import RECIPES
-from scalelong.train.run_folder import config_path, read_config
+from scalelong.train.run_folder import config_path, read_config, write_config
 from scalelong.train.schedule import constant
 
 STEP = 32
@@ -159,6 +159,16 @@ def test_a_run_of_before_resumes(tmp_path):
     straight = replace(config, run=tmp_path / "straight", total_images=4 * STEP)
     train(straight)
     assert losses(config.run) == losses(straight.run)
+
+
+def test_a_sampler_that_cannot_serve_the_objective_is_refused_before_anything_is_written(tmp_path):
+    """But the run that is there is read, whatever its sampler: it may be given another."""
+    config = small_config(tmp_path / "run", objective=ObjectiveConfig(prediction="flow"), total_images=STEP)
+    with pytest.raises(UserError, match="euler-maruyama needs a run with --objective vp-sde, not flow"):
+        train(replace(config, sample=replace(config.sample, sampler="euler-maruyama")))
+    assert not config.run.exists()
+    write_config(replace(config, sample=replace(config.sample, sampler="euler-maruyama")))
+    assert train(config) == 0
 
 
 def scheduled(run: Path, steps: int, **fields: Any) -> TrainConfig:

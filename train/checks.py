@@ -17,6 +17,7 @@ from scalelong.train.errors import UserError, warn
 from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes
+from scalelong.train.objective_config import check_sampler
 from scalelong.train.run_folder import checkpoints_folder, config_path, holds_something_else, read_config
 from scalelong.train.schedule import check_rates, with_horizon
 from scalelong.train.zero.engine_config import check_engine_config
@@ -157,6 +158,7 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
         raise UserError(f"{socket.gethostname()} does not see {checkpoint}: all hosts must share the run folder")
     state = read_state(checkpoint) if checkpoint is not None else None
     try:
+        check_sampler(config.sample.sampler, config.objective)
         plan = BatchPlan(
             first_position=state.images_seen if state is not None else 0,
             images_per_step=config.images_per_step,

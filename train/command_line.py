@@ -17,7 +17,7 @@ from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, 
 from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError, warn
-from scalelong.train.objective_config import NOISE_NAMES
+from scalelong.train.objective_config import NOISE_NAMES, check_sampler
 from scalelong.train.recipes import RECIPES
 from scalelong.train.usage import TRAIN_PROGRAM, usage
 
@@ -171,6 +171,7 @@ def parse_recipe(kind: type[R], flags: list[str], *, prog: str, default: R) -> R
         if noise is not None and parsed.train.objective.has_own_noise:
             prediction = parsed.train.objective.prediction
             raise ValueError(f"--objective {noise}: the prediction {prediction} has noise of its own; leave it out")
+        check_sampler(parsed.train.sample.sampler, parsed.train.objective)
         return replace(parsed, train=_with_short_forms(parsed, given=_names_of(flags)))
     except ValueError as error:
         raise UserError(str(error)) from error

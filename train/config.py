@@ -18,7 +18,6 @@ from scalelong.train.objective_config import (
     ObjectiveConfig,
     SamplerName,
     check_guidance_interval,
-    check_sampler,
 )
 
 ScheduleName = Literal["constant", "cosine", "inverse-sqrt", "warmup-stable-decay"]
@@ -197,7 +196,6 @@ class TrainConfig:
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: 0 <= v < math.inf, "finite and not negative")
         check_guidance_interval(self.sample.guidance_interval)
-        check_sampler(self.sample.sampler, self.objective)
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         _check(self.data, ("max_bad_share",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")
