@@ -81,6 +81,16 @@ def test_a_learned_weighting_resumes_exactly_under_zero(tmp_path, stage):
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_learned_weighting_is_fp32_in_every_precision(tmp_path, precision, stage):
+    run = resumes_exactly(small_config(tmp_path, objective=UNCERTAIN, precision=precision, zero_stage=stage), tmp_path)
+    learned = load_file(run / "checkpoints" / str(4 * STEP) / "loss_weighting.safetensors")
+    assert all(value.dtype == torch.float32 and not torch.equal(value, value.bfloat16()) for value in learned.values())
+
+
+@pytest.mark.slow
 def test_a_learned_weighting_is_saved_beside_the_network_and_is_no_part_of_it(tmp_path):
     config = small_config(tmp_path / "run", objective=UNCERTAIN, total_images=4 * STEP)
     config = replace(config, optimizer=replace(config.optimizer, ema_stds=(0.05, 0.1)))

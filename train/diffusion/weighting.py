@@ -16,14 +16,13 @@ from scalelong.train.objective_config import ObjectiveConfig
 
 
 def min_snr(sigma: Tensor, config: ObjectiveConfig) -> Tensor:
-    """min(SNR, γ): of errors of the noise min(1, γ / SNR) (arXiv:2303.09556, section 3.4)."""
+    """min(SNR, γ): of errors of the noise min(1, γ / SNR) (arXiv:2303.09556)."""
     return (sigma**-2).clamp(max=config.min_snr_gamma)
 
 
 def sigmoid(sigma: Tensor, config: ObjectiveConfig) -> Tensor:
-    """SNR · sigmoid(bias - ln SNR): of errors of the noise sigmoid(bias - ln SNR) (arXiv:2410.19324, section 3.1)."""
-    # e^b sigmoid(ln SNR - b), which is the same, overflows at no sigma.
-    return math.exp(config.sigmoid_bias) * torch.sigmoid(-2 * sigma.log() - config.sigmoid_bias)
+    """SNR · sigmoid(bias - ln SNR): of errors of the noise sigmoid(bias - ln SNR) (arXiv:2410.19324)."""
+    return sigma**-2 * torch.sigmoid(config.sigmoid_bias + 2 * sigma.log())
 
 
 def edm(sigma: Tensor, config: ObjectiveConfig) -> Tensor:
@@ -39,7 +38,7 @@ WEIGHTINGS: dict[str, Weighting] = {"min-snr": min_snr, "sigmoid": sigmoid, "edm
 class LogVariance(nn.Module):
     """u(sigma), the logarithm of the mean squared error that the network is left with at a noise level, as it learns.
 
-    A linear function of Fourier features of c_noise = ln(sigma) / 4 (arXiv:2312.02696, section 2.4 and appendix B.4).
+    A linear function of Fourier features of c_noise = ln(sigma) / 4 (arXiv:2312.02696).
     It begins at 0, where it changes nothing. Its parameters are no layer's, so that they are fp32 in every precision.
     """
 

@@ -62,12 +62,12 @@ def euler_ancestral(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], 
 
 
 def sde_dpm_solver(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:
-    """SDE-DPM-Solver++(2M): the same for the reverse SDE (arXiv:2211.01095, section 5)."""
+    """SDE-DPM-Solver++(2M): the same for the reverse SDE (arXiv:2211.01095)."""
     return _two_step(denoise, x_BCHW, sigmas, draw)
 
 
 def _two_step(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], draw: Draw | None) -> Tensor:
-    """Steps that are exact for a D that is a line in ln sigma, drawn through its last two values.
+    """Steps with D as it is in the middle of them, on a line in ln sigma through its last two values.
 
     Args:
         draw: of the reverse SDE; None: the ODE.
