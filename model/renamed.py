@@ -9,6 +9,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "skip_scale": "model.skip_scale.kind",
         "kappa": "model.skip_scale.kappa",
         "skip_position": "model.config.skip_position",
+        "objective": "objective.noise",
     },
     "model": {
         "skip_scale.policy": "skip_scale.kind",

@@ -17,13 +17,14 @@ from running import small_config
 from torch import Tensor
 
 from scalelong.train.hosts.processes import Processes, join_processes, leave_processes
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import FIXED_DECAY, Ema
 from scalelong.train.zero.rows import apply_to_rows
 
 BATCH, DECAY, LEARNING_RATE = 4, 0.9, 1e-2
-OBJECTIVE = OBJECTIVES["vp-sde"]
+OBJECTIVE = make_objective(ObjectiveConfig())
 
 
 def loss_of(network, step: int) -> Tensor:

@@ -12,7 +12,7 @@ from scalelong.bench.timing import peak_bytes
 from scalelong.model.architectures import make_backbone
 from scalelong.train.config import config_from_dict
 from scalelong.train.hosts.processes import join_processes, leave_processes
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import Ema
 
@@ -33,7 +33,7 @@ def build_and_step() -> None:
             images = torch.randn(micro_batch, channels, side, side)
             labels = torch.zeros(micro_batch, dtype=torch.long) if config.model.num_classes else None
             noise, times = torch.randn_like(images), torch.rand(micro_batch)
-            loss = OBJECTIVES[config.objective].loss(engine, images, noise, times, labels)
+            loss = make_objective(config.objective).loss(engine, images, noise, times, labels)
             engine.backward(loss)
             zero.take_step(engine) if engine.is_gradient_accumulation_boundary() else engine.step()
         ema.update(step)

@@ -162,7 +162,7 @@ def test_what_may_not_differ_is_named_and_nothing_is_written(tmp_path, origin):
     for config, words in (
         (replace(base, skip_scale=LearnedScale()), "--skip-scale cs -> ls"),
         (replace(base, skip_scale=ConstantScale(0.7)), "--skip-scale.kappa 0.5 -> 0.7"),
-        (replace(base, objective="linear"), "--objective vp-sde -> linear"),
+        (replace(base, objective="linear"), "--objective.noise vp-sde -> linear"),
         (replace(base, model=replace(base.model, depth=4)), "--model.depth 2 -> 4"),
         (replace(base, label_drop=0.0, sample=replace(base.sample, guidance=0.0)), "--label-drop 0.1 -> 0.0"),
         (replace(base, optimizer=replace(base.optimizer, ema_stds=(0.05,))), "ema-stds 0.05"),

@@ -15,6 +15,7 @@ from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
 from scalelong.train.errors import EXIT_USER_ERROR, RankError, UserError, run_command
 from scalelong.train.loop import command_to_resume
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
 from scalelong.train.usage import DESCRIPTIONS
 
@@ -101,6 +102,37 @@ def test_every_skip_scale_can_be_asked_for(name):
 def test_short_forms_and_long_ones_say_the_same(flags):
     expected = replace(RECIPES["digits-uvit"], skip_scale=ConstantScale(0.7))
     assert parse_train_arguments(["digits-uvit", *flags]) == expected
+
+
+@pytest.mark.parametrize("flag", ["--objective", "--objective.noise"])
+def test_the_noise_has_a_short_form(flag):
+    config = parse_train_arguments(["digits-uvit", flag, "linear", "--objective.weighting", "min-snr"])
+    assert config == replace(RECIPES["digits-uvit"], objective=ObjectiveConfig(noise="linear", weighting="min-snr"))
+    both = parse_train_arguments(["digits-uvit", "--objective=linear", "--objective.noise=linear"])
+    assert both == replace(RECIPES["digits-uvit"], objective="linear")
+    assert parse_train_arguments(["imagenet64-adm", "--objective.prediction", "v"]).objective.noise == "cosine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ("--objective sine", ["--objective", "sine", "scaled-linear"]),
+        ("--objective linear --objective.noise cosine", ["--objective linear", "--objective.noise cosine", "disagree"]),
+        ("--objective linear --objective.prediction flow", ["--objective linear", "flow", "noise of its own"]),
+        ("--objective.prediction score", ["--objective.prediction", "score", "flow"]),
+        ("--objective.weighting magic", ["--objective.weighting", "magic", "uncertainty"]),
+        ("--objective.min-snr-gamma 0", ["min_snr_gamma", "0.0", "positive"]),
+        ("--objective.prediction flow --sample.sampler euler-maruyama", ["euler-maruyama", "vp-sde", "flow"]),
+        ("--objective cosine --sample.sampler euler-maruyama", ["euler-maruyama", "vp-sde", "cosine"]),
+        ("--sample.guidance-interval 2 1", ["guidance_interval", "LOW < HIGH"]),
+        ("--optimizer.schedule linear", ["--optimizer.schedule", "linear", "warmup-stable-decay"]),
+        ("--optimizer.final-factor 2", ["final_factor", "2.0", "[0, 1]"]),
+        ("--optimizer.horizon-images -1", ["horizon_images", "-1", "not negative"]),
+    ],
+)
+def test_what_is_no_objective_or_schedule_is_named(flags, named):
+    message = one_line_error("digits-uvit", *flags.split())
+    assert all(part in message for part in named), message
 
 
 @pytest.mark.parametrize("flags", [["--checkpointing", "blocks"], ["--checkpointing=blocks"]])
@@ -348,7 +380,7 @@ def test_a_configuration_survives_json(recipe):
     assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
 
 
-@pytest.mark.parametrize("part", [None, "model", "optimizer", "data", "sample"])
+@pytest.mark.parametrize("part", [None, "model", "objective", "optimizer", "data", "sample"])
 def test_a_field_of_another_version_is_named(part):
     values = config_to_dict(RECIPES["digits-uvit"])
     (values if part is None else values[part])["from_the_future"] = 1
@@ -367,6 +399,8 @@ def test_a_field_of_another_version_is_named(part):
         ["--data.reader", "pillow"],
         ["--data.path", "elsewhere"],
         ["--sample.steps", "7"],
+        ["--sample.guidance-interval", "0.1", "5"],
+        ["--optimizer.schedule", "cosine"],  # where the rates that were used stay as they are
     ],
     ids=" ".join,
 )
@@ -381,6 +415,8 @@ def test_bookkeeping_may_differ(flags):
         (["--images-per-step", "32"], "--images-per-step 64 -> 32"),
         (["--kappa", "0.9"], "--skip-scale.kappa 0.5 -> 0.9"),
         (["--skip-scale", "ls"], "--skip-scale cs -> ls"),
+        (["--objective", "linear"], "--objective.noise vp-sde -> linear"),
+        (["--objective.prediction", "v"], "--objective.prediction eps -> v"),
         (["--model.depth", "6"], "--model.depth 4 -> 6"),
         (["--optimizer.beta2", "0.9"], "--optimizer.beta2 0.99 -> 0.9"),
         (["--data.flip", "True"], "--data.flip False -> True"),

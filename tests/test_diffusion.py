@@ -1,6 +1,7 @@
 """Forward processes against their formulas, and the training objective against a computation by hand."""
 
 import math
+from typing import cast
 
 import numpy as np
 import pytest
@@ -9,7 +10,9 @@ from scipy.integrate import quad
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from scalelong.train.objective import OBJECTIVES, PROCESSES, VPSDE, Discrete, ScaledLinear
+from scalelong.train.diffusion.process import PROCESSES, VPSDE, Discrete, ScaledLinear
+from scalelong.train.objective import make_objective
+from scalelong.train.objective_config import NoiseName, ObjectiveConfig
 
 LARGEST_U = float(np.nextafter(np.float32(1), np.float32(0)))
 COSINE = np.cos((np.arange(1001) / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
@@ -18,6 +21,7 @@ BETAS = {
     "cosine": np.minimum(1 - COSINE[1:] / COSINE[:-1], 0.999),
     "scaled-linear": np.linspace(math.sqrt(0.00085), math.sqrt(0.012), 1000) ** 2,
 }
+OBJECTIVES = {name: make_objective(ObjectiveConfig(noise=cast(NoiseName, name))) for name in PROCESSES}
 each_process = pytest.mark.parametrize("name", PROCESSES)
 
 

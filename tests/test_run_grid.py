@@ -11,7 +11,7 @@ from running import SMALL, small_config, train_on_ranks
 
 from scalelong.train import loop
 from scalelong.train.checkpoint import load_model
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.run_folder import grid_path
 from scalelong.train.sampling import grid
 from scalelong.train.sampling.generate import default_conditions, generate
@@ -45,7 +45,7 @@ def test_ranks_draw_what_one_process_draws_of_the_checkpoint(stage, tmp_path):
     count, sample = config.sample.num_images, config.sample
     images = generate(
         model,
-        OBJECTIVES[config.objective],
+        make_objective(config.objective),
         default_conditions(config, None, count),
         range(count),
         null_condition=config.null_label,

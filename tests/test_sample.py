@@ -19,14 +19,16 @@ from torch import Tensor
 
 from scalelong.model.backbone import Backbone
 from scalelong.model.presets import UVIT_PRESETS
-from scalelong.train.config import SAMPLER_NAMES
+from scalelong.train.diffusion.process import PROCESSES, VariancePreserving
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import Processes
-from scalelong.train.objective import OBJECTIVES, PROCESSES, VariancePreserving
+from scalelong.train.objective import make_objective
+from scalelong.train.objective_config import SAMPLER_NAMES, NoiseName, ObjectiveConfig
 from scalelong.train.sampling import generate as generate_module
+from scalelong.train.sampling.diffusers_samplers import BY_DIFFUSERS, make_scheduler
 from scalelong.train.sampling.generate import generate, guided, labels_in_turn, to_uint8
 from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
-from scalelong.train.sampling.samplers import denoise, make_scheduler
+from scalelong.train.sampling.samplers import denoise
 
 pytest.importorskip("diffusers")
 
@@ -34,6 +36,7 @@ pytest.importorskip("diffusers")
 MEAN, STD = 0.3, 0.5
 # Machines that are shared stall for longer than Hypothesis waits.
 unhurried = settings(deadline=None)
+OBJECTIVES = {name: make_objective(ObjectiveConfig(noise=cast(NoiseName, name))) for name in PROCESSES}
 each_process = pytest.mark.parametrize("name", PROCESSES)
 
 
@@ -130,7 +133,8 @@ def test_the_network_is_asked_steps_times_from_pure_noise_downwards(name, sample
     times = np.array(denoiser.network_times())
     assert len(times) == steps
     assert times[0] == pytest.approx(1000 if name == "scaled-linear" else 999)
-    assert (np.diff(times) < 0).all()
+    # Heun's method asks at the end of one step, and at the start of the next.
+    assert (np.diff(times) <= 0 if sampler == "heun" else np.diff(times) < 0).all()
 
 
 def test_euler_maruyama_asks_the_network_from_time_one_to_a_thousandth():
@@ -147,7 +151,7 @@ def test_euler_maruyama_needs_a_continuous_process():
 
 def test_an_unknown_sampler_is_told_the_known_ones():
     with pytest.raises(UserError, match=", ".join(SAMPLER_NAMES).replace("+", r"\+")):
-        make_scheduler("no-such", PROCESSES["vp-sde"])
+        denoise(ExactDenoiser(PROCESSES["vp-sde"]), PROCESSES["vp-sde"], torch.randn(1, 1, 2, 2), sampler="x", steps=1)
 
 
 @pytest.mark.parametrize("sampler", SAMPLER_NAMES)
@@ -165,7 +169,8 @@ def test_as_many_steps_as_the_grid_has_visit_all_of_it(sampler):
     noise = torch.randn(1, 1, 2, 2)
     samples = denoise(denoiser, PROCESSES["vp-sde"], noise, sampler=sampler, steps=1000, generators=generators(1))
     assert samples.isfinite().all()
-    assert len(set(denoiser.sigmas)) == 1000
+    assert len(denoiser.sigmas) == 1000
+    assert len(set(denoiser.sigmas)) == (501 if sampler == "heun" else 1000)
 
 
 class PlainUse:
@@ -198,7 +203,7 @@ class PlainUse:
 
 
 @each_process
-@pytest.mark.parametrize("sampler", SAMPLER_NAMES)
+@pytest.mark.parametrize("sampler", BY_DIFFUSERS)
 def test_samplers_of_d_give_what_schedulers_give_that_are_asked_for_the_noise(name, sampler):
     process, noise = PROCESSES[name], torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     if sampler == "euler-maruyama" and name != "vp-sde":
@@ -229,6 +234,25 @@ def test_guidance_moves_away_from_the_unconditional_prediction(strength):
     unconditional = 9 + time * shown
     noise = conditional + strength * (conditional - unconditional)
     torch.testing.assert_close(found, x - sigma * noise, rtol=1e-5, atol=1e-4)
+
+
+def test_guidance_is_kept_to_its_interval():
+    labels, interval = torch.tensor([1, 5]), (0.5, 2.0)
+    x, passes = torch.randn(2, 1, 2, 2), {}
+    for sigma in (0.4, 0.5, 0.6, 2.0, 2.1):
+        model = LabelModel()
+        find = lambda strength, **how: guided(cast(Backbone, model), OBJECTIVES["vp-sde"], labels, 9, strength, **how)  # noqa: B023, E731
+        inside = interval[0] < sigma <= interval[1]
+        found = find(1.5, interval=interval)(x, sigma)
+        passes[sigma] = len(model.calls[0][0])
+        torch.testing.assert_close(found, find(1.5 if inside else 0.0)(x, sigma), rtol=0, atol=0)
+    assert passes == {0.4: 2, 0.5: 2, 0.6: 4, 2.0: 4, 2.1: 2}  # outside, the batch is not doubled
+
+
+def test_an_interval_that_holds_all_noise_is_none():
+    everywhere = generate_toys(guidance_interval=(0.0, 1e9))
+    np.testing.assert_array_equal(everywhere, generate_toys())
+    assert not np.array_equal(generate_toys(guidance_interval=(0.1, 1.0)), everywhere)
 
 
 @pytest.mark.parametrize(("labels", "strength", "passes"), [([1, 5], 0.0, 2), ([1, 5], 1.0, 4), (None, 1.0, 2)])

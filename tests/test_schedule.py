@@ -1,11 +1,25 @@
 """What is due after which step, and the learning rate."""
 
+import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from running import small_config
 
-from scalelong.train.schedule import SCHEDULES, Due, learning_rate, passes, what_is_due
+from scalelong.train.config import OptimizerConfig
+from scalelong.train.errors import UserError
+from scalelong.train.schedule import (
+    SCHEDULES,
+    WITH_HORIZON,
+    Due,
+    check_rates,
+    learning_rate,
+    passes,
+    what_is_due,
+    with_horizon,
+)
 
 
 @pytest.fixture
@@ -59,8 +73,72 @@ def test_the_learning_rate_rises_over_the_warm_up_and_stays(config):
     assert learning_rate(replace(config, optimizer=replace(optimizer, warmup_images=0)), 0) == 1e-3
 
 
+def factors(optimizer, schedule: str, positions, **fields) -> list[float]:
+    return [SCHEDULES[schedule](replace(optimizer, **fields), seen) for seen in positions]
+
+
+def test_each_schedule_is_its_equation(config):
+    optimizer = replace(config.optimizer, warmup_images=100)
+    cosine = factors(optimizer, "cosine", (50, 100, 300, 500, 900, 2000), horizon_images=900)
+    expected = [0.5, 1, 0.5 + 0.5 * math.cos(math.pi / 4), 0.5, 0, 0]
+    assert cosine == pytest.approx(expected, abs=1e-12)
+    cosine = factors(optimizer, "cosine", (100, 500, 900, 2000), horizon_images=900, final_factor=0.2)
+    assert cosine == pytest.approx([1, 0.6, 0.2, 0.2])
+    falling = factors(optimizer, "inverse-sqrt", (50, 100, 400, 10_000))
+    assert falling == pytest.approx([0.5, 1, 0.5, 0.1])
+    falling = factors(optimizer, "inverse-sqrt", (50, 400, 1600), stable_images=400)
+    assert falling == pytest.approx([0.5, 1, 0.5])
+    stable = factors(optimizer, "warmup-stable-decay", (50, 100, 800, 850, 1000, 1500), horizon_images=1000)
+    assert stable == pytest.approx([0.5, 1, 1, 0.5, 0, 0])
+    numbers = {"horizon_images": 1000, "decay_images": 400, "final_factor": 0.1}
+    stable = factors(optimizer, "warmup-stable-decay", (600, 700, 1000), **numbers)
+    assert stable == pytest.approx([1, 0.1 + 0.9 * 0.5, 0.1])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@given(seen=st.integers(0, 10**7), horizon=st.integers(1, 10**7), warmup=st.integers(0, 10**6), final=st.floats(0, 1))
+def test_a_schedule_multiplies_by_a_share(schedule, seen, horizon, warmup, final):
+    optimizer = OptimizerConfig(warmup_images=warmup, horizon_images=horizon, final_factor=final)
+    assert 0 <= SCHEDULES[schedule](optimizer, seen) <= 1
+
+
+def test_a_horizon_that_is_not_given_is_the_total(config):
+    optimizer = config.optimizer
+    assert with_horizon(config) == config
+    for schedule in WITH_HORIZON:
+        asked = replace(config, optimizer=replace(optimizer, schedule=schedule))
+        assert with_horizon(asked).optimizer.horizon_images == 320
+        assert with_horizon(with_horizon(asked)) == with_horizon(asked)
+    given = replace(config, optimizer=replace(optimizer, schedule="cosine", horizon_images=500))
+    assert with_horizon(given).optimizer.horizon_images == 500
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"schedule": "cosine", "horizon_images": 200}, r"rate is 0 from --optimizer\.horizon-images 200 on"),
+        ({"schedule": "cosine", "warmup_images": 321}, r"warmup-images 321 do not fit into .*horizon-images 320"),
+        ({"schedule": "warmup-stable-decay", "decay_images": 300}, r"decay-images 300 do not fit into .* 320"),
+    ],
+)
+def test_schedules_that_end_too_early_are_refused(config, fields, named):
+    with pytest.raises(UserError, match=named):
+        with_horizon(replace(config, optimizer=replace(config.optimizer, **fields)))
+
+
+def test_a_schedule_may_change_while_no_step_would_have_had_another_rate(config):
+    stable = with_horizon(replace(config, optimizer=replace(config.optimizer, schedule="warmup-stable-decay")))
+    longer = replace(stable, optimizer=replace(stable.optimizer, horizon_images=1000))
+    check_rates(stable, longer, 256 + 32)  # the next step is the first of the decay
+    with pytest.raises(UserError, match=r"step at 288 images .*--optimizer\.horizon-images 320 -> 1000"):
+        check_rates(stable, longer, 320)
+    check_rates(config, stable, 256)
+    with pytest.raises(UserError, match=r"--optimizer\.schedule constant -> warmup-stable-decay"):
+        check_rates(config, stable, 320)
+
+
 def test_schedules_are_functions_of_the_images_seen_that_rise_over_the_warm_up(config):
-    optimizer = replace(config.optimizer, warmup_images=64)
+    optimizer = replace(config.optimizer, warmup_images=64, horizon_images=320)
     for schedule in SCHEDULES.values():
         factors = [schedule(optimizer, seen) for seen in (0, 16, 32, 48)]
         assert factors == sorted(factors)

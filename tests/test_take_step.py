@@ -10,7 +10,8 @@ from scalelong.model.architectures import make_backbone
 from scalelong.model.layer_calls import is_called_by_class
 from scalelong.train.config import TrainConfig
 from scalelong.train.hosts.processes import join_processes
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.zero import engine as zero
 
 BATCH = 4
@@ -29,7 +30,7 @@ def step(engine, factor: float = 1.0, **how) -> zero.StepTaken:
     generator = torch.Generator().manual_seed(1)
     images, noise = (torch.randn(BATCH, 1, 8, 8, generator=generator) for _ in range(2))
     times, labels = torch.rand(BATCH, generator=generator), torch.arange(BATCH)
-    loss = OBJECTIVES["vp-sde"].loss(engine, images, noise, times, labels)
+    loss = make_objective(ObjectiveConfig()).loss(engine, images, noise, times, labels)
     engine.backward(zero.loss_with_telling_gradient(loss * factor))
     return zero.take_step(engine, **how)
 

@@ -23,7 +23,8 @@ from scalelong.train.data.mscoco_features import FeatureFolder, read_array
 from scalelong.train.data.order import BatchPlan, Order, draw_samples
 from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
 from scalelong.train.sampling.generate import guided, spread_texts
 
@@ -318,7 +319,7 @@ def test_the_presets_are_the_published_recipe(name):
     optimizer = config.optimizer
     assert (optimizer.learning_rate, optimizer.beta1, optimizer.beta2) == (2e-4, 0.9, 0.9)
     assert (optimizer.weight_decay, optimizer.warmup_images, optimizer.ema_decay) == (0.03, 5_000 * 256, 0.9999)
-    assert (config.objective, config.sample.guidance, config.data.flip) == ("scaled-linear", 1.0, False)
+    assert (config.objective.noise, config.sample.guidance, config.data.flip) == ("scaled-linear", 1.0, False)
     assert config.model == UVIT_PRESETS[name]
 
 
@@ -328,7 +329,7 @@ def test_guidance_leads_away_from_the_empty_text():
 
     x, texts = torch.zeros(2, *SHAPE), torch.from_numpy(np.stack([text(1, 0), text(5, 0)]))
     network_of_text: Any = network
-    found = guided(network_of_text, OBJECTIVES["vp-sde"], texts, torch.from_numpy(EMPTY), 2.0)(x, 1.0)
+    found = guided(network_of_text, make_objective(ObjectiveConfig()), texts, torch.from_numpy(EMPTY), 2.0)(x, 1.0)
     # The noise is 1 + 2 (1 - -1) and 5 + 2 (5 - -1), the image 0 less that.
     np.testing.assert_allclose(found[:, 0, 0, 0], [-5, -17], rtol=1e-6)
 

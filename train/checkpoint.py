@@ -1,8 +1,9 @@
 """Checkpoints that are whole or do not count, and that load on any number of processes and any ZeRO stage.
 
 A checkpoint is a folder ``checkpoints/<images_seen>/`` of whole (unsharded) tensors: model.safetensors,
-ema.safetensors, optimizer.safetensors, state.json and, written last, manifest.json with a SHA-256 of each. It is
-written aside, synced and renamed; a folder without a manifest that matches is passed over. Nothing in it can run code.
+ema.safetensors, optimizer.safetensors, loss_weighting.safetensors where the loss learns, state.json and, written last,
+manifest.json with a SHA-256 of each. It is written aside, synced and renamed; a folder without a manifest that matches
+is passed over. Nothing in it can run code.
 Averages of the weights that are kept for later, ``averages/<images_seen>/``, are written in the same way.
 """
 
@@ -29,6 +30,7 @@ from scalelong.train.run_folder import averages_folder, checkpoints_folder, read
 from scalelong.train.write_whole import sync
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import Ema
+from scalelong.train.zero.learned_loss import loss_weighting, whole_loss_weighting
 
 MANIFEST = "manifest.json"
 Tensors = Iterator[tuple[str, Tensor]]
@@ -109,7 +111,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of "model", "ema" or "optimizer".
+    """The tensors of "model", "ema", "optimizer", or "loss_weighting".
 
     Raises:
         UserError: the file is missing or damaged.
@@ -129,6 +131,8 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     """
     averages = {name: zero.whole_tensors(engine, shards) for name, shards in ema.averages.items()}
     tensors = {"model": zero.whole_weights(engine), **averages, "optimizer": zero.optimizer_state(engine)}
+    if loss_weighting(engine) is not None:
+        tensors[zero.LOSS_WEIGHTING] = whole_loss_weighting(engine)
     final = checkpoints_folder(run) / str(state.images_seen)
     problem = _write_on_main(final, asdict(state), tensors, processes)
     if problem:

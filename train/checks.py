@@ -17,7 +17,9 @@ from scalelong.train.errors import UserError, warn
 from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes
+from scalelong.train.objective_config import check_sampler
 from scalelong.train.run_folder import checkpoints_folder, config_path, holds_something_else, read_config
+from scalelong.train.schedule import check_rates, with_horizon
 from scalelong.train.zero.engine_config import check_engine_config
 
 OF_ONE_HOST = {"--data.path", "--data.vae", "--data.reader", "--data.num-threads", "--deepspeed-config"}
@@ -55,6 +57,7 @@ def check_before_training(config: TrainConfig, processes: Processes) -> Start:
     Raises:
         UserError: what is wrong, on every rank.
     """
+    config = processes.agree(lambda: with_horizon(config))
     mine = installed_versions() | values_of(config)
     check_versions(processes.gather((f"rank {processes.rank} on {socket.gethostname()}", mine)))
     checkpoint, origin = processes.on_main(lambda: find_start(config))
@@ -98,6 +101,7 @@ def find_start(config: TrainConfig) -> tuple[Path | None, str | None]:
         config = keep_origin(there, config)
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
+            check_rates(there, config, int(checkpoint.name))
             return checkpoint, config.branch_from
     if config.branch_from is None:
         return None, None
@@ -154,6 +158,7 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
         raise UserError(f"{socket.gethostname()} does not see {checkpoint}: all hosts must share the run folder")
     state = read_state(checkpoint) if checkpoint is not None else None
     try:
+        check_sampler(config.sample.sampler, config.objective)
         plan = BatchPlan(
             first_position=state.images_seen if state is not None else 0,
             images_per_step=config.images_per_step,

@@ -6,7 +6,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
@@ -17,6 +17,7 @@ from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, 
 from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError, warn
+from scalelong.train.objective_config import NOISE_NAMES, check_sampler
 from scalelong.train.recipes import RECIPES
 from scalelong.train.usage import TRAIN_PROGRAM, usage
 
@@ -43,6 +44,9 @@ class RecipeArguments:
     skip_scale: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SKIP_SCALE_NAMES) + "}")] = ""
     """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1), a shared learned gate, or one gate a skip. The
     same as skip-scale.kind."""
+    objective: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(NOISE_NAMES) + "}")] = ""
+    """How noise grows with time: the VP-SDE, or the schedule of DDPM, ADM or Stable Diffusion. The same as
+    objective.noise."""
     kappa: float | None = None
     """Short for skip-scale.kappa, of "cs"."""
     skip_position: SkipPosition | None = None
@@ -101,7 +105,7 @@ def _first_paragraph(boxed: str) -> str:
         else:
             paragraphs[-1].append(line)
     # A value that the dataclass refuses is named by the dataclass already.
-    message = re.sub(r"^Error parsing [A-Z]\w*: ", "", " ".join(paragraphs[0]).rstrip("."))
+    message = re.sub(r"^Error parsing [A-Za-z][\w.]*: ", "", " ".join(paragraphs[0]).rstrip("."))
     for paragraph in paragraphs[1:]:
         if paragraph and paragraph[0].startswith("Perhaps you meant"):
             flags = [line.split()[0] for line in paragraph if line.startswith("--")]
@@ -150,33 +154,46 @@ def parse_recipe(kind: type[R], flags: list[str], *, prog: str, default: R) -> R
     Raises:
         UserError: as ``parse`` does; or a short form and a long one that disagree.
     """
-    policy = default.train.skip_scale
-    flags, chosen = _take_kind(flags)
+    policy, objective = default.train.skip_scale, default.train.objective
+    # Names that say what other flags there are, or that are no flags of tyro's beside those of their section.
+    flags, chosen = _take_name(flags, "--skip-scale", "--skip-scale.kind", known=SkipScale.known)
+    flags, noise = _take_name(flags, "--objective", "--objective.noise", known=NOISE_NAMES)
     if chosen is not None and chosen != policy.kind:
         policy = make_skip_scale(chosen)
-    default = replace(default, skip_scale=policy.kind, train=replace(default.train, skip_scale=policy))
+    if noise is not None:
+        objective = replace(objective, noise=noise)
+    train = replace(default.train, skip_scale=policy, objective=objective)
+    default = replace(default, skip_scale=policy.kind, objective=objective.noise, train=train)
     parsed = parse(kind, flags, prog=prog, default=default)
     try:
         if chosen is not None:
             check_kind(chosen, parsed.train.skip_scale)
+        if noise is not None and parsed.train.objective.has_own_noise:
+            prediction = parsed.train.objective.prediction
+            raise ValueError(f"--objective {noise}: the prediction {prediction} has noise of its own; leave it out")
+        check_sampler(parsed.train.sample.sampler, parsed.train.objective)
         return replace(parsed, train=_with_short_forms(parsed, given=_names_of(flags)))
     except ValueError as error:
         raise UserError(str(error)) from error
 
 
-def _take_kind(flags: list[str]) -> tuple[list[str], str | None]:
-    """The flags without those that choose the policy, on which depends what other flags there are; and its name."""
+def _take_name(flags: list[str], *forms: str, known: Collection[str]) -> tuple[list[str], str | None]:
+    """The flags without those of these forms, which take one of the known names; and that name, if it is given.
+
+    Raises:
+        UserError: another name, or two forms that disagree.
+    """
     kept, found, values = [], {}, iter(flags)
     for flag in values:
         name, equals, value = flag.partition("=")
         name = name.replace("_", "-")
-        if name not in ("--skip-scale", "--skip-scale.kind"):
+        if name not in forms:
             kept.append(flag)
             continue
         value = value if equals else next(values, None)
-        if value not in SkipScale.known:
+        if value not in known:
             got = "expected a name after it" if value is None else f"invalid choice {value!r}"
-            raise UserError(f"{name}: {got}; there are {', '.join(SkipScale.known)}")
+            raise UserError(f"{name}: {got}; there are {', '.join(known)}")
         found[name] = value
     if len(set(found.values())) > 1:
         raise UserError(" and ".join(f"{name} {value}" for name, value in found.items()) + " disagree: give one")

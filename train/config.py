@@ -5,18 +5,22 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast
 
 from scalelong.model.architectures import model_from_dict, model_to_dict
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.renamed import with_new_names
 from scalelong.model.skip_scale import ConstantScale, SkipScale, has_field, make_skip_scale
 from scalelong.train.errors import UserError
+from scalelong.train.objective_config import (
+    NUM_TIMES,
+    NoiseName,
+    ObjectiveConfig,
+    SamplerName,
+    check_guidance_interval,
+)
 
-NUM_TIMES = 1000
-"""Points of the grid of times on which discrete schedules are defined and the samplers of diffusers work."""
-ObjectiveName = Literal["vp-sde", "linear", "cosine", "scaled-linear"]
-SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruyama"]
+ScheduleName = Literal["constant", "cosine", "inverse-sqrt", "warmup-stable-decay"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
@@ -53,7 +57,7 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly over the warm-up, then stays."""
+    """AdamW; the learning rate rises linearly over the warm-up, then follows the schedule."""
 
     learning_rate: float = 2e-4
     """After the warm-up."""
@@ -65,6 +69,17 @@ class OptimizerConfig:
     """Decoupled, on every parameter, as published."""
     warmup_images: int = 320_000
     """Length of the warm-up, in images."""
+    schedule: ScheduleName = bookkeeping("constant")
+    """What the learning rate does after the warm-up. This and its numbers may change on resuming, as long as no step
+    taken would have had another rate."""
+    horizon_images: int = bookkeeping(0)
+    """Where cosine and warmup-stable-decay end; 0: at the total_images that the run is started with."""
+    decay_images: int = bookkeeping(0)
+    """Length of the decay that ends warmup-stable-decay; 0: a fifth of the horizon."""
+    stable_images: int = bookkeeping(0)
+    """Where inverse-sqrt begins to fall; 0: at the end of the warm-up."""
+    final_factor: float = bookkeeping(0.0)
+    """What cosine and warmup-stable-decay leave of the learning rate."""
     clip_grad_norm: float = 0.0
     """Largest norm of the gradient; 0: no clipping."""
     ema_decay: float = 0.9999
@@ -95,13 +110,19 @@ class SampleConfig:
     """The grids of samples made during training."""
 
     sampler: SamplerName = bookkeeping("dpm-solver++")
-    """Which of diffusers' schedulers."""
+    """Who solves the reverse process: docs/objectives.md."""
     steps: int = bookkeeping(50)
     """Network evaluations for each image (two each with guidance)."""
     guidance: float = bookkeeping(0.0)
     """s in eps_c + s (eps_c - eps_u); 0: no guidance."""
+    guidance_interval: tuple[float, float] | None = bookkeeping(None)
+    """LOW HIGH: guidance only at noise levels sigma in (LOW, HIGH]; at all of them if not given."""
     num_images: int = bookkeeping(100)
     """Images in a grid."""
+
+    def __post_init__(self):
+        if self.guidance_interval is not None:  # JSON has lists
+            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,8 +151,8 @@ class TrainConfig:
     """Of the weights, the order of the data, flips, dropped labels, times and noise."""
     skip_scale: SkipScale = field(default_factory=ConstantScale)
     """What multiplies the long skips: a policy, or its name."""
-    objective: ObjectiveName = "vp-sde"
-    """Noise prediction under the continuous VP-SDE, or the discrete schedule of DDPM, ADM or Stable Diffusion."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What the network learns."""
     label_drop: float = 0.0
     """Share of labels replaced by the null label, or texts by the empty one, for guidance; 0: no null label."""
     precision: PrecisionName = "fp32"
@@ -156,6 +177,8 @@ class TrainConfig:
     def __post_init__(self):
         if isinstance(self.skip_scale, str):
             object.__setattr__(self, "skip_scale", make_skip_scale(self.skip_scale))
+        if isinstance(self.objective, str):
+            object.__setattr__(self, "objective", ObjectiveConfig(noise=cast(NoiseName, self.objective)))
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
         not_negative = ("images_per_grid", "images_per_average", "images_per_log", "seed")
         _check(self, positive, lambda v: v >= 1, "at least 1")
@@ -165,10 +188,14 @@ class TrainConfig:
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
+        lengths = ("horizon_images", "decay_images", "stable_images")
+        _check(self.optimizer, lengths, lambda v: v >= 0, "not negative")
+        _check(self.optimizer, ("final_factor",), lambda v: 0 <= v <= 1, "in [0, 1]")
         check_ema_stds(self.optimizer.ema_stds)
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: 0 <= v < math.inf, "finite and not negative")
+        check_guidance_interval(self.sample.guidance_interval)
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         _check(self.data, ("max_bad_share",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")
@@ -231,7 +258,13 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     Raises:
         UserError: a field that this version does not know.
     """
-    parts = {"optimizer": OptimizerConfig, "data": DataConfig, "sample": SampleConfig, "guard": GuardConfig}
+    parts = {
+        "objective": ObjectiveConfig,
+        "optimizer": OptimizerConfig,
+        "data": DataConfig,
+        "sample": SampleConfig,
+        "guard": GuardConfig,
+    }
     try:
         values = _with_new_names(values)
         values["model"], values["skip_scale"] = model_from_dict(values["model"])
@@ -296,6 +329,3 @@ def flag_values(part: Any, prefix: str = "--") -> Iterator[tuple[str, Any]]:
             yield from flag_values(value, flag + ".")
         else:
             yield flag, value
-
-
-SAMPLER_NAMES: tuple[str, ...] = get_args(SamplerName)

@@ -19,7 +19,7 @@ from scalelong.train.hosts.meeting import says_if_it_takes_long
 from scalelong.train.hosts.processes import join_processes, others_at_work
 from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.outcome import OutcomeFile
 from scalelong.train.report import Meter, Report, open_report
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
@@ -28,6 +28,7 @@ from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero.learned_loss import loss_weighting
 from scalelong.train.zero.rows import apply_to_rows
 
 
@@ -116,17 +117,19 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     Returns:
         What there is to log of it, if asked for.
     """
-    engine, config, objective = run.engine, run.config, OBJECTIVES[run.config.objective]
+    engine, config, objective = run.engine, run.config, make_objective(run.config.objective)
     rate = learning_rate(config, run.images_seen)
     zero.set_learning_rate(engine, rate)
     run.monitor.active = measures
-    losses = []
+    losses, learned = [], loss_weighting(engine)
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
         torch.manual_seed(batch.dropout_seed)
-        loss = objective.loss(engine, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition)
+        minimised, loss = objective.training_loss(
+            engine, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
+        )
         losses.append(loss.detach())
-        engine.backward(zero.loss_with_telling_gradient(loss) if config.guard.skip_steps else loss)
+        engine.backward(zero.loss_with_telling_gradient(minimised) if config.guard.skip_steps else minimised)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
     scale = zero.loss_scale(engine) if measures else 1.0

@@ -31,6 +31,7 @@ from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.host_memory import keep_freed_memory
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.monitor import SkipMonitor
+from scalelong.train.objective import make_objective
 from scalelong.train.report import Report
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import Ema
@@ -91,8 +92,11 @@ def start_run(start: Start) -> Run:
     model = make_backbone(config.model, skip_scale=config.skip_scale, recompute=config.recompute)
     if checkpoint is not None:
         model.load_state_dict(read_tensors(checkpoint, "model"))
+    loss_weighting = make_objective(config.objective).make_log_variance()
+    if checkpoint is not None and loss_weighting is not None:
+        loss_weighting.load_state_dict(read_tensors(checkpoint, zero.LOSS_WEIGHTING))
     monitor = SkipMonitor(model)
-    engine = zero.make_engine(model, config, processes, start.plan.micro_batch)
+    engine = zero.make_engine(model, config, processes, start.plan.micro_batch, loss_weighting)
     ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
     state = None if checkpoint is None else restore(checkpoint, engine, ema)
     known = processes.from_main(read_bad_samples(config.run) if processes.is_main else None)
@@ -124,7 +128,7 @@ def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:
 
 def describe(run: Run) -> str:
     c, p = run.config, run.processes
-    parameters = sum(getattr(x, "ds_numel", x.numel()) for x in run.engine.module.parameters())
+    parameters = sum(getattr(x, "ds_numel", x.numel()) for _, x in zero.network_parameters(run.engine))
     how = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
     if run.start.is_branch:
         how = f"starting from {c.branch_from}"

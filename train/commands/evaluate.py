@@ -20,7 +20,7 @@ from scalelong.train.data.order import Stream, generator
 from scalelong.train.data.source import has_test_split, open_source
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import UserError
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.sampling.generate import generate, labels_in_turn
 from scalelong.train.sampling.load import SamplingArguments, load_sampling
 
@@ -140,7 +140,7 @@ def evaluate(arguments: EvaluateArguments) -> dict:
         "samples": [],
     }
     for strength in sorted({0.0, settings["guidance"]}, reverse=True):
-        objective, how = OBJECTIVES[config.objective], {**settings, "guidance": strength}
+        objective, how = make_objective(config.objective), {**settings, "guidance": strength}
         images = np.stack(list(generate(sampling.model, objective, labels_in_turn(classes), numbers, **how)))
         pixels = images.reshape(len(images), -1) / 255
         accuracy = judge.accuracy(pixels, labels) if labels is not None else None

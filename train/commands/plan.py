@@ -24,7 +24,7 @@ from scalelong.model.architectures import make_backbone
 from scalelong.train.command_line import RecipeArguments, choose_recipe, parse_recipe
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.recipes import RECIPES
 from scalelong.train.zero.engine_config import AUTOCAST, BUCKET_SIZE, HALVED_LAYERS
 
@@ -206,7 +206,7 @@ def simulate(config: TrainConfig, micro_batch: int, *, keeps_gradients: bool) ->
         if config.context_shape is not None:
             condition = torch.empty(micro_batch, *config.context_shape)
         with _LiveBytes() as live, autocast:
-            objective = OBJECTIVES[config.objective]
+            objective = make_objective(config.objective)
             objective.loss(model, images, noise, torch.rand(micro_batch), condition).backward()
     return live.peak
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from scalelong.train.command_line import parse
 from scalelong.train.errors import UserError
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.sampling.generate import generate, labels_in_turn, spread_texts
 from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
 from scalelong.train.sampling.load import SamplingArguments, load_sampling, read_class_names
@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if in_turn and texts is None:
         names = read_class_names(config, must_find=bool(arguments.data.path))
         captions = [names[in_turn[n % len(in_turn)]] for n in numbers]
-    objective = OBJECTIVES[config.objective]
+    objective = make_objective(config.objective)
     images = np.stack(list(generate(sampling.model, objective, conditions, numbers, **sampling.settings)))
     columns = grid_columns(arguments.num_images, len(in_turn))
     try:

@@ -33,6 +33,7 @@ def guided(
     null_condition: int | Tensor | None,
     guidance: float,
     autocast: torch.dtype | None = None,
+    interval: tuple[float, float] | None = None,
 ) -> Denoiser:
     """D(x, sigma) of the model under the condition, with classifier-free guidance of strength s = ``guidance``.
 
@@ -40,11 +41,11 @@ def guided(
         condition: labels (B,), or text features (B, L, D).
         null_condition: what stands for none: a label, or the features (L, D) of the empty text.
         autocast: what the model computes in; None: as its weights are.
+        interval: guidance only at sigma in (low, high] (arXiv:2404.07724); None: at all of them.
     """
 
-    def predict(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        if guidance == 0 or condition is None:
-            return model(x_BCHW, t_B, condition)
+    def with_guidance(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        assert condition is not None
         assert null_condition is not None, "guidance needs a null condition"
         null = torch.as_tensor(null_condition).to(condition).expand_as(condition)
         # One pass over both halves: the batch is doubled, the launches are not.
@@ -52,11 +53,22 @@ def guided(
         conditional, unconditional = both.to(x_BCHW.dtype).chunk(2)
         return conditional + guidance * (conditional - unconditional)
 
-    def network(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        with torch.autocast(x_BCHW.device.type, autocast, enabled=autocast is not None):
-            return predict(x_BCHW, t_B)
+    def without(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        return model(x_BCHW, t_B, condition)
 
-    return objective.denoiser(network)
+    def denoiser(predict: Callable[[Tensor, Tensor], Tensor]) -> Denoiser:
+        def network(x_BCHW: Tensor, t_B: Tensor) -> Tensor:
+            with torch.autocast(x_BCHW.device.type, autocast, enabled=autocast is not None):
+                return predict(x_BCHW, t_B)
+
+        return objective.denoiser(network)
+
+    if guidance == 0 or condition is None:
+        return denoiser(without)
+    if interval is None:
+        return denoiser(with_guidance)
+    inside, outside, (low, high) = denoiser(with_guidance), denoiser(without), interval
+    return lambda x_BCHW, sigma: (inside if low < sigma <= high else outside)(x_BCHW, sigma)
 
 
 @torch.inference_mode()
@@ -70,6 +82,7 @@ def generate(
     sampler: str,
     steps: int,
     guidance: float,
+    guidance_interval: tuple[float, float] | None = None,
     seed: int = 0,
     batch_size: int = 256,
     autocast: torch.dtype | None = None,
@@ -82,7 +95,7 @@ def generate(
     the network may depend on how many it is shown together: batches of the same size give the same bits.
 
     Args:
-        null_condition, autocast: as ``guided`` takes them.
+        null_condition, autocast, guidance_interval: as ``guided`` takes them.
         batch_size: at most so many images together.
         to_pictures: makes images (B, C, H, W) in [-1, 1] of what the model draws; None: it draws images.
         processes: that share the work. Each must ask for the same numbers to the end, and gets all the images.
@@ -99,7 +112,7 @@ def generate(
         condition = conditions(batch)
         condition = None if condition is None else condition.to(device)
         x_BCHW = denoise(
-            guided(model, objective, condition, null_condition, guidance, autocast),
+            guided(model, objective, condition, null_condition, guidance, autocast, guidance_interval),
             objective.process,
             torch.from_numpy(noise).to(device),
             sampler=sampler,

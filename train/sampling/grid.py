@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 
 from scalelong.model.architectures import make_backbone
 from scalelong.train.errors import UserError
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.run import Run
 from scalelong.train.run_folder import grid_path
 from scalelong.train.sampling.autoencoder import to_pictures
@@ -40,13 +40,14 @@ def make_grid(run: Run) -> None:
     texts = texts_of(config, run.source)
     images = generate(
         model,
-        OBJECTIVES[config.objective],
+        make_objective(config.objective),
         default_conditions(config, texts, sample.num_images),
         range(sample.num_images),
         null_condition=null_condition_of(config, texts),
         sampler=sample.sampler,
         steps=sample.steps,
         guidance=sample.guidance,
+        guidance_interval=sample.guidance_interval,
         seed=config.seed,
         autocast=AUTOCAST.get(config.precision),
         to_pictures=processes.agree(lambda: to_pictures(config)),

@@ -8,11 +8,11 @@ from typing import Any
 from scalelong.model.backbone import Backbone
 from scalelong.train.checkpoint import load_model
 from scalelong.train.command_line import RunArguments
-from scalelong.train.config import SamplerName, TrainConfig
+from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import prepare_source
 from scalelong.train.data.source import LatentSource, open_source
 from scalelong.train.errors import UserError
-from scalelong.train.objective import NUM_TIMES
+from scalelong.train.objective_config import NUM_TIMES, SamplerName, check_guidance_interval, check_sampler
 from scalelong.train.sampling.autoencoder import to_pictures
 from scalelong.train.sampling.generate import null_condition_of, texts_of
 
@@ -32,6 +32,8 @@ class SamplingArguments(RunArguments):
     data: DataArguments = field(default_factory=DataArguments)
     guidance: float | None = None
     """s in eps_c + s (eps_c - eps_u); 0: none. The run's own if not given."""
+    guidance_interval: tuple[float, float] | None = None
+    """LOW HIGH: guidance only at noise levels sigma in (LOW, HIGH]. The run's own if not given."""
     sampler: SamplerName | None = None
     """The run's own if not given."""
     steps: int | None = None
@@ -47,7 +49,7 @@ class Sampling:
     model: Backbone
     config: TrainConfig
     settings: dict[str, Any]
-    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, seed, to_pictures."""
+    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, its interval, seed, to_pictures."""
     texts: LatentSource | None
     """Where the captions are, of a run with text."""
 
@@ -70,12 +72,19 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
     guidance = config.sample.guidance if arguments.guidance is None else arguments.guidance
     if guidance and not config.label_drop:
         raise UserError("--guidance needs a run that was trained with --label-drop above 0")
+    sampler = arguments.sampler or config.sample.sampler
+    try:
+        check_sampler(sampler, config.objective)
+        check_guidance_interval(arguments.guidance_interval)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     texts = open_texts(config)
     settings = {
         "null_condition": null_condition_of(config, texts),
-        "sampler": arguments.sampler or config.sample.sampler,
+        "sampler": sampler,
         "steps": arguments.steps or config.sample.steps,
         "guidance": guidance,
+        "guidance_interval": arguments.guidance_interval or config.sample.guidance_interval,
         "seed": arguments.seed,
         "to_pictures": to_pictures(config),
     }

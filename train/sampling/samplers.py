@@ -1,56 +1,22 @@
-"""The reverse process from D(x, sigma) alone, by the schedulers of diffusers.
+"""Who solves the reverse process from D(x, sigma) alone: diffusers' schedulers, or our own in sigma.
 
-They step through a grid of 1000 times; each keeps the image scaled in its own way and
-takes the prediction in its own form, which are made here of x = x_0 + sigma ε and D (Karras et al., arXiv:2206.00364).
+The names that diffusers serves on its grid of 1000 times are its own wherever the process preserves the variance; for
+others, and under the names that it has no sampler of D for, the same methods in sigma are ours (solvers.py).
 
 Shapes: B batch, C channels, H height, W width.
 """
 
-import math
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from scalelong.train.config import SAMPLER_NAMES
+from scalelong.train.diffusion.process import Process, VariancePreserving
 from scalelong.train.errors import UserError
-from scalelong.train.objective import NUM_TIMES, VPSDE, Denoiser, Process
-
-TAKE_NOISE = ("euler-ancestral", "euler-maruyama")
-"""Samplers whose schedulers take (x - D) / sigma, the noise; the others take D."""
-KEEP_X = ("euler", "euler-ancestral")
-"""Samplers whose schedulers keep x; the others keep x / √(1 + sigma²)."""
-
-
-def make_scheduler(sampler: str, process: Process) -> Any:
-    """diffusers' scheduler for a sampler, with the sigmas of the process on the grid n = 1 .. 1000.
-
-    Raises:
-        UserError: an unknown sampler, or Euler-Maruyama for a process that is no SDE.
-    """
-    import diffusers
-
-    alpha_bar = 1 / (1 + _sigmas(process, _grid(process)) ** 2)
-    betas = 1 - alpha_bar / torch.cat([alpha_bar.new_ones(1), alpha_bar[:-1]])
-    grid = {"num_train_timesteps": NUM_TIMES, "trained_betas": betas.tolist(), "timestep_spacing": "trailing"}
-    if sampler == "dpm-solver++":
-        return diffusers.DPMSolverMultistepScheduler(**grid, prediction_type="sample", solver_order=2)
-    if sampler == "ddim":
-        # DDIM is DPM-Solver++ of order 1 (arXiv:2211.01095, section 4). diffusers' own DDIMScheduler steps back by
-        # 1000 // steps whatever the grid, which is wrong where steps does not divide 1000.
-        return diffusers.DPMSolverMultistepScheduler(**grid, prediction_type="sample", solver_order=1)
-    if sampler == "euler":
-        return diffusers.EulerDiscreteScheduler(**grid, prediction_type="sample")
-    if sampler == "euler-ancestral":
-        return diffusers.EulerAncestralDiscreteScheduler(**grid)
-    if sampler == "euler-maruyama":
-        if not isinstance(process, VPSDE):
-            raise UserError("the sampler euler-maruyama needs a run with --objective vp-sde")
-        # From its own file: the package beside it imports transformers, which nothing here needs.
-        from diffusers.schedulers.deprecated.scheduling_sde_vp import ScoreSdeVpScheduler
-
-        return ScoreSdeVpScheduler()
-    raise UserError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLER_NAMES)}")
+from scalelong.train.objective import Denoiser
+from scalelong.train.objective_config import NUM_TIMES, SAMPLER_NAMES
+from scalelong.train.sampling.diffusers_samplers import BY_DIFFUSERS, denoise_by_diffusers
+from scalelong.train.sampling.solvers import SOLVERS, heun
 
 
 def denoise(
@@ -74,37 +40,27 @@ def denoise(
         (B, C, H, W), not clamped.
 
     Raises:
-        UserError: more steps than the grid has points, or a sampler that does not fit the process.
+        UserError: an unknown sampler, or one that does not fit the process; too many steps or none.
     """
+    if sampler not in SAMPLER_NAMES:
+        raise UserError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLER_NAMES)}")
     if not 1 <= steps <= NUM_TIMES:
         raise UserError(f"a sampler takes 1 to {NUM_TIMES} steps, not {steps}")
-    scheduler = make_scheduler(sampler, process)
-    scheduler.set_timesteps(steps)
-    scheduler.is_scale_input_called = True  # Euler's warn otherwise, but it is done here
-    is_sde = sampler == "euler-maruyama"
-    if is_sde:  # eq. 6 of arXiv:2011.13456, on t from 1 to 10⁻³
-        times = scheduler.timesteps.double()
-    else:  # diffusers counts its grid from 0
-        times = _grid(process)[scheduler.timesteps.long()]
-    x_BCHW = mean_BCHW = noise_BCHW if is_sde else noise_BCHW * scheduler.init_noise_sigma
-    for t, sigma in zip(scheduler.timesteps, _sigmas(process, times).tolist(), strict=True):
-        unscaled_BCHW = x_BCHW if sampler in KEEP_X else x_BCHW * math.sqrt(1 + sigma**2)
-        predicted_BCHW = denoiser(unscaled_BCHW, sigma)
-        if sampler in TAKE_NOISE:
-            predicted_BCHW = (unscaled_BCHW - predicted_BCHW) / sigma
-        if is_sde:
-            time = t.to(x_BCHW.device)
-            x_BCHW, mean_BCHW = scheduler.step_pred(predicted_BCHW, x_BCHW, time, generator=generators)
-        else:
-            x_BCHW = mean_BCHW = scheduler.step(predicted_BCHW, t, x_BCHW, generator=generators).prev_sample
-    return mean_BCHW  # the SDE's last step adds no noise
+    if sampler in BY_DIFFUSERS and isinstance(process, VariancePreserving):
+        how = {"sampler": sampler, "steps": steps, "generators": generators}
+        return denoise_by_diffusers(denoiser, process, noise_BCHW, **how)
+    if sampler not in SOLVERS:
+        raise UserError(f"the sampler {sampler} needs a run with --objective vp-sde")
+    solver, count = SOLVERS[sampler], steps
+    if solver is heun:  # two evaluations a step but for the last and, of an even number, the first
+        solver, count = partial(heun, first=steps % 2 == 1), steps // 2 + 1
+    x_BCHW = noise_BCHW * process.largest_noise()
+    return solver(denoiser, x_BCHW, [*process.sigmas(count), 0.0], partial(_draw, noise_BCHW, generators))
 
 
-def _grid(process: Process) -> Tensor:
-    """The times of n = 1 .. 1000, fp64."""
-    return process.grid_time(torch.arange(1, NUM_TIMES + 1, dtype=torch.float64))
-
-
-def _sigmas(process: Process, times: Tensor) -> Tensor:
-    signal, noise_level = process.levels(times)
-    return noise_level / signal
+def _draw(like_BCHW: Tensor, generators: list[torch.Generator] | None) -> Tensor:
+    """Standard normal noise, of each image from its own generator, so that it is the same in any batch."""
+    if generators is None:
+        return torch.randn_like(like_BCHW)
+    draws = [torch.randn(like_BCHW.shape[1:], generator=g, dtype=like_BCHW.dtype, device=g.device) for g in generators]
+    return torch.stack(draws).to(like_BCHW.device)

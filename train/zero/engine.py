@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalelong.model.backbone import Backbone
 from scalelong.train.config import TrainConfig
@@ -18,12 +18,22 @@ from scalelong.train.zero.engine_config import deepspeed_config
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 LEARNING_RATE_FACTOR = "learning_rate_factor"
 SCALER_COUNTS = ("growth_interval", "_growth_tracker")
+LOSS_WEIGHTING = "loss_weighting"
+"""What the loss learns beside the network hangs on it under this name: it is trained and cut with it, and is no part of
+its weights, of their averages, or of what is exported."""
 
 
-def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micro_batch: int) -> Any:
+def make_engine(
+    model: Backbone,
+    config: TrainConfig,
+    processes: Processes,
+    micro_batch: int,
+    loss_weighting: nn.Module | None = None,
+) -> Any:
     """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them.
 
-    Its ``row_functions`` are those of ``model.after_step()``, for ``apply_to_rows``.
+    Its ``row_functions`` are those of ``model.after_step()``, for ``apply_to_rows``. What the loss learns, if it does,
+    is a group of its own, without weight decay.
     """
     import deepspeed
     from deepspeed.runtime import torch_autocast
@@ -33,6 +43,9 @@ def make_engine(model: Backbone, config: TrainConfig, processes: Processes, micr
     o = config.optimizer
     # Both asked for before ZeRO 3 takes the parameters' shapes away.
     groups, row_functions = optimizer_groups(model, o.weight_decay), model.after_step()
+    if loss_weighting is not None:
+        model.add_module(LOSS_WEIGHTING, loss_weighting)
+        groups.append({"params": [*loss_weighting.parameters()], "weight_decay": 0.0, LEARNING_RATE_FACTOR: 1.0})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     initialized = deepspeed.initialize(
@@ -156,6 +169,11 @@ def loss_scale(engine) -> float:
     return 1.0 if scaler is None else scaler.get_scale()
 
 
+def network_parameters(engine) -> list[tuple[str, Any]]:
+    """Those of the network by their names, in its order, without what the loss learns."""
+    return [(name, p) for name, p in engine.module.named_parameters() if not name.startswith(f"{LOSS_WEIGHTING}.")]
+
+
 def master_shards(engine) -> list[Tensor]:
     """This rank's part of every weight, in the order of the parameters, where its optimizer updates it.
 
@@ -163,7 +181,7 @@ def master_shards(engine) -> list[Tensor]:
     none or all of it; under ZeRO 3 the flat shard, padded.
     """
     stage = engine.zero_optimization_stage()
-    return [_master_shard(parameter, stage) for parameter in engine.module.parameters()]
+    return [master_shard(parameter, stage) for _, parameter in network_parameters(engine)]
 
 
 def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
@@ -171,7 +189,7 @@ def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
     if engine.zero_optimization_stage() == 3:
         yield from whole_tensors(engine, master_shards(engine))
     else:
-        for name, parameter in engine.module.named_parameters():
+        for name, parameter in network_parameters(engine):
             yield name, parameter.detach().cpu()
 
 
@@ -183,14 +201,14 @@ def whole_tensors(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
 def gathered(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """The same on the engine's device; without ZeRO, where the parts lie there, the parts themselves."""
     stage = engine.zero_optimization_stage()
-    for (name, parameter), shard in zip(engine.module.named_parameters(), shards, strict=True):
+    for (name, parameter), shard in zip(network_parameters(engine), shards, strict=True):
         yield name, gather(parameter, shard.to(engine.device), stage)
 
 
 def shards_of(engine, whole: dict[str, Tensor]) -> list[Tensor]:
     """The inverse of ``whole_tensors``: this rank's part of every tensor, on the device of its master weights."""
     stage = engine.zero_optimization_stage()
-    parts = (cut(parameter, whole[name], stage) for name, parameter in engine.module.named_parameters())
+    parts = (cut(parameter, whole[name], stage) for name, parameter in network_parameters(engine))
     return [part.to(master.device, copy=True) for part, master in zip(parts, master_shards(engine), strict=True)]
 
 
@@ -289,7 +307,7 @@ def _grad_scaler(engine) -> torch.amp.GradScaler | None:
     return engine.optimizer.torch_autocast_gradscaler
 
 
-def _master_shard(parameter: Any, stage: int) -> Tensor:
+def master_shard(parameter: Any, stage: int) -> Tensor:
     if stage == 0:
         return parameter.detach()
     if stage == 3:

@@ -1,0 +1,204 @@
+"""What each objective and each schedule of the learning rate trains to: ordinary runs of the embedded digits, scored.
+
+    python -m scalelong.bench.objectives [--total-images N] [--num-images M] [--only prediction=flow ...]
+
+Each value of prediction, weighting, times and schedule is one run with the others at their default. Runs stand in
+``--runs`` (runs/objectives) and are trained ``--jobs`` (2) at a time, each a process of one thread; a run that is there
+goes on, and one that has its row is passed over, so that the same command resumes. Rows go to ``--out``.
+"""
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from scalelong.bench.record import RESULTS, commit, device_name
+from scalelong.train.config import ScheduleName
+from scalelong.train.objective_config import PredictionName, TimesName, WeightingName
+from scalelong.train.recipes import RECIPES
+from scalelong.train.run_folder import log_path
+
+VARIED = {
+    "objective.prediction": get_args(PredictionName),
+    "objective.weighting": get_args(WeightingName),
+    "objective.times": get_args(TimesName),
+    "optimizer.schedule": get_args(ScheduleName),
+}
+"""Flags, and the values of each that are trained."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """A run that is wanted."""
+
+    recipe: str
+    varied: str
+    value: str
+    total_images: int
+    num_images: int
+    """Samples that are scored."""
+
+    def __str__(self) -> str:
+        return f"{self.varied.partition('.')[2]}={self.value}"
+
+    def commands(self, run: Path) -> list[list[str]]:
+        """The modules and their arguments that train the run to its end from where it is, and score its samples."""
+        flags = [f"--{self.varied}", self.value, "--run", run, "--total-images", self.total_images]
+        flags += ["--images-per-grid", 0, "--images-per-checkpoint", max(self.total_images // 4, 1)]
+        commands = [
+            ["scalelong.train", self.recipe, *flags],
+            ["scalelong", "evaluate", run, "--num-images", self.num_images],
+        ]
+        return [[str(word) for word in command] for command in commands]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row(Trial):
+    """What came of it."""
+
+    seconds: float
+    """Of its steps, beside another run."""
+    loss: float
+    """Of its last tenth, on average: comparable between runs of the same objective only."""
+    accuracy_with_guidance: float
+    distance_with_guidance: float
+    accuracy: float
+    distance: float
+    sampler: str
+    date: str
+    commit: str
+    device: str
+    torch: str
+
+
+def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] = ()) -> list[Trial]:
+    """All of them, or those named, as "prediction=flow".
+
+    Raises:
+        ValueError: one that there is not.
+    """
+    how: Any = {"recipe": recipe, "total_images": total_images, "num_images": num_images}
+    known = [Trial(varied=varied, value=value, **how) for varied, values in VARIED.items() for value in values]
+    names = [str(trial) for trial in known]
+    unknown = [name for name in only if name not in names]
+    if unknown:
+        raise ValueError(f"no run of {unknown[0]}; there are {', '.join(names)}")
+    return [trial for trial in known if not only or str(trial) in only]
+
+
+def train_and_score(trial: Trial, run: Path) -> Row:
+    """
+    Raises:
+        RuntimeError: a command failed; says what it printed.
+    """
+    for module, *arguments in trial.commands(run):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", module, *arguments]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command[1:])}: {(done.stderr or done.stdout).strip()}")
+    return row_of(trial, run)
+
+
+def row_of(trial: Trial, run: Path) -> Row:
+    """What the log and the scores of a finished run say."""
+    rows = [json.loads(line) for line in log_path(run).read_text().splitlines()]
+    seen = [0, *(row["images_seen"] for row in rows)]
+    tail = [row["loss"] for row in rows[-max(len(rows) // 10, 1) :]]
+    samples = json.loads((run / "evaluation.json").read_text())["samples"]
+    guided, plain = samples[0], samples[-1]
+    sample = RECIPES[trial.recipe].sample
+    return Row(
+        **asdict(trial),
+        seconds=round(sum((b - a) / r["images_per_second"] for a, b, r in zip(seen, seen[1:], rows, strict=False)), 1),
+        loss=round(sum(tail) / len(tail), 5),
+        accuracy_with_guidance=guided["accuracy"],
+        distance_with_guidance=round(guided["distance"], 4),
+        accuracy=plain["accuracy"],
+        distance=round(plain["distance"], 4),
+        sampler=f"{sample.sampler}, {sample.steps} steps, guidance {guided['guidance']:g}",
+        date=datetime.now(UTC).date().isoformat(),
+        commit=commit(),
+        device=device_name("cpu").partition(",")[0] + ", 1 thread",
+        torch=torch.__version__,
+    )
+
+
+def finished(path: Path) -> list[dict[str, str]]:
+    """The rows that are there."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def append_row(path: Path, row: Row) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    is_new = not path.is_file()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        if is_new:
+            writer.writeheader()
+        writer.writerow(asdict(row))
+
+
+def run_trials(wanted: Sequence[Trial], runs: Path, out: Path, jobs: int, work: Callable[[Trial, Path], Row]) -> int:
+    """Does what has no row yet, so many at a time, and appends each row as it comes; returns how many failed."""
+    names = [field.name for field in fields(Trial)]
+    there = [tuple(row[name] for name in names) for row in finished(out)]
+    left = [trial for trial in wanted if tuple(str(getattr(trial, name)) for name in names) not in there]
+
+    def attempt(trial: Trial) -> Row | str:
+        run = runs / trial.recipe / f"{trial}-{trial.total_images}"
+        try:
+            return work(trial, run)
+        except RuntimeError as error:
+            return f"{trial}: {error}"
+
+    num_failed = 0
+    with ThreadPoolExecutor(jobs) as pool:
+        for came in pool.map(attempt, left):
+            if isinstance(came, str):
+                num_failed += 1
+                print(came, file=sys.stderr, flush=True)
+                continue
+            append_row(out, came)
+            print(
+                f"{came!s:<32}{came.seconds:>6.0f} s   with guidance {came.accuracy_with_guidance:.1%}, distance "
+                f"{came.distance_with_guidance:.3f}; without {came.accuracy:.1%}, {came.distance:.3f}",
+                flush=True,
+            )
+    return num_failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="digits-uvit", choices=["digits-uvit", "digits-unet"])
+    parser.add_argument("--runs", type=Path, default=Path("runs/objectives"))
+    parser.add_argument("--out", type=Path, default=RESULTS / "trained" / "objectives.csv")
+    parser.add_argument("--total-images", type=int, default=0, help="0: as many as the recipe says")
+    parser.add_argument("--num-images", type=int, default=1000, help="samples that are scored")
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--only", nargs="*", default=[], metavar="NAME=VALUE")
+    a = parser.parse_args(argv)
+    try:
+        wanted = trials(a.recipe, a.total_images or RECIPES[a.recipe].total_images, a.num_images, a.only)
+    except ValueError as error:
+        parser.error(str(error))
+    num_failed = run_trials(wanted, a.runs, a.out, a.jobs, train_and_score)
+    if num_failed:
+        sys.exit(f"{num_failed} of {len(wanted)} runs failed; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()
