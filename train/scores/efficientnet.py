@@ -106,7 +106,8 @@ def load_efficientnet() -> EfficientNetLite0:
     network = EfficientNetLite0()
     network.load_state_dict(with_folded_norms(published))
     network = network.to("cuda" if torch.cuda.is_available() else "cpu").requires_grad_(False).eval()
-    return network.to(memory_format=torch.channels_last)  # 2.1 times as fast on a CPU
+    network.to(memory_format=torch.channels_last)  # type: ignore[call-overload] # twice as fast on a CPU
+    return network
 
 
 def with_folded_norms(published: dict[str, Tensor]) -> dict[str, Tensor]:
