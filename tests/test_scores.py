@@ -17,7 +17,7 @@ from images import random_pixels, write_image
 
 from scalelong.train.commands.evaluate import main
 from scalelong.train.commands.sample import main as sample_main
-from scalelong.train.config import DataConfig, EvaluationConfig
+from scalelong.train.config import DataConfig, EvaluationConfig, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import join_if_several
 from scalelong.train.recipes import RECIPES
@@ -280,6 +280,15 @@ def test_inception_needs_torch_fidelity_and_a_file_that_runs_no_code(monkeypatch
     space = make_feature_space(replace(inception, inception_file=file), some(20).train)
     assert space(some(3).train).shape == (3, 2048)
     assert seen == [(["2048"], str(file))]
+
+
+def test_how_samples_are_scored_is_read_again_and_runs_from_before_have_none_of_it():
+    evaluation = EvaluationConfig(features="inception", inception_file=Path("weights.pth"))
+    config = replace(RECIPES["digits-uvit"], evaluation=evaluation)
+    values = config_to_dict(config)
+    assert config_from_dict(values) == config
+    del values["evaluation"]
+    assert config_from_dict(values) == RECIPES["digits-uvit"]
 
 
 class CountingSpace(FeatureSpace):

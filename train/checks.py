@@ -27,7 +27,10 @@ from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.real_images import check_real_images
 from scalelong.train.zero.engine_config import check_engine_config
 
-OF_ONE_HOST = {"--data.path", "--data.vae", "--data.reader", "--data.num-threads", "--deepspeed-config"}
+OF_ONE_HOST = {
+    *("--data.path", "--data.vae", "--data.reader", "--data.num-threads"),
+    *("--deepspeed-config", "--evaluation.inception-file"),
+}
 """Flags whose values may differ from host to host: where things lie, and how they are read."""
 
 

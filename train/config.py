@@ -120,6 +120,10 @@ class EvaluationConfig:
     max_real_images: int = bookkeeping(10_000)
     """At most so many real images are read, of those trained on and of those held out."""
 
+    def __post_init__(self):
+        if self.inception_file is not None:  # JSON has strings
+            object.__setattr__(self, "inception_file", Path(self.inception_file))
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -24,7 +24,7 @@ from scalelong.train.run_folder import read_config
 from scalelong.train.sampling.load import SamplingArguments, load_sampling
 from scalelong.train.scores import table
 from scalelong.train.scores.feature_spaces import check_feature_space
-from scalelong.train.scores.judge import Judge, Scores
+from scalelong.train.scores.judge import Scores
 from scalelong.train.write_whole import staged, write_whole
 
 Axes = dict[str, list[Any]]
@@ -95,7 +95,8 @@ def run_sweep(
     """
     processes.agree(lambda: check_feature_space(evaluation))
     processes.agree(lambda: check_axes(arguments, axes))
-    config = processes.agree(lambda: load_sampling(arguments)).config
+    sampling = processes.agree(lambda: load_sampling(arguments))
+    config, fixed = sampling.config, fixed_settings(arguments, sampling.settings, axes)
     judge = make_judge(config, evaluation, processes)
     rows = []
     for settings, model, how in combinations(arguments, axes, processes):
@@ -106,7 +107,13 @@ def run_sweep(
     held_out, noise = judge.of_held_out(), judge.of_noise()
     if held_out is not None and noise is not None:
         rows += [Row("real, held out", {}, held_out), Row("noise", {}, noise)]
-        write_sweep(rows, axes, judge, evaluation, out)
+        about = table.notes(
+            judge.space.name,
+            len(judge.real.train),
+            held_out_from_training=judge.real.held_out_from_training,
+            why_no_distance=judge.why_no_distance(evaluation.num_images),
+        )
+        write_sweep(rows, axes, {**fixed, "features": judge.space.name}, [describe(fixed), *about], out)
 
 
 def check_axes(arguments: SamplingArguments, axes: Axes) -> None:
@@ -151,8 +158,26 @@ def kernel_distance(scores: Scores) -> str:
     return table.with_error(scores.kernel_distance, scores.kernel_distance_error)
 
 
-def write_sweep(rows: Sequence[Row], axes: Axes, judge: Judge, evaluation: EvaluationConfig, out: Path) -> None:
+def fixed_settings(arguments: SamplingArguments, settings: dict[str, Any], axes: Axes) -> dict[str, Any]:
+    """Those that are the same in every combination."""
+    fixed = {
+        "checkpoint": "newest" if arguments.checkpoint is None else arguments.checkpoint,
+        "weights": arguments.weights,
+        "sampler": settings["sampler"],
+        "steps": settings["steps"],
+        "guidance": settings["guidance"],
+        "seed": arguments.seed,
+    }
+    swept = {"weights" if name == "ema" else name for name in axes}
+    return {name: value for name, value in fixed.items() if name not in swept}
+
+
+def write_sweep(rows: Sequence[Row], axes: Axes, fixed: dict[str, Any], about: Sequence[str], out: Path) -> None:
     """Prints the table and writes it beside ``out``: .csv, .md, .png.
+
+    Args:
+        fixed: what is the same in all rows of samples, and the feature space.
+        about: what has to be known to read the table, a line each.
 
     Raises:
         UserError: it cannot be written.
@@ -161,32 +186,27 @@ def write_sweep(rows: Sequence[Row], axes: Axes, judge: Judge, evaluation: Evalu
         {"": row.images, **{name: f"{row.settings.get(name, '-')}" for name in axes}, **table.cells(row.scores)}
         for row in rows
     ]
-    about = table.notes(
-        judge.space.name,
-        len(judge.real.train),
-        held_out_from_training=judge.real.held_out_from_training,
-        why_no_distance=judge.why_no_distance(evaluation.num_images),
-    )
     print(table.table(written))
     print("\n".join(about))
     csv_path, markdown, plot = (out.with_suffix(suffix) for suffix in (".csv", ".md", ".png"))
     try:
-        write_whole(csv_path, as_csv(rows, axes, judge.space.name).encode())
+        write_whole(csv_path, as_csv(rows, axes, fixed).encode())
         write_whole(markdown, (table.table(written, markdown=True) + "\n" + "\n\n".join(about) + "\n").encode())
-        drawn = draw(rows, axes, judge.space.name, plot)
+        drawn = draw(rows, axes, fixed["features"], plot)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or out}: {error.strerror}") from error
     print(f"-> {csv_path}, {markdown}" + (f", {plot}" if drawn else ""))
 
 
-def as_csv(rows: Sequence[Row], axes: Axes, features: str) -> str:
+def as_csv(rows: Sequence[Row], axes: Axes, fixed: dict[str, Any]) -> str:
     """A line for each row: images, the settings, the feature space, and the fields of ``Scores``; empty where none."""
-    names = ["images", *axes, "features", *(field.name for field in fields(Scores))]
+    names = ["images", *axes, *fixed, *(field.name for field in fields(Scores))]
     text = io.StringIO()
     writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     for row in rows:
-        writer.writerow({"images": row.images, **row.settings, "features": features, **asdict(row.scores)})
+        known = fixed if row.settings else {"features": fixed["features"]}
+        writer.writerow({"images": row.images, **row.settings, **known, **asdict(row.scores)})
     return text.getvalue()
 
 
