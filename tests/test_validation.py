@@ -75,6 +75,14 @@ def test_it_is_the_mean_over_held_out_images_with_their_labels(straight):
     assert found[6 * STEP][0] < found[2 * STEP][0]
 
 
+def test_both_networks_compute_in_the_precision_of_the_run(straight, tmp_path):
+    train(config_of(tmp_path / "run", precision="bf16"))
+    found = validations(tmp_path / "run")
+    for images_seen, expected in validations(straight).items():
+        assert found[images_seen] == pytest.approx(expected, rel=2e-2)
+        assert all(a != b for a, b in zip(found[images_seen], expected, strict=True))
+
+
 @pytest.mark.parametrize("stage", [0, 3])
 def test_training_has_the_same_bits_with_and_without_it(straight, tmp_path, stage):
     config = config_of(tmp_path / "without", num_validation_images=0, zero_stage=stage)
