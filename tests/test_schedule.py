@@ -32,6 +32,7 @@ def config(tmp_path):
         images_per_grid=0,
         images_per_average=96,
         images_per_checkpoint=100,
+        images_per_validation=160,
     )
     return replace(config, optimizer=replace(config.optimizer, ema_stds=(0.05,)))
 
@@ -44,10 +45,19 @@ def due_at(config) -> list[tuple[str, ...]]:
 
 def test_each_is_due_when_a_multiple_of_its_images_is_passed_and_all_at_the_end(config):
     assert due_at(config) == [
-        *((), ("log",), ("averages",), ("log", "checkpoint"), ()),  # 32, 64, 96, 128, 160 images
+        # 32, 64, 96, 128, 160 images
+        *((), ("log",), ("averages",), ("log", "checkpoint"), ("log", "validation")),
         *(("log", "averages"), ("checkpoint",), ("log",), ("averages",)),  # 192, 224, 256, 288
-        ("log", "grid", "averages", "checkpoint", "last"),
+        ("log", "grid", "averages", "checkpoint", "validation", "last"),
     ]
+
+
+def test_samples_are_scored_only_where_that_is_asked_for_and_then_at_the_end_too(config):
+    assert not any("evaluation" in names for names in due_at(config))
+    names = due_at(replace(config, images_per_evaluation=224, num_validation_images=0))
+    assert [n for n, at_step in enumerate(names, start=1) if "evaluation" in at_step] == [7, 10]
+    assert "log" in names[6]
+    assert not any("validation" in at_step for at_step in names)
 
 
 def test_a_log_of_every_step_and_no_averages(config):

@@ -406,7 +406,7 @@ def test_the_other_commands_say_in_one_line_what_is_not_for_text(finished, tmp_p
     from scalelong.train.commands.export import main as export
     from scalelong.train.commands.sample import main as sample
 
-    with pytest.raises(UserError, match="both scores are of images alone, not of latents or text"):
+    with pytest.raises(UserError, match="the scores are of images alone, not of latents or text"):
         evaluate([str(finished.run)])
     with pytest.raises(UserError, match="--label 1: the run's labels are none"):
         sample([str(finished.run), "--label", "1", "--out", str(tmp_path / "x.png")])

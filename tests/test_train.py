@@ -290,7 +290,8 @@ def test_sample_export_and_evaluate_work_on_a_run(straight, tmp_path):
     ema = load_file(straight / "checkpoints/640/ema.safetensors")
     assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
 
-    done = run_command("evaluate", straight, "--num-images", 40, "--steps", 3, module="scalelong")
+    how = ["--features", "pixels", "--num-images", 40, "--steps", 3]
+    done = run_command("evaluate", straight, *how, module="scalelong")
     assert done.returncode == 0, done.stderr
     scores = json.loads((straight / "evaluation.json").read_text())
     assert scores["real_accuracy"] > 0.97

@@ -209,7 +209,7 @@ def test_data_that_has_moved_is_known_by_its_fingerprint(tmp_path):
     sample_main([str(tmp_path / "run"), *how, "--out", str(tmp_path / "grid.jpg")])
     with Image.open(tmp_path / "grid.jpg") as picture:
         assert picture.format == "JPEG"
-    evaluate_main([str(tmp_path / "run"), *how])
+    evaluate_main([str(tmp_path / "run"), "--features", "pixels", *how])
     for command in (sample_main, evaluate_main):
         with pytest.raises(UserError, match="no such folder of images: nowhere"):
             command([str(tmp_path / "run"), "--data.path", "nowhere"])

@@ -9,7 +9,12 @@ import psutil
 from scalelong.train.branch import find_origin, keep_origin, with_origin
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
 from scalelong.train.config import TrainConfig, config_differences, flag_values
-from scalelong.train.data.batches import choose_reader, num_reader_threads, prepare_source
+from scalelong.train.data.batches import (
+    choose_reader,
+    num_reader_threads,
+    open_validation_source,
+    prepare_source,
+)
 from scalelong.train.data.order import BatchPlan
 from scalelong.train.data.source import LatentSource, open_source
 from scalelong.train.data.stand_ins import BadSamples, SoundImages, spread_indices
@@ -20,9 +25,14 @@ from scalelong.train.hosts.processes import Processes
 from scalelong.train.objective_config import check_sampler
 from scalelong.train.run_folder import checkpoints_folder, config_path, holds_something_else, read_config
 from scalelong.train.schedule import check_rates, with_horizon
+from scalelong.train.scores.feature_spaces import check_feature_space
+from scalelong.train.scores.real_images import check_real_images
 from scalelong.train.zero.engine_config import check_engine_config
 
-OF_ONE_HOST = {"--data.path", "--data.vae", "--data.reader", "--data.num-threads", "--deepspeed-config"}
+OF_ONE_HOST = {
+    *("--data.path", "--data.vae", "--data.reader", "--data.num-threads"),
+    *("--deepspeed-config", "--evaluation.inception-file"),
+}
 """Flags whose values may differ from host to host: where things lie, and how they are read."""
 
 
@@ -39,6 +49,10 @@ class Start:
     data_fingerprint: str
     plan: BatchPlan
     """Which part of the data this rank takes, from which position on."""
+    validation_source: SoundImages | LatentSource
+    """What the validation loss is of."""
+    validates_on_held_out: bool
+    """Whether that is a test split, which is not trained on."""
 
     @property
     def is_branch(self) -> bool:
@@ -172,7 +186,11 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
     check_engine_config(config, plan.micro_batch)
     source = open_source(config.data.path, config.num_data_classes)
     fingerprint = source.fingerprint()
-    start = Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)
+    prepared = prepare_source(config, source)
+    validation = open_validation_source(config, prepared)
+    if config.images_per_evaluation:
+        check_evaluation(config)
+    start = Start(config, processes, checkpoint, prepared, fingerprint, plan, *validation)
     if state is not None and state.data_fingerprint != fingerprint and not start.is_branch:
         raise UserError(
             f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "
@@ -185,6 +203,16 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
             f"trained; take a larger --total-images"
         )
     return start
+
+
+def check_evaluation(config: TrainConfig) -> None:
+    """Samples can be scored while the run trains.
+
+    Raises:
+        UserError: the data holds no images, or too few, or the feature space is not installed.
+    """
+    check_real_images(config)
+    check_feature_space(config.evaluation)
 
 
 def check_memory(config: TrainConfig, plan: BatchPlan) -> None:

@@ -24,8 +24,11 @@ ScheduleName = Literal["constant", "cosine", "inverse-sqrt", "warmup-stable-deca
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
+FeaturesName = Literal["efficientnet", "inception", "pixels"]
 # Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
 LARGEST_STD = math.sqrt(1 / 12)
+LEAST_SAMPLES, LEAST_REAL_IMAGES = 4, 20
+"""For a kernel distance with its error, two blocks of two images; and of data of which a fifth has to be as many."""
 
 
 def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
@@ -126,6 +129,24 @@ class SampleConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """How samples are scored against real images."""
+
+    features: FeaturesName = bookkeeping("efficientnet")
+    """In which space: EfficientNet-Lite0's features, Inception's, or principal components of pixels."""
+    inception_file: Path | None = bookkeeping(None)
+    """Weights of torch-fidelity's Inception, a file on this machine."""
+    num_images: int = bookkeeping(1000)
+    """Samples, spread evenly over the classes."""
+    max_real_images: int = bookkeeping(10_000)
+    """At most so many real images are read, of those trained on and of those held out."""
+
+    def __post_init__(self):
+        if self.inception_file is not None:  # JSON has strings
+            object.__setattr__(self, "inception_file", Path(self.inception_file))
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Progress is counted in images."""
 
@@ -145,6 +166,12 @@ class TrainConfig:
     """How often the averages of optimizer.ema_stds are kept; 0: only at the end."""
     images_per_log: int = bookkeeping(12_800)
     """How often a line is logged; 0: every step."""
+    images_per_validation: int = bookkeeping(1_280_000)
+    """How often the validation loss is logged; 0: only at the end. It changes no bit of the training."""
+    num_validation_images: int = bookkeeping(1024)
+    """Images of the validation loss, the same each time, held out if the data has a test split; 0: no such loss."""
+    images_per_evaluation: int = bookkeeping(0)
+    """How often samples are scored against real images, and at the end; 0: never."""
     keep_checkpoints: int = bookkeeping(2)
     """How many checkpoints are kept, at least 2."""
     seed: int = 0
@@ -173,6 +200,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     guard: GuardConfig = bookkeeping(default_factory=GuardConfig)
+    evaluation: EvaluationConfig = bookkeeping(default_factory=EvaluationConfig)
 
     def __post_init__(self):
         if isinstance(self.skip_scale, str):
@@ -180,7 +208,8 @@ class TrainConfig:
         if isinstance(self.objective, str):
             object.__setattr__(self, "objective", ObjectiveConfig(noise=cast(NoiseName, self.objective)))
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
-        not_negative = ("images_per_grid", "images_per_average", "images_per_log", "seed")
+        not_negative = ("images_per_grid", "images_per_average", "images_per_log", "images_per_validation")
+        not_negative += ("num_validation_images", "images_per_evaluation", "seed")
         _check(self, positive, lambda v: v >= 1, "at least 1")
         _check(self, not_negative, lambda v: v >= 0, "not negative")
         _check(self, ("keep_checkpoints",), lambda v: v >= 2, "at least 2")
@@ -201,6 +230,9 @@ class TrainConfig:
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")
         _check(self.guard, ("roll_back_factor",), lambda v: v == 0 or v > 1, "0 or above 1")
         _check(self.guard, ("roll_back_steps",), lambda v: v >= 1, "at least 1")
+        least, least_real = LEAST_SAMPLES, LEAST_REAL_IMAGES
+        _check(self.evaluation, ("num_images",), lambda v: v >= least, f"at least {least} for an evaluation")
+        _check(self.evaluation, ("max_real_images",), lambda v: v >= least_real, f"at least {least_real}")
         if self.seed >= 2**63:
             raise ValueError(f"seed must be below 2^63, got {self.seed}")
         if self.label_drop and not (self.model.num_classes or self.model.context_tokens):
@@ -264,13 +296,14 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
         "data": DataConfig,
         "sample": SampleConfig,
         "guard": GuardConfig,
+        "evaluation": EvaluationConfig,
     }
     try:
         values = _with_new_names(values)
         values["model"], values["skip_scale"] = model_from_dict(values["model"])
         for name, part in parts.items():
-            # Runs older than the guard have none.
-            values[name] = part(**(values.get(name, {}) if name == "guard" else values[name]))
+            # Runs older than the guard and the scores during training have none.
+            values[name] = part(**(values.get(name, {}) if name in ("guard", "evaluation") else values[name]))
         file = values.get("deepspeed_config")
         return TrainConfig(
             **{**values, "run": Path(values["run"]), "deepspeed_config": None if file is None else Path(file)}

@@ -14,6 +14,7 @@ from scalelong.train.checks import Start, check_before_training
 from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
+from scalelong.train.evaluation import Evaluation
 from scalelong.train.hosts.heartbeat import Heartbeat, end_process
 from scalelong.train.hosts.meeting import says_if_it_takes_long
 from scalelong.train.hosts.processes import join_processes, others_at_work
@@ -27,6 +28,7 @@ from scalelong.train.run_folder import grid_path, write_config
 from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
+from scalelong.train.validation import Validation
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.learned_loss import loss_weighting
 from scalelong.train.zero.rows import apply_to_rows
@@ -63,9 +65,12 @@ def train_on(start: Start) -> int:
         with StopSignals() as signals:
             with heartbeat, processes.agree(lambda: report_of(run)) as report:
                 report.say(describe(run))
+                validation = Validation(start)
+                if said := validation.describe():
+                    report.say(said)
                 if busy := others_at_work(processes):
                     report.say(busy)
-                is_finished = take_steps(run, report, signals, outcome)
+                is_finished = take_steps(run, report, signals, outcome, validation)
             if is_finished:
                 outcome.finish()
             else:
@@ -74,9 +79,9 @@ def train_on(start: Start) -> int:
     return 0 if is_finished else EXIT_SAVED_AFTER_SIGNAL
 
 
-def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeFile) -> bool:
+def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeFile, validation: Validation) -> bool:
     """The loop. Returns whether it came to the end; if not, a signal stopped it."""
-    config, meter, first = run.config, Meter(), run.images_seen
+    config, meter, evaluation, first = run.config, Meter(), Evaluation(), run.images_seen
     while True:
         due = what_is_due(config, run.images_seen)
         with meter, says_if_long(run, is_first=run.images_seen == first):
@@ -98,7 +103,10 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
         if due.log:
             note_bad_samples(run)
             speed = meter.take(config.images_per_step, run.batches.take_seconds())
-            report.log(log_row(run, loss, speed, measured))
+            figures = validation.losses(run) if due.validation else {}
+            if due.evaluation:
+                figures |= evaluation.scores(run)
+            report.log(log_row(run, loss, speed, measured | figures))
         if due.grid:
             make_grid(run)
         if due.averages:

@@ -21,6 +21,8 @@ _DIGITS = TrainConfig(
     images_per_grid=48_000,
     images_per_average=4_800,
     images_per_log=0,
+    images_per_validation=24_000,
+    num_validation_images=256,
     label_drop=0.1,
     model=UVIT_PRESETS["digits-uvit"],
     optimizer=OptimizerConfig(learning_rate=1.5e-3, beta1=0.9, beta2=0.99, warmup_images=12_800, ema_decay=0.997),

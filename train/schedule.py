@@ -130,6 +130,9 @@ class Due(NamedTuple):
     averages: bool
     """Power-function averages are kept."""
     checkpoint: bool
+    validation: bool
+    evaluation: bool
+    """Samples are scored."""
     last: bool
     """It was the last step of the run."""
 
@@ -142,10 +145,15 @@ def what_is_due(config: TrainConfig, images_seen: int) -> Due:
     def is_due(every: int) -> bool:
         return last or passes(images_seen, now, every)
 
+    validation = config.num_validation_images > 0 and is_due(config.images_per_validation)
+    evaluation = config.images_per_evaluation > 0 and is_due(config.images_per_evaluation)
     return Due(
-        log=config.images_per_log == 0 or is_due(config.images_per_log),
+        # What is found out is logged, in a row of its own if need be.
+        log=config.images_per_log == 0 or is_due(config.images_per_log) or validation or evaluation,
         grid=is_due(config.images_per_grid),
         averages=bool(config.optimizer.ema_stds) and is_due(config.images_per_average),
         checkpoint=is_due(config.images_per_checkpoint),
+        validation=validation,
+        evaluation=evaluation,
         last=last,
     )

@@ -24,6 +24,9 @@ from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import averages_folder, config_path, read_config
 from scalelong.train.zero.averages import Profile, compose, exponent_of_std
 
+LARGEST_ERROR = 0.1
+"""Of a composed average: the share of its profile's norm by which it may be missed."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PosthocArguments:
@@ -37,7 +40,7 @@ class PosthocArguments:
     """Folder to write; must be new or empty."""
     at: int | None = None
     """Averages up to this images_seen, one of those kept; the newest if not given."""
-    largest_error: float = 0.1
+    largest_error: float = LARGEST_ERROR
     """Refuse where the profile over time is missed by more than this share of its norm."""
 
 
@@ -64,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def posthoc_average(
-    run: Path, std: float, *, at: int | None = None, largest_error: float = 0.1
+    run: Path, std: float, *, at: int | None = None, largest_error: float = LARGEST_ERROR
 ) -> tuple[dict[str, Tensor], float]:
     """The power-function average of a relative width, combined from the averages that a run kept.
 
@@ -74,17 +77,32 @@ def posthoc_average(
     Raises:
         UserError: no such run or width, too few averages, or none that meet ``largest_error``.
     """
+    kept, coefficients, error = plan_average(run, std, at=at, largest_error=largest_error, flag="--std ")
+    return combine(kept, coefficients), error
+
+
+def plan_average(
+    run: Path, std: float, *, at: int | None, largest_error: float, flag: str
+) -> tuple[list[KeptAverage], list[float], float]:
+    """What ``posthoc_average`` combines, with which coefficients, and by how much that misses the profile.
+
+    Args:
+        flag: what stands before the width on the command line, for messages.
+
+    Raises:
+        UserError: as ``posthoc_average`` does.
+    """
     if not 0.001 <= std <= LARGEST_STD:
-        raise UserError(f"--std must be in [0.001, {LARGEST_STD:.4f}], got {std:g}")
+        raise UserError(f"{flag.strip(' =')} must be in [0.001, {LARGEST_STD:.4f}], got {std:g}")
     kept = kept_averages(run, at)
     wanted = Profile(max(average.profile.step for average in kept), exponent_of_std(std))
     coefficients, error = compose([average.profile for average in kept], wanted)
     if error > largest_error:
         raise UserError(
-            f"the {len(kept)} averages in {averages_folder(run)} miss the profile of --std {std:g} "
+            f"the {len(kept)} averages in {averages_folder(run)} miss the profile of {flag}{std:g} "
             f"by {100 * error:.2g} %; a run with a smaller --images-per-average comes closer"
         )
-    return combine(kept, coefficients.tolist()), error
+    return kept, coefficients.tolist(), error
 
 
 def kept_averages(run: Path, at: int | None) -> list[KeptAverage]:

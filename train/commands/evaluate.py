@@ -1,183 +1,150 @@
 """``scalelong evaluate RUN``: are the samples what they were asked to be, and like the real images?
 
-Two measures that need no downloaded network, meant for small images:
-- label accuracy: a support-vector classifier, trained on real images, names the samples; its accuracy on held-out real
-  images stands beside it, the most that the samples can be expected to reach.
-- Frechet distance (Heusel et al., arXiv:1706.08500, eq. 6) in a fixed feature space, the first principal components of
-  the training images' pixels, between samples and held-out images; beside it that between two halves of real images.
+- Kernel distance to the training images, in a named feature space, with its standard error: the headline. That of
+  held-out images and of noise stands beside it.
+- Precision and recall to the training images: how many samples look real, and how much of the real is reached.
+- Frechet distance to the held-out images, and between halves of these, where there are enough for it.
+- Label accuracy: a classifier, trained on real images, names the samples; beside it its accuracy on held-out images.
+
+Under torchrun, the deepspeed launcher or srun the processes draw and compare the samples together.
 """
 
 import json
-from dataclasses import dataclass
+import os
+import sys
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from scalelong.train.command_line import parse
-from scalelong.train.config import TrainConfig
-from scalelong.train.data.images import resize_and_crop
-from scalelong.train.data.order import Stream, generator
-from scalelong.train.data.source import has_test_split, open_source
-from scalelong.train.data.stand_ins import SoundImages
-from scalelong.train.errors import UserError
-from scalelong.train.objective import make_objective
-from scalelong.train.sampling.generate import generate, labels_in_turn
+from scalelong.train.command_line import parse, without_local_rank
+from scalelong.train.commands.sweep import parse_axes, run_sweep
+from scalelong.train.config import LEAST_REAL_IMAGES, LEAST_SAMPLES, EvaluationConfig, FeaturesName
+from scalelong.train.errors import UserError, speak_as
+from scalelong.train.evaluation import make_judge, score_samples
+from scalelong.train.hosts.environment import find_place
+from scalelong.train.hosts.processes import Processes, join_if_several, leave_processes, to_user_error
 from scalelong.train.sampling.load import SamplingArguments, load_sampling
-
-NUM_FEATURES = 32
-HELD_OUT_SHARE = 0.2
-# A covariance needs two images, and one distance is between two halves of those held out.
-LEAST_HELD_OUT = 4
-LEAST_IMAGES = round(LEAST_HELD_OUT / HELD_OUT_SHARE)
+from scalelong.train.scores import table
+from scalelong.train.scores.feature_spaces import check_feature_space
+from scalelong.train.scores.judge import Scores
+from scalelong.train.write_whole import write_whole
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(SamplingArguments):
-    """Score a run's samples, with guidance and without, against real images."""
+    """Score a run's samples, with guidance and without, against real images; or a sweep over settings."""
 
+    features: FeaturesName = "efficientnet"
+    """In which space: EfficientNet-Lite0's features, Inception's, or principal components of pixels."""
+    inception_file: Path | None = None
+    """Weights of torch-fidelity's Inception, a file on this machine."""
     num_images: int = 1000
     """Samples, spread evenly over the classes."""
     max_real_images: int = 10_000
-    """At most so many real images are read."""
+    """At most so many real images are read, of those trained on and of those held out."""
+    sweep: tuple[str, ...] = ()
+    """Score every combination, as ema=0.05,0.1 guidance=0,0.5,1: post-hoc widths of the averaged weights, guidance,
+    steps, checkpoint (by images_seen). Writes a table as CSV and Markdown, and a plot."""
     out: Path | None = None
-    """Where to write the scores as JSON; RUN/evaluation.json if not given."""
+    """Where to write the scores as JSON; RUN/evaluation.json if not given. Of a sweep, RUN/sweep.csv with .md and .png
+    beside it."""
 
-
-@dataclass(frozen=True)
-class RealImages:
-    """Real images as pixel vectors in [0, 1], and their labels."""
-
-    train: np.ndarray
-    train_labels: np.ndarray
-    held_out: np.ndarray
-    held_out_labels: np.ndarray
-    held_out_from_training: bool
-    """The data has no images of its own for testing: the held-out ones were trained on by the diffusion model."""
-
-
-def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
-    """The run's training images, and held-out ones: those of the digits and CIFAR-10, or every fifth of another source.
-
-    Raises:
-        UserError: fewer images than the distances need.
-    """
-    train, train_labels = _read_pixels(config, "train", at_most)
-    if has_test_split(config.data.path):
-        held_out, labels = _read_pixels(config, "test", at_most)
-        if len(held_out) < LEAST_HELD_OUT:
-            raise UserError(
-                f"{config.data.path} has {len(held_out)} images for testing, too few: the distances need at least "
-                f"{LEAST_HELD_OUT}"
-            )
-        return RealImages(train, train_labels, held_out, labels, held_out_from_training=False)
-    shuffled = generator(0, Stream.ORDER, 0).permutation(len(train))
-    cut = int(len(train) * HELD_OUT_SHARE)
-    if cut < LEAST_HELD_OUT:
-        raise UserError(
-            f"{config.data.path} has {len(train)} images, too few: the distances need at least {LEAST_IMAGES} "
-            f"(a fifth is held out)"
+    @property
+    def evaluation(self) -> EvaluationConfig:
+        return EvaluationConfig(
+            features=self.features,
+            inception_file=self.inception_file,
+            num_images=self.num_images,
+            max_real_images=self.max_real_images,
         )
-    out, kept = shuffled[:cut], shuffled[cut:]
-    return RealImages(train[kept], train_labels[kept], train[out], train_labels[out], held_out_from_training=True)
 
 
-def _read_pixels(config: TrainConfig, split: str, at_most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(N, pixels) in [0, 1] and (N,) labels of images spread evenly over the data."""
-    source = open_source(config.data.path, config.num_data_classes, split=split)
-    if source.holds == "latents":
-        raise UserError(f"{config.data.path} holds latents; both scores are of images alone, not of latents or text")
-    indices = np.linspace(0, len(source) - 1, min(at_most, len(source))).astype(int)
-    images, size = SoundImages(source, config.model.in_channels), config.model.img_size
-    pixels = [np.asarray(resize_and_crop(images.image(i), size)).ravel() for i in indices]
-    return np.stack(pixels) / 255, np.array([images.label(i) for i in indices])
-
-
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """|μ_a - μ_b|² + tr(Σ_a + Σ_b - 2 (Σ_a Σ_b)^½) of two sets of features (N, D) (arXiv:1706.08500, eq. 6)."""
-    mean_term = np.square(a.mean(0) - b.mean(0)).sum()
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    # The eigenvalues of Σ_a Σ_b are real and not negative but for rounding; the root's trace is the sum of theirs.
-    eigenvalues = np.linalg.eigvals(cov_a @ cov_b).real.clip(min=0)
-    return float(mean_term + np.trace(cov_a) + np.trace(cov_b) - 2 * np.sqrt(eigenvalues).sum())
-
-
-class Judge:
-    """A classifier and a feature space, both from real images alone."""
-
-    def __init__(self, real: RealImages):
-        from sklearn.decomposition import PCA
-        from sklearn.svm import SVC
-
-        self._features = PCA(min(NUM_FEATURES, *real.train.shape), svd_solver="full").fit(real.train)
-        self._classifier = SVC(C=10.0).fit(real.train, real.train_labels) if len(set(real.train_labels)) > 1 else None
-
-    def accuracy(self, images: np.ndarray, labels: np.ndarray) -> float | None:
-        """The share of images (N, pixels) that are named as their label; None where there is one class alone."""
-        return None if self._classifier is None else float((self._classifier.predict(images) == labels).mean())
-
-    def distance(self, a: np.ndarray, b: np.ndarray) -> float:
-        return frechet_distance(self._features.transform(a), self._features.transform(b))
-
-
-def evaluate(arguments: EvaluateArguments) -> dict:
-    """The scores of a run.
+def evaluate(arguments: EvaluateArguments, processes: Processes) -> dict[str, Any]:
+    """The scores of a run on rank 0; nothing on other ranks, which must all call it.
 
     Raises:
-        UserError: no such run, checkpoint or data.
+        UserError: no such run, checkpoint, data or feature space, or too few images.
     """
-    sampling = load_sampling(arguments)
-    config, settings = sampling.config, sampling.settings
-    real = read_real_images(config, arguments.max_real_images)
-    judge = Judge(real)
-    classes, numbers = range(config.num_data_classes), range(arguments.num_images)
-    labels = np.arange(arguments.num_images) % len(classes) if classes else None
+    processes.agree(lambda: check_feature_space(arguments.evaluation))
+    sampling = processes.agree(lambda: load_sampling(arguments))
+    settings, count = sampling.settings, arguments.num_images
+    judge = make_judge(sampling.config, arguments.evaluation, processes)
+    strengths = sorted({0.0, settings["guidance"]}, reverse=True)
+    samples = []
+    for strength in strengths:
+        how = {**settings, "guidance": strength}
+        samples.append(score_samples(judge, sampling.model, sampling.config, how, count, processes))
+    held_out, noise = judge.of_held_out(), judge.of_noise()
+    if held_out is None or noise is None:
+        return {}
     shown = f"{settings['sampler']}, {settings['steps']} steps, {arguments.weights} weights, seed {arguments.seed}"
-    scores = {
-        "settings": f"{arguments.num_images} samples, {shown}",
-        "held_out_from_training": real.held_out_from_training,
-        "real_accuracy": judge.accuracy(real.held_out, real.held_out_labels),
-        "real_distance": _distance_of_halves(judge, real.held_out),
-        "samples": [],
+    return {
+        "settings": f"{count} samples, {shown}",
+        "features": judge.space.name,
+        "features_version": judge.space.version,
+        "num_train_images": len(judge.real.train),
+        "held_out_from_training": judge.real.held_out_from_training,
+        "real_accuracy": held_out.accuracy,
+        "real_distance": held_out.distance,
+        "samples": [{"guidance": s, **asdict(scores)} for s, scores in zip(strengths, samples, strict=True)],
+        "held_out": asdict(held_out),
+        "noise": asdict(noise),
+        "why_no_distance": judge.why_no_distance(count),
     }
-    for strength in sorted({0.0, settings["guidance"]}, reverse=True):
-        objective, how = make_objective(config.objective), {**settings, "guidance": strength}
-        images = np.stack(list(generate(sampling.model, objective, labels_in_turn(classes), numbers, **how)))
-        pixels = images.reshape(len(images), -1) / 255
-        accuracy = judge.accuracy(pixels, labels) if labels is not None else None
-        distance = judge.distance(pixels, real.held_out)
-        scores["samples"].append({"guidance": strength, "accuracy": accuracy, "distance": distance})
-    return scores
-
-
-def _distance_of_halves(judge: Judge, images: np.ndarray) -> float:
-    shuffled = images[generator(0, Stream.ORDER, 1).permutation(len(images))]
-    half = len(images) // 2
-    return judge.distance(shuffled[:half], shuffled[half:])
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong evaluate``."""
+    speak_as(find_place(os.environ).rank)
+    argv = without_local_rank(sys.argv[1:] if argv is None else argv)
     arguments = parse(EvaluateArguments, argv, prog="scalelong evaluate")
-    if arguments.num_images < 2 or arguments.max_real_images < LEAST_IMAGES:
-        raise UserError(f"--num-images must be at least 2 and --max-real-images at least {LEAST_IMAGES}")
-    scores = evaluate(arguments)
-    print(scores["settings"])
-    print(f"{'':<28}{'label accuracy':>15}{'Frechet distance':>18}")
-    for score in scores["samples"]:
-        name = f"samples, guidance {score['guidance']:g}" if score["guidance"] else "samples, no guidance"
-        print(_row(name, score["accuracy"], score["distance"]))
-    print(_row("real images, held out", scores["real_accuracy"], scores["real_distance"]))
-    print("The last distance is between two halves of the held-out images.")
-    if scores["held_out_from_training"]:
-        print("The held-out images were among those that the model was trained on.")
+    if arguments.num_images < LEAST_SAMPLES or arguments.max_real_images < LEAST_REAL_IMAGES:
+        raise UserError(
+            f"--num-images must be at least {LEAST_SAMPLES} and --max-real-images at least {LEAST_REAL_IMAGES}: a "
+            f"distance needs so many"
+        )
+    axes = parse_axes(arguments.sweep)
+    processes = join_if_several()
+    try:
+        if axes:
+            run_sweep(arguments, arguments.evaluation, axes, arguments.out or arguments.run / "sweep.csv", processes)
+        else:
+            write_scores(arguments, evaluate(arguments, processes), processes)
+    except RuntimeError as error:
+        told = to_user_error(error)
+        if told is None:
+            raise
+        raise told from None
+    if processes.world_size > 1:
+        leave_processes()
+
+
+def write_scores(arguments: EvaluateArguments, scores: dict[str, Any], processes: Processes) -> None:
+    """Prints the scores and writes them as JSON, on rank 0."""
+    if not processes.is_main:
+        return
+    print_scores(scores)
     out = arguments.out or arguments.run / "evaluation.json"
     try:
-        out.write_text(json.dumps(scores, indent=2) + "\n")
+        write_whole(out, (json.dumps(scores, indent=2) + "\n").encode())
     except OSError as error:
         raise UserError(f"cannot write {out}: {error.strerror}") from error
     print(f"-> {out}")
 
 
-def _row(name: str, accuracy: float | None, distance: float) -> str:
-    shown = "-" if accuracy is None else f"{accuracy:.1%}"
-    return f"{name:<28}{shown:>15}{distance:>18.3f}"
+def print_scores(scores: dict[str, Any]) -> None:
+    """The scores as a table, and what has to be known to read it."""
+    named = []
+    for sample in scores["samples"]:
+        strength, rest = sample["guidance"], {name: value for name, value in sample.items() if name != "guidance"}
+        named.append((f"samples, guidance {strength:g}" if strength else "samples, no guidance", Scores(**rest)))
+    named += [("real images, held out", Scores(**scores["held_out"])), ("noise", Scores(**scores["noise"]))]
+    print(scores["settings"])
+    print(table.table([{"": name, **table.cells(those)} for name, those in named]))
+    about = table.notes(
+        scores["features"],
+        scores["num_train_images"],
+        held_out_from_training=scores["held_out_from_training"],
+        why_no_distance=scores["why_no_distance"],
+    )
+    print("\n".join(about))

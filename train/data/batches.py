@@ -15,9 +15,9 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.data.latents import EMPTY_CONTEXT
 from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
 from scalelong.train.data.side_stream import beside_training, hand_over
-from scalelong.train.data.source import ImageSource, LatentSource, Source
+from scalelong.train.data.source import ImageSource, LatentSource, Source, has_test_split, open_source
 from scalelong.train.data.stand_ins import SoundImages
-from scalelong.train.errors import UserError
+from scalelong.train.errors import UserError, warn
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,26 @@ def prepare_source(config: TrainConfig, source: ImageSource | LatentSource) -> S
             f"{config.data.path} holds images; a model of {model.in_channels} channels takes latents: scalelong prepare"
         )
     return SoundImages(source, model.in_channels)
+
+
+def open_validation_source(
+    config: TrainConfig, source: SoundImages | LatentSource
+) -> tuple[SoundImages | LatentSource, bool]:
+    """What the validation loss is of: the test split of the data, or else the source itself, read apart from training.
+
+    Args:
+        source: of training, as ``prepare_source`` returns it.
+
+    Returns:
+        The source, and whether it is held out. A test split that cannot be read is warned of, and not held out.
+    """
+    if config.num_validation_images and has_test_split(config.data.path):
+        try:
+            return prepare_source(config, open_source(config.data.path, config.num_data_classes, split="test")), True
+        except UserError as error:
+            warn(f"the validation loss is at images that are trained on: {error}")
+    # An image that is found bad here is none that training has met.
+    return (source if source.holds == "latents" else SoundImages(source.source, source.channels)), False
 
 
 def _check_text(config: TrainConfig, source: LatentSource) -> None:

@@ -22,6 +22,7 @@ class Stream(IntEnum):
     DROPOUT = 5
     STAND_IN = 6
     LATENT = 7
+    VALIDATION = 8
 
 
 def generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:

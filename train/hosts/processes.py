@@ -127,6 +127,18 @@ def join_processes() -> Processes:
     )
 
 
+def join_if_several() -> Processes:
+    """The processes that a launcher has started for a command together; this one alone if none has, without a group.
+
+    Raises:
+        UserError: an environment that says it in part, or in contradictions.
+    """
+    if find_place(os.environ).world_size > 1:
+        return join_processes()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Processes(rank=0, world_size=1, local_rank=0, device=device, control_group=None)
+
+
 def others_at_work(processes: Processes) -> str | None:
     """A line on the main process if programs other than this run keep many cores of its host busy."""
     now = work_so_far()
