@@ -165,7 +165,7 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
         raise UserError(str(error)) from error
     check_memory(config, plan)
     check_engine_config(config, plan.micro_batch)
-    source = open_source(config.data.path, config.num_data_classes)
+    source = open_source(config.data.path, config.num_data_classes, img_size=config.model.img_size)
     fingerprint = source.fingerprint()
     start = Start(config, processes, checkpoint, prepare_source(config, source), fingerprint, plan)
     if state is not None and state.data_fingerprint != fingerprint and not start.is_branch:

@@ -36,7 +36,7 @@ class DataConfig:
     """What is trained on."""
 
     path: str = bookkeeping("digits")
-    """A folder of images, tar shards or latents, CIFAR-10 as published, or "digits": docs/data.md. It may move."""
+    """A folder of images, shards or latents, CIFAR-10 as published, "digits" or "photos": docs/data.md. It may move."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")

@@ -56,7 +56,7 @@ class RealImages:
 
 
 def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
-    """The run's training images, and held-out ones: those of the digits and CIFAR-10, or every fifth of another source.
+    """The run's training images, and held-out ones: those of the data's test split, or every fifth of another source.
 
     Raises:
         UserError: fewer images than the distances need.
@@ -83,11 +83,12 @@ def read_real_images(config: TrainConfig, at_most: int) -> RealImages:
 
 def _read_pixels(config: TrainConfig, split: str, at_most: int) -> tuple[np.ndarray, np.ndarray]:
     """(N, pixels) in [0, 1] and (N,) labels of images spread evenly over the data."""
-    source = open_source(config.data.path, config.num_data_classes, split=split)
+    size = config.model.img_size
+    source = open_source(config.data.path, config.num_data_classes, split=split, img_size=size)
     if source.holds == "latents":
         raise UserError(f"{config.data.path} holds latents; both scores are of images alone, not of latents or text")
     indices = np.linspace(0, len(source) - 1, min(at_most, len(source))).astype(int)
-    images, size = SoundImages(source, config.model.in_channels), config.model.img_size
+    images = SoundImages(source, config.model.in_channels)
     pixels = [np.asarray(resize_and_crop(images.image(i), size)).ravel() for i in indices]
     return np.stack(pixels) / 255, np.array([images.label(i) for i in indices])
 

@@ -105,7 +105,8 @@ def read_class_names(config: TrainConfig, *, must_find: bool) -> list[str]:
         UserError: it is gone, if it must be found.
     """
     try:
-        names = open_source(config.data.path, config.num_data_classes).class_names
+        size = config.model.img_size
+        names = open_source(config.data.path, config.num_data_classes, img_size=size).class_names
     except UserError:
         if must_find:
             raise
