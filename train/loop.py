@@ -62,6 +62,8 @@ def train_on(start: Start) -> int:
         with StopSignals() as signals:
             with heartbeat, processes.agree(lambda: report_of(run)) as report:
                 report.say(describe(run))
+                for line in start.initial.lines if start.initial is not None else ():
+                    report.say(line)
                 if busy := others_at_work(processes):
                     report.say(busy)
                 is_finished = take_steps(run, report, signals, outcome)
