@@ -23,7 +23,6 @@ FIXED: dict[str, tuple[Any, ...]] = {
     "mid_block_type": ("UNetMidBlock2D",),
     "mid_block_scale_factor": (1,),
     "act_fn": ("silu", "swish"),
-    "attn_norm_num_groups": (None,),
     "add_attention": (True,),
     "class_embed_type": (None,),
 }
@@ -87,6 +86,9 @@ def _config_of(config: Mapping[str, Any]) -> UNetConfig:
     for option, allowed in FIXED.items():
         if config.get(option, allowed[0]) not in allowed:
             raise ValueError(f"a UNet2DModel with {option} {config[option]!r} is no network here")
+    num_groups = config.get("norm_num_groups", 32)
+    if config.get("attn_norm_num_groups") not in (None, num_groups):
+        raise ValueError("a UNet2DModel that attends after norms of other groups is no network here")
     down = list(config.get("down_block_types") or ("DownBlock2D", *["AttnDownBlock2D"] * 3))
     up = list(config.get("up_block_types") or (*["AttnUpBlock2D"] * 3, "UpBlock2D"))
     attends = [kind.startswith("Attn") for kind in down]
@@ -110,7 +112,7 @@ def _config_of(config: Mapping[str, Any]) -> UNetConfig:
         resblock_updown=by_blocks,
         same_padding=config.get("downsample_padding", 1) == 0,
         dropout=config.get("dropout", 0.0),
-        num_groups=config.get("norm_num_groups", 32),
+        num_groups=num_groups,
         norm_eps=config.get("norm_eps", 1e-5),
         num_classes=config.get("num_class_embeds") or 0,
     )
