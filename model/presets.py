@@ -22,6 +22,7 @@ def _uvit(
 UVIT_PRESETS: dict[str, UViTConfig] = {
     # side, patch, channels, width, depth, heads
     "digits-uvit":         _uvit(8,  2, 1,   96,  4,  4, num_classes=11),
+    "photos32-uvit":       _uvit(32, 4, 3,  128,  4,  4),
     "cifar10-uvit-s2":     _uvit(32, 2, 3,  512, 12,  8),
     "celeba64-uvit-s4":    _uvit(64, 4, 3,  512, 12,  8),
     "imagenet64-uvit-m4":  _uvit(64, 4, 3,  768, 16, 12, num_classes=1000),
@@ -36,6 +37,9 @@ UVIT_PRESETS: dict[str, UViTConfig] = {
 UNET_PRESETS: dict[str, UNetConfig] = {
     "digits-unet": UNetConfig(
         img_size=8, in_channels=1, model_channels=32, channel_mult=(1, 2), num_res_blocks=2, num_classes=11,
+    ),
+    "photos32-unet": UNetConfig(
+        img_size=32, model_channels=32, channel_mult=(1, 2, 2), num_res_blocks=1, attention_resolutions=(4,),
     ),
     "cifar10-ddpm-unet": UNetConfig(
         img_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(2,),

@@ -63,8 +63,13 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
         return round(self.width * self.mlp_ratio)
 
     @property
-    def num_extras(self) -> int:
+    def extras(self) -> tuple[str, ...]:
         """Tokens before the patches: the time, then the class before it or the text after it."""
+        texts = tuple(f"text {n}" for n in range(self.context_tokens))
+        return (("label",) if self.num_classes else ()) + ("time", *texts)
+
+    @property
+    def num_extras(self) -> int:
         return 1 + (1 if self.num_classes else 0) + self.context_tokens
 
     @property

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -9,7 +10,7 @@ from PIL import Image
 from scalelong.train.data.source import ImageSource, open_source
 
 
-def open_images(path: Path, num_classes: int, **how: str) -> ImageSource:
+def open_images(path: Path, num_classes: int, **how: Any) -> ImageSource:
     source = open_source(str(path), num_classes, **how)
     assert source.holds == "images"
     return source

@@ -18,7 +18,8 @@ from PIL import Image
 from programs import environment
 
 from scalelong.train.data import digits as digits_module
-from scalelong.train.data.digits import cache_folder, digits_folder
+from scalelong.train.data.cache import cache_folder
+from scalelong.train.data.digits import digits_folder
 from scalelong.train.data.image_folder import ImageFolder
 from scalelong.train.data.images import decode_image, resize_and_crop
 from scalelong.train.data.source import open_source

@@ -25,6 +25,7 @@ FLOORS_OF_TRAIN = (
     {"outcome", "scores", "zero"},
     {"checkpoint"},
     {"branch"},
+    {"initial_weights"},
     {"checks"},
     {"run"},
     {"sampling", "validation"},

@@ -48,19 +48,28 @@ def find_origin(config: TrainConfig) -> Path:
     if origin.run.resolve() == config.run.resolve():
         raise UserError(f"--branch-from {config.branch_from} is the run folder itself; take another --run")
     check_differences(read_config(origin.run), config)
+    return checkpoint_of(origin, flag="--branch-from")
+
+
+def checkpoint_of(origin: Origin, *, flag: str) -> Path:
+    """The checkpoint that a flag names, which is read to see that it is whole.
+
+    Raises:
+        UserError: there is none.
+    """
     if origin.images_seen is None:
         newest = newest_checkpoint(origin.run, warn)
         if newest is None:
-            raise UserError(f"--branch-from {origin.run}: it has no whole checkpoint")
+            raise UserError(f"{flag} {origin.run}: it has no whole checkpoint")
         return newest
     there_are = {int(checkpoint.name): checkpoint for checkpoint in reversed(list_checkpoints(origin.run))}
     if origin.images_seen not in there_are:
         names = ", ".join(map(str, there_are)) or "none"
-        raise UserError(f"--branch-from {config.branch_from}: no such checkpoint; {origin.run} has {names}")
+        raise UserError(f"{flag} {origin}: no such checkpoint; {origin.run} has {names}")
     checkpoint = there_are[origin.images_seen]
     problem = find_problem(checkpoint)
     if problem is not None:
-        raise UserError(f"--branch-from {config.branch_from}: {problem}")
+        raise UserError(f"{flag} {origin}: {problem}")
     return checkpoint
 
 

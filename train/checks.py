@@ -16,12 +16,13 @@ from scalelong.train.data.batches import (
     prepare_source,
 )
 from scalelong.train.data.order import BatchPlan
-from scalelong.train.data.source import LatentSource, open_source
+from scalelong.train.data.source import LatentSource, open_data
 from scalelong.train.data.stand_ins import BadSamples, SoundImages, spread_indices
 from scalelong.train.errors import UserError, warn
 from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes
+from scalelong.train.initial_weights import InitialWeights, find_weights, keep_weights, read_weights
 from scalelong.train.objective_config import check_sampler
 from scalelong.train.run_folder import checkpoints_folder, config_path, holds_something_else, read_config
 from scalelong.train.schedule import check_rates, with_horizon
@@ -53,6 +54,8 @@ class Start:
     """What the validation loss is of."""
     validates_on_held_out: bool
     """Whether that is a test split, which is not trained on."""
+    initial: InitialWeights | None = None
+    """The weights that a new run starts from; None: from nothing, or it resumes."""
 
     @property
     def is_branch(self) -> bool:
@@ -74,10 +77,11 @@ def check_before_training(config: TrainConfig, processes: Processes) -> Start:
     config = processes.agree(lambda: with_horizon(config))
     mine = installed_versions() | values_of(config)
     check_versions(processes.gather((f"rank {processes.rank} on {socket.gethostname()}", mine)))
-    checkpoint, origin = processes.on_main(lambda: find_start(config))
-    config = replace(config, branch_from=origin)
+    checkpoint, on_record = processes.on_main(lambda: find_start(config))
+    config = replace(config, **on_record)
     start = processes.agree(lambda: check_input(config, processes, checkpoint))
     check_same_data(config, processes.gather((socket.gethostname(), start.data_fingerprint)))
+    check_same_weights(config, processes.gather((socket.gethostname(), start.config.init_sha256)))
     if not start.is_finished:
         check_images(start)
     return start
@@ -103,25 +107,45 @@ def check_same_data(config: TrainConfig, fingerprints: list[tuple[str, str]]) ->
             raise UserError(f"rank {rank} on {host} has other images in {config.data.path} than rank 0 on {first_host}")
 
 
-def find_start(config: TrainConfig) -> tuple[Path | None, str | None]:
-    """The checkpoint to go on from, None for a new run; and which other run this is a branch of.
+def check_same_weights(config: TrainConfig, found: list[tuple[str, str | None]]) -> None:
+    """Every rank starts from the same weights.
+
+    Args:
+        found: of each rank its host and the SHA-256 of what it has read.
+
+    Raises:
+        UserError: a rank that has read others.
+    """
+    first_host, expected = found[0]
+    for rank, (host, sha256) in enumerate(found):
+        if sha256 != expected:
+            raise UserError(
+                f"rank {rank} on {host} has other weights in {config.init_from} than rank 0 on {first_host}"
+            )
+
+
+def find_start(config: TrainConfig) -> tuple[Path | None, dict[str, str | None]]:
+    """The checkpoint to go on from, None for a new run; and what the run records of where it came from.
 
     Raises:
         UserError: the folder holds another run, or something else, or no checkpoint that is whole; or there is nothing
-            to branch from.
+            to branch or to start from.
     """
     there = run_that_is_there(config)
+    checkpoint = None
     if there is not None:
-        config = keep_origin(there, config)
+        config = keep_weights(there, keep_origin(there, config))
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
             check_rates(there, config, int(checkpoint.name))
-            return checkpoint, config.branch_from
-    if config.branch_from is None:
-        return None, None
-    # Of a run that is there, too: it was killed before it had saved what it branched from.
-    checkpoint = find_origin(config)
-    return checkpoint, with_origin(config, checkpoint).branch_from
+    # Of a run that is there, too: it was killed before it had saved what it started from.
+    if checkpoint is None and config.branch_from is not None:
+        checkpoint = find_origin(config)
+        config = with_origin(config, checkpoint)
+    elif checkpoint is None and config.init_from is not None:
+        config = replace(config, init_from=find_weights(config))
+    names = ("branch_from", "init_from", "init_sha256")
+    return checkpoint, {name: getattr(config, name) for name in names}
 
 
 def run_that_is_there(config: TrainConfig) -> TrainConfig | None:
@@ -184,13 +208,16 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
         raise UserError(str(error)) from error
     check_memory(config, plan)
     check_engine_config(config, plan.micro_batch)
-    source = open_source(config.data.path, config.num_data_classes)
+    source = open_data(config)
     fingerprint = source.fingerprint()
     prepared = prepare_source(config, source)
     validation = open_validation_source(config, prepared)
     if config.images_per_evaluation:
         check_evaluation(config)
-    start = Start(config, processes, checkpoint, prepared, fingerprint, plan, *validation)
+    initial = read_weights(config) if checkpoint is None and config.init_from is not None else None
+    if initial is not None:
+        config = replace(config, init_sha256=initial.sha256)
+    start = Start(config, processes, checkpoint, prepared, fingerprint, plan, *validation, initial=initial)
     if state is not None and state.data_fingerprint != fingerprint and not start.is_branch:
         raise UserError(
             f"the images in {config.data.path} are not those that {config.run} was trained on (files were added, "

@@ -43,7 +43,7 @@ class DataConfig:
     """What is trained on."""
 
     path: str = bookkeeping("digits")
-    """A folder of images, tar shards or latents, CIFAR-10 as published, or "digits": docs/data.md. It may move."""
+    """A folder of images, shards or latents, CIFAR-10 as published, "digits" or "photos": docs/data.md. It may move."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")
@@ -154,6 +154,10 @@ class TrainConfig:
     """Run folder; running the same command again resumes it."""
     branch_from: str | None = bookkeeping(None)
     """RUN or RUN@IMAGES: start from the newest or that checkpoint of another run; what the network computes stays."""
+    init_from: str | None = bookkeeping(None)
+    """Start a new run from weights: a file, an export, RUN or RUN@IMAGES (its averages), or a folder of diffusers."""
+    init_sha256: str | None = bookkeeping(None)
+    """SHA-256 of the weights that init_from names, which is recorded; where it is given, others are refused."""
     total_images: int = bookkeeping(64_000_000)
     """Images to train on in all; a larger number continues a finished run."""
     images_per_step: int = 128
@@ -241,6 +245,10 @@ class TrainConfig:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
         if self.model.channels_out != self.model.in_channels:
             raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
+        if self.branch_from is not None and self.init_from is not None:
+            raise ValueError(
+                "branch_from takes the weights of a run and all else of it, init_from weights alone: give one"
+            )
         self.model.check_recompute(self.recompute)
 
     @property

@@ -68,6 +68,8 @@ def train_on(start: Start) -> int:
                 validation = Validation(start)
                 if said := validation.describe():
                     report.say(said)
+                for line in start.initial.lines if start.initial is not None else ():
+                    report.say(line)
                 if busy := others_at_work(processes):
                     report.say(busy)
                 is_finished = take_steps(run, report, signals, outcome, validation)

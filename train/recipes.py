@@ -29,6 +29,19 @@ _DIGITS = TrainConfig(
     data=DataConfig(path="digits"),
     sample=SampleConfig(steps=30, guidance=1.0, num_images=100),
 )
+_PHOTOS = TrainConfig(
+    run=Path("runs/photos32-uvit"),
+    total_images=64_000,
+    images_per_step=32,
+    images_per_checkpoint=16_000,
+    images_per_grid=16_000,
+    images_per_average=1_600,
+    images_per_log=0,
+    model=UVIT_PRESETS["photos32-uvit"],
+    optimizer=OptimizerConfig(learning_rate=1e-3, beta1=0.9, beta2=0.99, warmup_images=6_400, ema_decay=0.995),
+    data=DataConfig(path="photos", flip=True),
+    sample=SampleConfig(steps=30, num_images=100),
+)
 
 
 def _published(
@@ -108,6 +121,7 @@ _PUBLISHED_UNETS: dict[str, Any] = {
 
 RECIPES: dict[str, TrainConfig] = {
     "digits-uvit": _DIGITS,
+    "photos32-uvit": _PHOTOS,
     **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},
     **{name: _published_latent(name, **recipe) for name, recipe in _PUBLISHED_LATENT.items()},
     **{name: _published_text(name, **recipe) for name, recipe in _PUBLISHED_TEXT.items()},
@@ -116,6 +130,13 @@ RECIPES: dict[str, TrainConfig] = {
         run=Path("runs/digits-unet"),
         model=UNET_PRESETS["digits-unet"],
         optimizer=replace(_DIGITS.optimizer, weight_decay=0.0),
+    ),
+    "photos32-unet": replace(
+        _PHOTOS,
+        run=Path("runs/photos32-unet"),
+        total_images=32_000,
+        model=UNET_PRESETS["photos32-unet"],
+        optimizer=replace(_PHOTOS.optimizer, weight_decay=0.0),
     ),
     **{name: _published_unet(name, **recipe) for name, recipe in _PUBLISHED_UNETS.items()},
 }

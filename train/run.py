@@ -92,6 +92,8 @@ def start_run(start: Start) -> Run:
     model = make_backbone(config.model, skip_scale=config.skip_scale, recompute=config.recompute)
     if checkpoint is not None:
         model.load_state_dict(read_tensors(checkpoint, "model"))
+    elif start.initial is not None:
+        start.initial.put_into(model, config)
     loss_weighting = make_objective(config.objective).make_log_variance()
     if checkpoint is not None and loss_weighting is not None:
         loss_weighting.load_state_dict(read_tensors(checkpoint, zero.LOSS_WEIGHTING))
@@ -132,6 +134,8 @@ def describe(run: Run) -> str:
     how = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
     if run.start.is_branch:
         how = f"starting from {c.branch_from}"
+    elif run.start.initial is not None:
+        how = "starting from weights"
     return (
         f"{how}: {parameters:,} parameters, skips {described(c.skip_scale)}, {c.precision}, ZeRO {c.zero_stage}, "
         f"{p.world_size} x {p.device.type}, images by {choose_reader(c.data.reader)} from {c.data.path}"

@@ -3,6 +3,7 @@
 TRAIN_PROGRAM = "python -m scalelong.train"
 DESCRIPTIONS = {
     "digits-uvit": "the embedded handwritten digits (8x8), class-conditional with guidance; minutes on two CPU cores",
+    "photos32-uvit": "crops (32x32) of the embedded photographs, unconditional; minutes on two CPU cores",
     "cifar10-uvit-s2": "CIFAR-10 (32x32), unconditional, 44 M parameters",
     "celeba64-uvit-s4": "CelebA (64x64), unconditional, 44 M parameters",
     "imagenet64-uvit-m4": "ImageNet (64x64), class-conditional, 131 M parameters",
@@ -14,6 +15,7 @@ DESCRIPTIONS = {
     "mscoco-uvit-s2": "MS-COCO (latents of 256x256), conditioned on text with guidance, 45 M parameters",
     "mscoco-uvit-s2-deep": "MS-COCO (latents of 256x256), conditioned on text with guidance, 58 M parameters",
     "digits-unet": "the embedded digits by a convolutional UNet",
+    "photos32-unet": "the crops of the embedded photographs by a convolutional UNet",
     "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
     "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
 }

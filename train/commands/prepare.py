@@ -42,11 +42,11 @@ class PrepareArguments:
     """Make shards of images, or of latents, with their indices."""
 
     source: Annotated[str, tyro.conf.Positional]
-    """What is read: as --data.path of a run, "digits" included; or features of MS-COCO as U-ViT publishes them."""
+    """What is read: as --data.path of a run, "digits" too; or features of MS-COCO as U-ViT publishes them."""
     out: Annotated[Path | None, tyro.conf.Positional] = None
     """Folder to write. Without it, the tar shards in SOURCE get their indices."""
     split: Literal["train", "test"] = "train"
-    """Of CIFAR-10 and the digits."""
+    """Of CIFAR-10, the digits and the photographs."""
     labels: bool = True
     """Whether the folders of SOURCE are classes."""
     size: int = 0
@@ -94,7 +94,8 @@ def prepare(arguments: PrepareArguments) -> Path:
     """
     if arguments.out is None:
         return index_shards(Path(arguments.source), arguments.label_field)
-    source = recognise_source(arguments.source, arguments.split, labelled=arguments.labels)
+    size = arguments.size or None
+    source = recognise_source(arguments.source, arguments.split, labelled=arguments.labels, img_size=size)
     if source.holds == "latents":
         raise UserError(f"{arguments.source} holds latents already")
     if source.holds == "features" and arguments.size:

@@ -15,7 +15,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.data.latents import EMPTY_CONTEXT
 from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
 from scalelong.train.data.side_stream import beside_training, hand_over
-from scalelong.train.data.source import ImageSource, LatentSource, Source, has_test_split, open_source
+from scalelong.train.data.source import ImageSource, LatentSource, Source, has_test_split, open_data
 from scalelong.train.data.stand_ins import SoundImages
 from scalelong.train.errors import UserError, warn
 
@@ -95,7 +95,7 @@ def open_validation_source(
     """
     if config.num_validation_images and has_test_split(config.data.path):
         try:
-            return prepare_source(config, open_source(config.data.path, config.num_data_classes, split="test")), True
+            return prepare_source(config, open_data(config, split="test")), True
         except UserError as error:
             warn(f"the validation loss is at images that are trained on: {error}")
     # An image that is found bad here is none that training has met.

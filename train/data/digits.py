@@ -3,25 +3,15 @@
 E. Alpaydin, C. Kaynak, Optical Recognition of Handwritten Digits (UCI, 1998). Every fifth image of a class is held out.
 """
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from scalelong.train.errors import UserError
+from scalelong.train.data.cache import written_once
 
 VERSION = "digits-v1"
 HELD_OUT_EVERY = 5
-
-
-def cache_folder() -> Path:
-    """$SCALELONG_CACHE, else scalelong/ in $XDG_CACHE_HOME or ~/.cache."""
-    if os.environ.get("SCALELONG_CACHE"):
-        return Path(os.environ["SCALELONG_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scalelong"
 
 
 def digits_folder() -> Path:
@@ -30,24 +20,7 @@ def digits_folder() -> Path:
     Raises:
         UserError: the cache folder cannot be written.
     """
-    folder = cache_folder() / VERSION
-    if folder.is_dir():
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{VERSION}-", dir=folder.parent))
-    except OSError as error:
-        raise UserError(f"cannot write the digits to {folder.parent}: {error.strerror}; set SCALELONG_CACHE") from error
-    try:
-        _write_digits(staging)
-        staging.chmod(0o755)
-        # Renamed whole, so that processes that start at the same moment never see half of it.
-        staging.rename(folder)
-    except OSError as error:
-        shutil.rmtree(staging, ignore_errors=True)
-        if not folder.is_dir():  # else another process was first
-            raise UserError(f"cannot write the digits to {folder}: {error.strerror}; set SCALELONG_CACHE") from error
-    return folder
+    return written_once(VERSION, _write_digits, what="the digits")
 
 
 def _write_digits(folder: Path) -> None:

@@ -9,11 +9,13 @@ from typing import Literal, Protocol
 import numpy as np
 from torch import Tensor
 
+from scalelong.train.config import TrainConfig
 from scalelong.train.data.cifar10 import Cifar10, is_cifar10
 from scalelong.train.data.digits import digits_folder
 from scalelong.train.data.image_folder import ImageFolder
 from scalelong.train.data.latents import LatentFolder, is_latent_folder
 from scalelong.train.data.mscoco_features import FeatureFolder, is_feature_folder
+from scalelong.train.data.photos import Photos
 from scalelong.train.data.tar_shards import WebDataset, check_is_finished, is_webdataset
 from scalelong.train.errors import UserError
 
@@ -86,20 +88,23 @@ class LatentSource(Source, Protocol):
         ...
 
 
-def open_source(path: str, num_classes: int, *, split: str = "train") -> ImageSource | LatentSource:
+def open_source(
+    path: str, num_classes: int, *, split: str = "train", img_size: int | None = None
+) -> ImageSource | LatentSource:
     """The source of a configuration; what the path holds says which.
 
     Args:
-        path: "digits"; CIFAR-10 as published; a folder of tar shards, of latents, or of images.
+        path: "digits" or "photos"; CIFAR-10 as published; a folder of tar shards, of latents, or of images.
         num_classes: how many classes the model knows besides the null label; 0: labels are not used.
-        split: "train" or "test", which the digits and CIFAR-10 have.
+        split: "train" or "test", which the digits, the photographs and CIFAR-10 have.
+        img_size: side of the images that the model takes, in pixels, which the photographs are cut to.
 
     Raises:
         UserError: nothing to read there, or another number of classes than the model's.
     """
     if not path:
         raise UserError("this recipe needs data to train on: --data.path FOLDER")
-    source = recognise_source(path, split, labelled=num_classes > 0)
+    source = recognise_source(path, split, labelled=num_classes > 0, img_size=img_size)
     if source.holds == "features":
         raise UserError(f"{path} holds features, one a file; make shards of them: scalelong prepare {path} OUT")
     if num_classes and not source.class_names:
@@ -112,17 +117,28 @@ def open_source(path: str, num_classes: int, *, split: str = "train") -> ImageSo
     return source
 
 
+def open_data(config: TrainConfig, *, split: str = "train") -> ImageSource | LatentSource:
+    """The source of a run's configuration; raises as ``open_source``."""
+    return open_source(config.data.path, config.num_data_classes, split=split, img_size=config.model.img_size)
+
+
 def has_test_split(path: str) -> bool:
     """Whether the data brings images for testing, which no run trains on."""
-    return path == "digits" or is_cifar10(Path(path))
+    return path in ("digits", "photos") or is_cifar10(Path(path))
 
 
 def recognise_source(
-    path: str, split: str = "train", *, labelled: bool = True
+    path: str, split: str = "train", *, labelled: bool = True, img_size: int | None = None
 ) -> ImageSource | LatentSource | FeatureFolder:
     """As ``open_source``, whatever the classes. ``labelled``: whether folders of images are classes."""
     if path == "digits":
         return ImageFolder(digits_folder() / split, labelled=labelled)
+    if path == "photos":
+        if Path(path).is_dir():
+            raise UserError(
+                "photos are the embedded photographs, and a folder here is called so too: ./photos names that"
+            )
+        return Photos(img_size, split, labelled=labelled)
     root = Path(path)
     check_is_finished(root)
     if is_cifar10(root):

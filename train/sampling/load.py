@@ -10,7 +10,7 @@ from scalelong.train.checkpoint import load_model
 from scalelong.train.command_line import RunArguments
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import prepare_source
-from scalelong.train.data.source import LatentSource, open_source
+from scalelong.train.data.source import LatentSource, open_data
 from scalelong.train.errors import UserError
 from scalelong.train.objective_config import NUM_TIMES, SamplerName, check_guidance_interval, check_sampler
 from scalelong.train.sampling.autoencoder import to_pictures
@@ -104,7 +104,7 @@ def open_texts(config: TrainConfig) -> LatentSource | None:
             f"samples are drawn for captions of the run's data, and {config.data.path} is gone; "
             f"where is it now? --data.path FOLDER"
         )
-    return texts_of(config, prepare_source(config, open_source(config.data.path, config.num_data_classes)))
+    return texts_of(config, prepare_source(config, open_data(config)))
 
 
 def read_class_names(config: TrainConfig, *, must_find: bool) -> list[str]:
@@ -114,7 +114,7 @@ def read_class_names(config: TrainConfig, *, must_find: bool) -> list[str]:
         UserError: it is gone, if it must be found.
     """
     try:
-        names = open_source(config.data.path, config.num_data_classes).class_names
+        names = open_data(config).class_names
     except UserError:
         if must_find:
             raise

@@ -8,7 +8,7 @@ import numpy as np
 from scalelong.train.config import LEAST_REAL_IMAGES, LEAST_SAMPLES, TrainConfig
 from scalelong.train.data.images import resize_and_crop
 from scalelong.train.data.order import Stream, generator
-from scalelong.train.data.source import ImageSource, has_test_split, open_source
+from scalelong.train.data.source import ImageSource, has_test_split, open_data
 from scalelong.train.data.stand_ins import SoundImages, spread_indices
 from scalelong.train.errors import UserError
 
@@ -65,7 +65,7 @@ def check_real_images(config: TrainConfig) -> list[ImageSource]:
     path = config.data.path
     sources: list[ImageSource] = []
     for split in ("train", "test") if has_test_split(path) else ("train",):
-        source = open_source(path, config.num_data_classes, split=split)
+        source = open_data(config, split=split)
         if source.holds == "latents":
             raise UserError(f"{path} holds latents; the scores are of images alone, not of latents or text")
         sources.append(source)
