@@ -20,6 +20,8 @@ SamplerName = Literal["dpm-solver++", "ddim", "euler", "euler-ancestral", "euler
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
+FOLLOWING_CLIPS = ("clip_z_score", "clip_per_tensor")
+"""The ways of clipping that follow how large the gradients have been (clipping.py)."""
 # Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
 LARGEST_STD = math.sqrt(1 / 12)
 
@@ -67,6 +69,10 @@ class OptimizerConfig:
     """Length of the warm-up, in images."""
     clip_grad_norm: float = 0.0
     """Largest norm of the gradient; 0: no clipping."""
+    clip_z_score: float = 0.0
+    """How many deviations above its running mean the gradient's norm may be (ZClip; 2.5, say); 0: any number."""
+    clip_per_tensor: float = 0.0
+    """How many times its running norm the gradient of each parameter may be (AdaGC; 1.05, say); 0: any number."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, per step."""
     ema_stds: tuple[float, ...] = ()
@@ -164,7 +170,12 @@ class TrainConfig:
         _check(self, ("label_drop",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
-        _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
+        not_negative = ("weight_decay", "warmup_images", "clip_grad_norm", "clip_z_score")
+        _check(self.optimizer, not_negative, lambda v: v >= 0, "not negative")
+        _check(self.optimizer, ("clip_per_tensor",), lambda v: v == 0 or v > 1, "0 or above 1")
+        clips = [name for name in ("clip_grad_norm", *FOLLOWING_CLIPS) if getattr(self.optimizer, name)]
+        if len(clips) > 1:
+            raise ValueError(f"gradients are clipped in one way, not by {' and '.join(clips)}")
         check_ema_stds(self.optimizer.ema_stds)
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
