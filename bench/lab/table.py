@@ -26,8 +26,8 @@ class Row:
     digest: str
     preset: str
     state: str
-    """ "finished", "diverged" (not finite, far above its median for long, or no better than at its start), or "start" of
-    a network that was not trained."""
+    """ "finished", "diverged" (not finite, far above its median for long, or no better than at its start), or "start":
+    not trained."""
     reason: str = ""
     diverged_step: float = math.nan
     images: float = math.nan
