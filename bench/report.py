@@ -2,7 +2,7 @@
 
 In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of ``bench/results/lab/NAME/cells.csv``;
 ``<!-- lab NAME TABLE COLUMN, COLUMN -->`` has some of its columns alone. What stands between them is written here and
-nowhere else: no figure is typed by hand. Imports no torch.
+nowhere else: no figure is typed by hand. ``<!-- recipes -->`` stands for the table of published recipes.
 """
 
 import re
@@ -11,13 +11,17 @@ from pathlib import Path
 
 from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
-from scalelong.bench.lab.summary import Table, tables_of
+from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
+from scalelong.train.config import TrainConfig, flag_values
 from scalelong.train.errors import UserError, run_command
+from scalelong.train.recipes import RECIPES
+from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+RECIPE_TABLE = re.compile(r"(<!-- recipes -->\n).*?(<!-- end -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -27,7 +31,25 @@ def rebuilt(text: str, results: Path = RESULTS) -> str:
     Raises:
         UserError: a mark that names no experiment, table or column.
     """
-    return MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
+    text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
+    return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table())}\n\n{mark[2]}", text)
+
+
+def recipes_table() -> Table:
+    """The recipes of published networks, whose data has to be given."""
+    lines: list[list[Value]] = []
+    for name, config in RECIPES.items():
+        if config.data.path:
+            continue
+        o, steps = config.optimizer, config.total_images // config.images_per_step
+        rates = [f"{o.learning_rate:g}", f"{o.beta1:g}, {o.beta2:g}", f"{o.weight_decay:g}", o.warmup_images]
+        lines.append([name, DESCRIPTIONS[name], config.images_per_step, steps, *rates, _objective(config)])
+    header = ("recipe", "what", "batch", "steps", "rate", "betas", "weight decay", "warm-up images", "objective")
+    return Table("recipes", "Published recipes", "", header, lines)
+
+
+def _objective(config: TrainConfig) -> str:
+    return next(value for flag, value in flag_values(config) if flag.startswith("--objective"))
 
 
 def section(results: Path, name: str, key: str, columns: str | None) -> str:

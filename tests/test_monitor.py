@@ -16,6 +16,7 @@ from test_take_step import BATCH, make_engine
 
 from scalelong.model.architectures import make_backbone
 from scalelong.train import loop
+from scalelong.train.config import GuardConfig
 from scalelong.train.errors import DivergedError
 from scalelong.train.monitor import Monitor
 from scalelong.train.objective import OBJECTIVES
@@ -164,9 +165,7 @@ class iter_with_seconds:  # noqa: N801 - stands for a function
 
 
 def test_a_rate_that_is_far_too_high_is_found_and_what_grew_first_named(tmp_path, monkeypatch):
-    from scalelong.train import schedule
-
-    plain, run = schedule.learning_rate, tmp_path / "run"
+    plain, run = loop.learning_rate, tmp_path / "run"
     rate = {"factor": 1.0}
     monkeypatch.setattr(loop, "learning_rate", lambda config, seen: rate["factor"] * plain(config, seen))
     plant(monkeypatch, 40, lambda run: rate.update(factor=3000.0))
@@ -175,6 +174,20 @@ def test_a_rate_that_is_far_too_high_is_found_and_what_grew_first_named(tmp_path
     assert 40 <= spike["first_step"] <= spike["step"] <= 43
     assert spike["first"] in spike["deviations"] or len(spike["deviations"]) == 5
     assert spike["block"] in ("in_blocks.0", "mid_block", "out_blocks.0")
+
+
+def test_a_loss_that_stays_too_high_is_reported_from_the_step_in_which_it_rose(tmp_path, monkeypatch):
+    plain, run = loop.learning_rate, tmp_path / "run"
+    rate = {"factor": 1.0}
+    monkeypatch.setattr(loop, "learning_rate", lambda config, seen: rate["factor"] * plain(config, seen))
+    plant(monkeypatch, 40, lambda run: rate.update(factor=3000.0))
+    guard = GuardConfig(roll_back_factor=1.5, roll_back_steps=3, roll_backs=0)
+    with pytest.raises(DivergedError) as diverged:
+        loop.train(small_config(run, total_images=32 * 60, guard=guard))
+    end = spikes_of(run)[-1]
+    assert (end["kind"], end["step"]) == ("divergence", diverged.value.step)
+    assert 40 <= end["first_step"] <= end["step"] <= 44
+    assert end["block"] is not None
 
 
 def test_a_divergence_is_reported_before_it_ends_the_run(tmp_path, monkeypatch):

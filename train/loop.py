@@ -98,7 +98,8 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
                 report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
             if run.guard.asks_to_roll_back:
                 # Saved at once: a restart must not walk into the same steps again.
-                run, due = roll_back(run, report), due._replace(checkpoint=True)
+                with reporting_divergence(run, report, measured):
+                    run, due = roll_back(run, report), due._replace(checkpoint=True)
         if due.log:
             note_bad_samples(run)
             speed = meter.take(config.images_per_step, run.batches.take_seconds())

@@ -11,9 +11,8 @@ from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from typing import Literal
-
-import numpy as np
 
 from scalelong.train.errors import DivergedError, UserError, warn
 
@@ -112,11 +111,9 @@ class SpikeWatch:
         images: range,
         outliers: list[int],
     ) -> Spike:
-        """Everything about a step, whose row ``look`` was given last, or which was not finite and has only this."""
-        logs = _logarithms(row)
-        before = list(self._rows)
-        if before and before[-1] == logs:
-            before.pop()
+        """Everything about a step: ``look`` was given its row, or the run ended in it and ``row`` is all there is."""
+        logs, before = _logarithms(row), [known for known in self._rows if known["step"] < row["step"]]
+        logs = next((known for known in self._rows if known["step"] == row["step"]), logs)
         first, first_step = self._grew_first([*before, logs])
         z = self._deviations(logs, logs, before)
         standing_out = sorted((name for name in z if z[name] > THRESHOLD), key=lambda name: -z[name])[:NUM_SHOWN]
@@ -157,16 +154,18 @@ class SpikeWatch:
     ) -> dict[str, float]:
         """Robust deviations of logarithms above their medians over the rows before."""
         history = list(self._rows if before is None else before)
-        names = [name for name in names if name in logs and name != "step"]
-        if len(history) < ROWS_BEFORE_JUDGING or not names:
-            return {name: math.inf for name in names if logs[name] == math.inf}
-        values = np.array([[row.get(name, math.nan) for name in names] for row in history])
-        values[~np.isfinite(values)] = math.nan
-        with np.errstate(all="ignore"):
-            median = np.nanmedian(values, axis=0)
-            deviation = 1.4826 * np.nanmedian(np.abs(values - median), axis=0)
-            z = (np.array([logs[name] for name in names]) - median) / np.maximum(deviation, SMALLEST_DEVIATION)
-        return {name: float(value) for name, value in zip(names, z, strict=True) if not math.isnan(value)}
+        found: dict[str, float] = {}
+        for name in names:
+            if name not in logs or name == "step":
+                continue
+            values = [value for row in history if (value := row.get(name, math.inf)) != math.inf]
+            if logs[name] == math.inf:
+                found[name] = math.inf
+            elif len(values) >= ROWS_BEFORE_JUDGING:
+                middle = median(values)
+                deviation = 1.4826 * median([abs(value - middle) for value in values])
+                found[name] = (logs[name] - middle) / max(deviation, SMALLEST_DEVIATION)
+        return found
 
     def _order_in_step(self, name: str) -> tuple[int, int]:
         parts = name.split("/")

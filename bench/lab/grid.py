@@ -247,5 +247,5 @@ def describe(row: Row) -> str:
         step = "" if math.isnan(row.diverged_step) else f" in step {row.diverged_step:.0f}"
         return f"diverged{step}: {row.reason}"
     if row.state == "start":
-        return f"||h_0||²/||x||² {row.norm_ratio:.3g}, sum kappa² {row.kappa_squares:.3g}"
+        return f"‖h_0‖²/‖x‖² {row.norm_ratio:.3g}, sum kappa² {row.kappa_squares:.3g}"
     return f"{row.final_is} loss {row.final_loss:.4g}, {row.seconds:.0f} s"

@@ -157,7 +157,7 @@ def growth_exponent(first: float, last: float, layers: int) -> float:
 
 
 class DepthLaw(NamedTuple):
-    """E||h_0||² / ||x||² = slope * sum kappa_i² + offset, fitted."""
+    """E‖h_0‖² / ‖x‖² = slope * sum kappa_i² + offset, fitted."""
 
     slope: float
     offset: float
@@ -171,7 +171,7 @@ def fit_depth_law(kappa_squares: ArrayLike, ratios: ArrayLike) -> DepthLaw:
 
     Args:
         kappa_squares: (N,) the sum of squared factors of each network.
-        ratios: (N,) its E||h_0||² / ||x||².
+        ratios: (N,) its E‖h_0‖² / ‖x‖².
 
     Returns:
         R² is NaN where all ratios, or all sums, are the same.

@@ -1,5 +1,6 @@
 """The pictures of a laboratory: colours that everybody can tell apart, lines told apart by marks too, few words."""
 
+import io
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,10 +35,15 @@ STYLE: dict[Any, Any] = {
 }
 WIDTH, HEIGHT = 4.6, 3.5
 """Of one panel, in inches."""
+MAX_LABELS = 5
+"""Of a panel's axis."""
 
 
-def figures_of(rows: Sequence[Row]) -> dict[str, Figure]:
-    """Every picture that the rows have something for, by the key of the table that has its numbers."""
+def pictures_of(rows: Sequence[Row]) -> dict[str, tuple[bytes, bytes]]:
+    """SVG and PNG of every picture that the rows have something for, by the key of the table that has its numbers.
+
+    The same rows give the same bytes.
+    """
     drawn: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
         "losses": rate_and_loss,
         "stability": stable_cells,
@@ -47,7 +53,14 @@ def figures_of(rows: Sequence[Row]) -> dict[str, Figure]:
     }
     with mpl.rc_context(STYLE):
         figures = {key: draw(rows) for key, draw in drawn.items()}
-    return {key: figure for key, figure in figures.items() if figure is not None}
+        return {key: as_bytes(figure) for key, figure in figures.items() if figure is not None}
+
+
+def as_bytes(figure: Figure) -> tuple[bytes, bytes]:
+    svg, png = io.BytesIO(), io.BytesIO()
+    figure.savefig(svg, format="svg", metadata={"Date": None})
+    figure.savefig(png, format="png", dpi=130)
+    return svg.getvalue(), png.getvalue()
 
 
 def looks_of(modes: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -65,6 +78,13 @@ def panels(titles: Sequence[str], *, share_y: bool = True) -> tuple[Figure, list
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title("" if title == "all" else title, loc="left", fontweight="bold", fontsize=11)
     return figure, list(axes)
+
+
+def label_places(panel: Axes, places: Sequence[float], form: str) -> None:
+    """Labels at the values that were measured, and nowhere between."""
+    panel.set_xticks(list(places))
+    panel.xaxis.set_major_formatter(FormatStrFormatter(form))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def rate_and_loss(rows: Sequence[Row]) -> Figure | None:
@@ -87,6 +107,8 @@ def rate_and_loss(rows: Sequence[Row]) -> Figure | None:
             x = group.rate_values[lost > 0] * 2 ** (0.04 * (place - len(modes) / 2))  # side by side
             panel.scatter(x, [ceiling * 1.08] * len(x), marker="x", color=look["color"], s=45, zorder=3)
         panel.set(xscale="log", yscale="log", xlabel="learning rate")
+        rates = sorted({float(rate) for group in modes for rate in group.rate_values})
+        label_places(panel, rates[:: -(-len(rates) // MAX_LABELS)], "%.2g")
     axes[0].set_ylabel("final loss (x: diverged)")
     axes[0].set_ylim(0.9 * finite.min() if len(finite) else None, 1.2 * ceiling)
     axes[-1].legend(fontsize=9)
@@ -137,18 +159,26 @@ def curves(rows: Sequence[Row]) -> Figure | None:
         axes, ("curve_loss", "curve_gradient", "curve_hidden"), ("loss", "gradient norm", "norm of h₁"), strict=True
     ):
         for group in modes:
-            look = {**looks[group.mode], "marker": ""}
-            for row in group.at(rate):
-                values = np.array(getattr(row, column))
-                panel.plot(row.curve_images[: len(values)], np.where(np.isfinite(values), values, np.nan),
-                           alpha=0.75, **{**look, "linewidth": 1.3})  # fmt: skip
-                look["label"] = "_"
-                if row.state == "diverged" and len(values):
-                    last = values[np.isfinite(values)][-1:] if np.isfinite(values).any() else [np.nan]
-                    panel.scatter(row.curve_images[-1], last[0], marker="x", color=look["color"], s=50, zorder=3)
+            draw_curves(panel, group.at(rate), column, looks[group.mode])
         panel.set(yscale="log", xlabel="images", ylabel=label)
     axes[0].legend(fontsize=9)
     return figure
+
+
+def draw_curves(panel: Axes, rows: Sequence[Row], column: str, look: dict[str, Any]) -> None:
+    """Each seed thin, their median thick as far as all came, a cross where one diverged."""
+    found = [np.array(getattr(row, column)) for row in rows if getattr(row, column)]
+    if not found:
+        return
+    finite = [np.where(np.isfinite(values), values, np.nan) for values in found]
+    for row, values in zip(rows, finite, strict=False):
+        panel.plot(row.curve_images[: len(values)], values, color=look["color"], alpha=0.3, lw=0.8)
+        if row.state == "diverged" and np.isfinite(values).any():
+            place = np.flatnonzero(np.isfinite(values))[-1]
+            panel.scatter(row.curve_images[place], values[place], marker="x", color=look["color"], s=50, zorder=3)
+    shared = min(map(len, finite))
+    middle = np.median([values[:shared] for values in finite], axis=0)
+    panel.plot(rows[0].curve_images[:shared], middle, color=look["color"], label=look["label"])
 
 
 def edge_rate(groups: Sequence[Group]) -> str:
@@ -208,9 +238,7 @@ def depth_and_norm(rows: Sequence[Row]) -> Figure | None:
                 law = [1 + np.median([r.kappa_squares for r in points[d]]) for d in depths]
                 panel.plot(depths, law, ls="--", lw=1, color=look["color"])
         panel.set(xlabel="depth (blocks)", yscale="log", xscale="log")
-        panel.set_xticks(sorted({depth_of(place_of(row.cell)) for row in rows}))
-        panel.xaxis.set_major_formatter(FormatStrFormatter("%g"))
-        panel.xaxis.set_minor_formatter(NullFormatter())
+        label_places(panel, sorted({depth_of(place_of(row.cell)) for row in rows}), "%g")
     axes[0].set_ylabel("‖h₀‖² / ‖x‖²")
     if "preserving" in starts:
         axes[starts.index("preserving")].plot([], [], ls="--", lw=1, color="grey", label="1 + Σ κ²")

@@ -113,12 +113,12 @@ class DepthLawPoint(NamedTuple):
     kappa_squares: float
     """Of the factors of all skips, gates by their mean square."""
     ratio: float
-    """E||h_0||² / ||x||²: what the last block puts out over what the first does."""
+    """E‖h_0‖² / ‖x‖²: what the last block puts out over what the first does."""
 
 
 @torch.no_grad()
 def depth_law_point(model: Backbone, batch: Noisy) -> DepthLawPoint:
-    """Sum of kappa_i² and E||h_0||² / ||x||² of a network on a batch."""
+    """Sum of kappa_i² and E‖h_0‖² / ‖x‖² of a network on a batch."""
     squares: list[float] = []
     outputs: list[Tensor] = []
 

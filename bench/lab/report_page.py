@@ -2,12 +2,13 @@
 
 import base64
 import html
-import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from scalelong.bench.lab.cells import number
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import Row
 from scalelong.bench.lab.verdicts import Verdict, verdicts_of
@@ -17,7 +18,8 @@ from scalelong.train.write_whole import write_whole
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-img { max-width: 100%; height: auto; } code { background: #f2f2f2; padding: .1em .3em; overflow-wrap: anywhere; }
+.plot { overflow-x: auto; } .plot img { width: 100%; min-width: 44rem; max-width: 62rem; height: auto; }
+code { background: #f2f2f2; padding: .1em .3em; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, th:nth-child(2), td:nth-child(2) { text-align: left; }
@@ -76,17 +78,11 @@ def write_report(folder: Path, rows: Sequence[Row], facts: Facts) -> Path:
 def draw(rows: Sequence[Row]) -> dict[str, tuple[bytes, bytes]]:
     """SVG and PNG of each plot, by the key of its table; none where matplotlib is not installed, which is said."""
     try:
-        from scalelong.bench.lab.plots import figures_of
+        from scalelong.bench.lab.plots import pictures_of
     except ModuleNotFoundError as error:
         warn(f"no plots: {error.name} is not installed (pip install 'scalelong[lab]')")
         return {}
-    drawn = {}
-    for key, figure in figures_of(rows).items():
-        svg, png = io.BytesIO(), io.BytesIO()
-        figure.savefig(svg, format="svg", metadata={"Date": None})
-        figure.savefig(png, format="png", dpi=130)
-        drawn[key] = svg.getvalue(), png.getvalue()
-    return drawn
+    return pictures_of(rows)
 
 
 def page_of(
@@ -101,7 +97,7 @@ def page_of(
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{title}</title>',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<style>{STYLE}</style><h1>{title}</h1>",
-        f'<p class="facts">{text(where(rows))}</p><p><code>{text(facts.command)}</code></p>',
+        f'<p class="facts">{text(where(rows))}</p>',
     ]
     if verdicts:
         items = [
@@ -113,8 +109,10 @@ def page_of(
         parts.append(f'<h2 id="{table.key}">{text(table.title)}</h2>')
         if table.key in pictures:
             data = base64.b64encode(pictures[table.key]).decode()
-            parts.append(f'<img alt="{text(table.title)}, as a plot" src="data:image/svg+xml;base64,{data}">')
-        parts.append(f'<p class="note">{text(table.note)}</p>{html_table(table)}')
+            image = f'<img alt="{text(table.title)}, as a plot" src="data:image/svg+xml;base64,{data}">'
+            parts.append(f'<div class="plot">{image}</div>')
+        made_by = f"<code>{text(facts.command)}</code>"
+        parts.append(f'<p class="note">{text(table.note)} Made by {made_by}.</p>{html_table(table)}')
     if facts.problems:
         items = [f"<li><b>{text(name)}</b>: {text(why)}</li>" for name, why in facts.problems.items()]
         parts.append(f"<h2>Cells without a row</h2><ul>{''.join(items)}</ul>")
@@ -129,7 +127,8 @@ def html_table(table: Table) -> str:
 
 def _html_cell(value: Value) -> str:
     if isinstance(value, str):
-        return f"<td>{html.escape(value)}</td>"
+        rate = f' data-value="{number(value)!r}"' if re.fullmatch(r"2\^-?[\d.]+", value) else ""
+        return f"<td{rate}>{html.escape(value)}</td>"
     return f'<td data-value="{-1e300 if math.isnan(value) else min(value, 1e300)!r}">{shown(value)}</td>'
 
 
@@ -140,7 +139,7 @@ def shown(value: Value) -> str:
     if math.isnan(value):
         return "-"
     if math.isinf(value):
-        return "none"
+        return "never"
     return f"{value:,.0f}" if abs(value) >= 1000 or float(value).is_integer() else f"{value:.3g}"
 
 

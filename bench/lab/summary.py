@@ -156,14 +156,14 @@ def start_tables(rows: Sequence[Row]) -> list[Table]:
         "mode",
         "depth",
         "sum kappa²",
-        "||h_0||²/||x||²",
+        "‖h_0‖²/‖x‖²",
         "growth forward",
         "growth backward",
         "sigma_max",
     )
-    points_note = "Untrained networks, medians over seeds; ||x|| is what the first block puts out, ||h_0|| the last."
+    points_note = "Untrained networks, medians over seeds; ‖x‖ is what the first block puts out, ‖h_0‖ the last."
     fits_note = (
-        "Least squares of ||h_0||²/||x||² = slope * sum kappa² + offset over depth (arXiv:2310.13545, theorem 3.1); "
+        "Least squares of ‖h_0‖²/‖x‖² = slope * sum kappa² + offset over depth (arXiv:2310.13545, theorem 3.1); "
         "the last column is the slope over the number of skips. The theorem takes projections that preserve norms "
         "(preserving); the published initialisation, of standard deviation 0.02, shrinks the stream at each of them."
     )
@@ -186,7 +186,7 @@ def gain_table(groups: Sequence[Group]) -> Table:
             gains = [float(np.median([getattr(row, column)[n] for row in finished])) for n in range(len(TIMES))]
             lines.append([group.context, group.mode, delta, *gains])
     note = (
-        "E ||f(x + delta u) - f(x)|| / ||delta u||, delta in root mean squares of x, at five times of the training "
+        "E ‖f(x + delta u) - f(x)‖ / ‖delta u‖, delta in root mean squares of x, at five times of the training "
         "distribution; trained networks at the mode's own best rate, medians over seeds."
     )
     return Table("gain", "Perturbation gain", note, ("network", "mode", "delta", *(f"t {t:g}" for t in TIMES)), lines)

@@ -48,7 +48,7 @@ def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
     return [
         Verdict(
             "the largest stable rate lies at least one octave beyond that of none",
-            f"{at}{top.mode}, {gained:+.2g} octaves" if not math.isnan(gained) else f"{at}no stable rate to compare",
+            at + _octaves(top.mode, gained),
             None if math.isnan(gained) else gained >= 1,
         ),
         Verdict(
@@ -75,6 +75,14 @@ def _beyond(mine: StableWidth, theirs: StableWidth) -> float:
     if math.isnan(mine.octaves):
         return math.nan
     return math.log2(mine.largest / theirs.largest) if not math.isnan(theirs.octaves) else math.inf
+
+
+def _octaves(mode: str, gained: float) -> str:
+    if math.isnan(gained):
+        return "no mode has a stable rate"
+    if math.isinf(gained):
+        return f"{mode} has stable rates, none has no rate within 1.1 x the best loss"
+    return f"{mode}, {gained:+.2g} octaves"
 
 
 def _share(a: float, b: float) -> float:
