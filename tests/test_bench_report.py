@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+pytest.importorskip("tyro")
+
 from scalelong.bench import report
 from scalelong.bench.lab.experiments import EXPERIMENTS, commands_of
 from scalelong.bench.lab.table import Row, write_table

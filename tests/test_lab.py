@@ -355,6 +355,7 @@ def test_what_a_log_amounts_to(tmp_path):
     validated = measures_of(rows, config, Outcome(state="finished", images_seen=3200, step=100))
     assert (validated["final_is"], validated["final_loss"]) == ("validation", 1.01)
     assert validated["curve_images"] == [320.0 * n for n in range(1, 11)]
-    worse = measures_of([{**row, "loss": row["step"]} for row in rows[:8]], config, Outcome("finished", 1, 1))  # type: ignore[call-arg]
-    assert worse["state"] == "diverged"
+    rising = [{**row, "loss": row["step"], "validation_loss": None} for row in rows[:8]]
+    worse = measures_of(rising, config, Outcome(state="finished", images_seen=256, step=8))
+    assert (worse["state"], worse["reason"]) == ("diverged", "the loss ended at 7.5, above its start")
     assert json.dumps(worse)
