@@ -192,6 +192,9 @@ def test_verdicts_are_plain_whichever_way_they_fall():
     assert verdicts[1].holds is None  # nothing to be less sensitive than
     assert "no pair to compare" in verdicts_of(results(ls={0.001: [0.2]}))[0].found
     assert verdicts_of([]) == []
+    lost = results(none={0.001: [math.inf] * 3}, ls={0.001: [0.2] * 3})
+    assert "none diverges at every rate" in verdicts_of(lost)[0].found
+    assert {table.key for table in tables_of(lost)} == {"stability", "losses", "gain"}
 
 
 def test_a_target_that_no_run_reaches_is_said():

@@ -23,7 +23,7 @@ from scalelong.bench.lab.table import Row
 from scalelong.bench.record import commit, device_name
 from scalelong.model.architectures import make_backbone
 from scalelong.train import report
-from scalelong.train.checkpoint import load_model
+from scalelong.train.checkpoint import list_checkpoints, load_model
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import DivergedError, UserError
 from scalelong.train.loop import train
@@ -97,7 +97,7 @@ def measure_trained(cell: Cell, config: TrainConfig) -> Row | None:
         raise UserError(f"start={cell.start} is of networks that are not trained: --images 0")
     report.SINKS.pop("TensorBoard folder", None)  # nobody looks at so many
     outcome = read_outcome(config.run)
-    if outcome is None or outcome.state not in ("finished", "diverged"):
+    if outcome is None or not has_ended(config.run, outcome):
         try:
             if train(config) != 0:
                 return None
@@ -111,6 +111,11 @@ def measure_trained(cell: Cell, config: TrainConfig) -> Row | None:
         model, _ = load_model(config.run, weights="model")
         found |= probe(model, config)
     return _row(cell, config, **found)
+
+
+def has_ended(run: Path, outcome: Outcome) -> bool:
+    """Whether there is nothing left to train, and what there is to measure has not been tidied away."""
+    return outcome.state == "diverged" or (outcome.state == "finished" and bool(list_checkpoints(run)))
 
 
 def _row(cell: Cell, config: TrainConfig, **found: Any) -> Row:

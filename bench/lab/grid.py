@@ -155,7 +155,7 @@ def run_planned(planned: Sequence[Planned], trains: bool, workers: int) -> Itera
                 for process in [process for process in running if process.sentinel in ended]:
                     process.join()
                     one = running.pop(process)
-                    row = read_row(one.run)
+                    row = read_row(one.run, digest_of(one.cell, one.config))
                     yield one, row, "" if row is not None else why_it_ended(process, output_path(one.run))
         finally:
             stop(list(running))
@@ -211,13 +211,15 @@ def output_path(run: Path) -> Path:
     return run.with_name(f"{run.name}.log")
 
 
-def read_row(run: Path) -> Row | None:
+def read_row(run: Path, digest: str) -> Row | None:
+    """What a cell of this configuration has left; None if it has not come to its end."""
     from scalelong.bench.lab.cell import row_path
 
     try:
-        return Row(**json.loads(row_path(run).read_text()))
+        row = Row(**json.loads(row_path(run).read_text()))
     except (FileNotFoundError, NotADirectoryError):
         return None
+    return row if row.digest == digest else None
 
 
 def why_it_ended(process: BaseProcess, output: Path) -> str:

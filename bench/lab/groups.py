@@ -136,7 +136,8 @@ class Speed(NamedTuple):
     images: float
     """The median over seeds, at the mode's own best rate; infinite if most never came there."""
     at_own_rate: Ratio
-    at_equal_rate: Ratio
+    at_equal_rate: Ratio | None
+    """None where the mode was not run at the baseline's rate."""
     num_seeds: int
 
 
@@ -152,7 +153,8 @@ def speed_of(group: Group, baseline: Group) -> Speed:
         [images_to_target(row.curve_images, row.curve_loss, target) for row in rows]
         for rows in (group.at(group.best_rate), baseline.at(baseline.best_rate), group.at(baseline.best_rate))
     )
-    return Speed(median(mine), ratio_of_medians(theirs, mine), ratio_of_medians(theirs, equal), len(mine))
+    at_equal_rate = ratio_of_medians(theirs, equal) if equal else None
+    return Speed(median(mine), ratio_of_medians(theirs, mine), at_equal_rate, len(mine))
 
 
 def depth_of(place: dict[str, str]) -> float:

@@ -119,7 +119,9 @@ def speed_table(groups: Sequence[Group]) -> Table:
     return Table("speed", "Images to the baseline's best loss", note, header, lines)
 
 
-def show_ratio(ratio: Ratio) -> str:
+def show_ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "not run"
     if math.isnan(ratio.value):
         return "neither reaches it"
     if ratio.value == 0:

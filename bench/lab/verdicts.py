@@ -32,8 +32,10 @@ def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
     groups = contexts[deepest]
     baseline = baseline_of(groups)
     scaled = [group for group in groups if group.mode.startswith(("cs", "ls"))]
-    if baseline is None or not scaled or math.isinf(baseline.best_loss):
+    if baseline is None or not scaled:
         return [Verdict("scaled skips against none", "the grid has no pair to compare", None)]
+    if math.isinf(baseline.best_loss):
+        return [Verdict("scaled skips against none", f"{deepest}: none diverges at every rate", None)]
     best = min(group.best_loss for group in groups)
     widths = {group.mode: group.width(best).octaves for group in (baseline, *scaled)}
     top = max(scaled, key=lambda group: -math.inf if math.isnan(widths[group.mode]) else widths[group.mode])
