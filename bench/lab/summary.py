@@ -153,6 +153,10 @@ def start_tables(rows: Sequence[Row]) -> list[Table]:
         law = fit_depth_law(sums, ratios)
         per_skip = fit_depth_law([depth / 2 for depth in medians], ratios).slope
         fits.append([start, mode, len(medians), law.slope, law.offset, law.r_squared, per_skip])
+    for start in dict.fromkeys(start for start, _ in by_mode):
+        shared = [_medians(group) for key, depths in by_mode.items() if key[0] == start for group in depths.values()]
+        law = fit_depth_law(*zip(*shared, strict=True))
+        fits.append([start, "all of these", len(shared), law.slope, law.offset, law.r_squared, math.nan])
     header = (
         "weights",
         "mode",
@@ -169,7 +173,7 @@ def start_tables(rows: Sequence[Row]) -> list[Table]:
         "the last column is the slope over the number of skips. The theorem takes projections that preserve norms "
         "(preserving); the published initialisation, of standard deviation 0.02, shrinks the stream at each of them."
     )
-    fit_header = ("weights", "mode", "depths", "slope", "offset", "R²", "slope per skip")
+    fit_header = ("weights", "mode", "points", "slope", "offset", "R²", "slope per skip")
     return [
         Table("law", "The law at initialisation", fits_note, fit_header, fits),
         Table("start", "Norms and gains at initialisation", points_note, header, points),
