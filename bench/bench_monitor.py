@@ -28,7 +28,7 @@ def test_monitor(benchmark, report, note, recipe):
     config = RECIPES[recipe]
     shape = CASES[recipe] if not (IS_DRY_RUN and "uvit" in recipe) else {"depth": 2, "width": 32}
     model = make_backbone(replace(config.model, **shape), skip_scale=config.skip_scale).to(DEVICE)
-    batch = 2 if IS_DRY_RUN else 8 if recipe.startswith("cifar10") else config.images_per_step
+    batch = 2 if IS_DRY_RUN else 4 if recipe.startswith("cifar10") else config.images_per_step
     trainer, monitor = Trainer(model, noisy_batch(model.config, batch), torch.float32), Monitor(model)
 
     def step(watches: bool) -> None:
