@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Self
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from scalelong.model.architectures import model_to_dict, read_description
 from scalelong.model.backbone_config import BackboneConfig, Recompute
@@ -77,13 +78,22 @@ class Backbone(nn.Module):
         def report(_block: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> None:
             watcher(next(x for x in inputs if isinstance(x, LongSkip)), output)
 
-        handles = [block.register_forward_hook(report) for _, block in self.skip_blocks()]
+        return _until_stopped(block.register_forward_hook(report) for _, block in self.skip_blocks())
 
-        def stop() -> None:
-            for handle in handles:
-                handle.remove()
+    def watch_blocks(self, watcher: Callable[[int, Tensor], None]) -> Callable[[], None]:
+        """Calls ``watcher(number, output)`` with what each of ``named_blocks`` puts out, numbered in execution order.
 
-        return stop
+        Where blocks are computed again in backward, it is called then too, with the same values.
+
+        Returns:
+            What ends it.
+        """
+
+        def report_of(number: int) -> Callable[..., None]:
+            return lambda _block, _inputs, output: watcher(number, output)
+
+        blocks = enumerate(block for _, block in self.named_blocks())
+        return _until_stopped(block.register_forward_hook(report_of(number)) for number, block in blocks)
 
     def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
         """What each block puts out, in execution order, computed when it is asked for. Takes what ``forward`` takes."""
@@ -200,6 +210,17 @@ class Backbone(nn.Module):
         check_keys(state, model.state_dict(), cls.__name__)
         model.to(next(iter(state.values())).dtype).load_state_dict(state)
         return model.eval()
+
+
+def _until_stopped(handles: Iterable[RemovableHandle]) -> Callable[[], None]:
+    """What removes these hooks."""
+    kept = list(handles)
+
+    def stop() -> None:
+        for handle in kept:
+            handle.remove()
+
+    return stop
 
 
 def last_of(hidden_states: Iterator[Tensor]) -> Tensor:

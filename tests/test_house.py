@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
     {"errors", "monitor", "objective_config", "usage", "write_whole"},
-    {"config", "diffusion"},
-    {"guard", "objective", "recipes", "run_folder", "schedule"},
+    {"config", "diffusion", "spikes"},
+    {"clipping", "guard", "objective", "recipes", "run_folder", "schedule"},
     {"command_line", "report", "run_lock"},
     {"data", "hosts"},
     {"outcome", "scores", "zero"},

@@ -343,7 +343,7 @@ def test_a_tensorboard_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch,
         raise OSError(28, "No space left on device")
 
     with open_report(tmp_path, 0, 100) as run:
-        monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.add_scalar", full)
+        monkeypatch.setattr("torch.utils.tensorboard.writer.FileWriter.add_summary", full)
         run.log(row(10))
         run.log(row(20))
     assert capsys.readouterr().err.count("no more rows go to TensorBoard") == 1

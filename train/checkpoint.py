@@ -49,6 +49,8 @@ class TrainState:
     grad_scaler: dict[str, Any] | None = None
     averaged_steps: int | None = None
     """Steps that the averages have taken in; None in checkpoints from before this was counted."""
+    clipping: dict[str, Any] | None = None
+    """What clipping that follows the gradients remembers of them; None without it."""
 
     @property
     def num_averaged(self) -> int:

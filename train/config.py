@@ -25,6 +25,8 @@ ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
 FeaturesName = Literal["efficientnet", "inception", "pixels"]
+FOLLOWING_CLIPS = ("clip_z_score", "clip_per_tensor")
+"""The ways of clipping that follow how large the gradients have been (clipping.py)."""
 # Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
 LARGEST_STD = math.sqrt(1 / 12)
 LEAST_SAMPLES, LEAST_REAL_IMAGES = 4, 20
@@ -85,6 +87,10 @@ class OptimizerConfig:
     """What cosine and warmup-stable-decay leave of the learning rate."""
     clip_grad_norm: float = 0.0
     """Largest norm of the gradient; 0: no clipping."""
+    clip_z_score: float = 0.0
+    """How many deviations above its running mean the gradient's norm may be (ZClip; 2.5, say); 0: any number."""
+    clip_per_tensor: float = 0.0
+    """How many times its running norm the gradient of each parameter may be (AdaGC; 1.05, say); 0: any number."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, per step."""
     ema_stds: tuple[float, ...] = ()
@@ -220,10 +226,14 @@ class TrainConfig:
         _check(self, ("label_drop",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
-        _check(self.optimizer, ("weight_decay", "warmup_images", "clip_grad_norm"), lambda v: v >= 0, "not negative")
-        lengths = ("horizon_images", "decay_images", "stable_images")
-        _check(self.optimizer, lengths, lambda v: v >= 0, "not negative")
         _check(self.optimizer, ("final_factor",), lambda v: 0 <= v <= 1, "in [0, 1]")
+        not_negative = ("weight_decay", "warmup_images", "clip_grad_norm", "clip_z_score")
+        not_negative += ("horizon_images", "decay_images", "stable_images")
+        _check(self.optimizer, not_negative, lambda v: v >= 0, "not negative")
+        _check(self.optimizer, ("clip_per_tensor",), lambda v: v == 0 or v > 1, "0 or above 1")
+        clips = [name for name in ("clip_grad_norm", *FOLLOWING_CLIPS) if getattr(self.optimizer, name)]
+        if len(clips) > 1:
+            raise ValueError(f"gradients are clipped in one way, not by {' and '.join(clips)}")
         check_ema_stds(self.optimizer.ema_stds)
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")

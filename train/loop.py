@@ -3,8 +3,10 @@
 import os
 import shlex
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -13,7 +15,7 @@ from scalelong.train.checkpoint import read_state
 from scalelong.train.checks import Start, check_before_training
 from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
-from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL
+from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, DivergedError, UserError
 from scalelong.train.evaluation import Evaluation
 from scalelong.train.hosts.heartbeat import Heartbeat, end_process
 from scalelong.train.hosts.meeting import says_if_it_takes_long
@@ -22,14 +24,16 @@ from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import make_objective
 from scalelong.train.outcome import OutcomeFile
-from scalelong.train.report import Meter, Report, open_report
+from scalelong.train.report import Meter, Report, open_report, truncate_log
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
-from scalelong.train.run_folder import grid_path, write_config
+from scalelong.train.run_folder import grid_path, spikes_path, write_config
 from scalelong.train.run_lock import RunLock
 from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
+from scalelong.train.spikes import append_spike, of_divergence, outlying_positions
 from scalelong.train.validation import Validation
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero.gradients import gradient_norms, scale_gradients
 from scalelong.train.zero.learned_loss import loss_weighting
 from scalelong.train.zero.rows import apply_to_rows
 
@@ -91,7 +95,8 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
             outcome.reached(run.images_seen, run.step)
             stops = run.processes.any(signals.received is not None)
             if any(due) or stops or run.looks_at_each_step:
-                loss, counts = check_losses(run)
+                with reporting_divergence(run, report, measured):
+                    loss, counts = check_losses(run)
             else:
                 counts = True  # left on the GPU, so that no step waits for it
             if counts:
@@ -101,14 +106,19 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
                 report.say(f"step {run.step} is left out: its loss or its gradient is not finite")
             if run.guard.asks_to_roll_back:
                 # Saved at once: a restart must not walk into the same steps again.
-                run, due = roll_back(run, report), due._replace(checkpoint=True)
+                with reporting_divergence(run, report, measured):
+                    run, due = roll_back(run, report), due._replace(checkpoint=True)
         if due.log:
             note_bad_samples(run)
             speed = meter.take(config.images_per_step, run.batches.take_seconds())
             figures = validation.losses(run) if due.validation else {}
             if due.evaluation:
                 figures |= evaluation.scores(run)
-            report.log(log_row(run, loss, speed, measured | figures))
+            row = log_row(run, loss, speed, measured | figures)
+            report.log(row)
+            what = run.spikes.look(row)
+            if run.processes.any(what is not None):
+                report_spike(run, report, "spike", what or "features jump on another process", row, run.step)
         if due.grid:
             make_grid(run)
         if due.averages:
@@ -142,8 +152,13 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
         engine.backward(zero.loss_with_telling_gradient(minimised) if config.guard.skip_steps else minimised)
         if micro_batch < config.accumulation_steps - 1:
             engine.step()
-    scale = zero.loss_scale(engine) if measures else 1.0
-    taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures)
+    scale = zero.loss_scale(engine) if measures or run.clipping else 1.0
+    norms_P = gradient_norms(engine) if measures or run.clipping else None
+    if measures and norms_P is not None:
+        run.monitor.record_gradients(norms_P / scale)
+    if run.clipping is not None and norms_P is not None:
+        scale_gradients(engine, run.clipping.factors((norms_P / scale).tolist()))
+    taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures, norms_P=norms_P)
     if taken.applied:
         apply_to_rows(engine)
     run.unchecked_losses.append(torch.stack(losses).mean())
@@ -152,6 +167,8 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     if taken.gradient_norm is None:
         return {}
     measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **run.monitor.take()}
+    if run.clipping is not None and norms_P is not None:
+        measured["grad_norm"] = float(torch.linalg.vector_norm(norms_P / scale))  # before it was clipped
     if config.precision == "fp16":
         measured["loss_scale"] = scale
     if config.guard.skip_steps:
@@ -179,6 +196,36 @@ def check_losses(run: Run) -> tuple[float, bool]:
     return losses[-1], counts
 
 
+@contextmanager
+def reporting_divergence(run: Run, report: Report, measured: dict[str, float]) -> Iterator[None]:
+    """While entered, a loss or gradient that ends the run is reported before it does; all ranks meet it alike."""
+    try:
+        yield
+    except DivergedError as error:
+        # Only what was measured in the very step; on a GPU it may be some steps back.
+        row = of_divergence(error, measured if error.step == run.step else {})
+        report_spike(run, report, "divergence", error.what, row, error.step)
+        raise
+
+
+def report_spike(
+    run: Run, report: Report, kind: Literal["spike", "divergence"], what: str, row: dict[str, float], step: int
+) -> None:
+    """Says what happened in a step of this start, and writes it into the run folder. All ranks must call it."""
+    seen = run.images_seen - (run.step - step) * run.config.images_per_step
+    plan, found = run.start.plan, []
+    if step == run.step:
+        steps = (seen - plan.first_position) // plan.images_per_step
+        positions = plan.positions(steps * plan.accumulation_steps - 1)
+        found = [(ratio, positions[place]) for ratio, place in run.monitor.take_outliers()]
+    outliers = outlying_positions(pair for share in run.processes.gather(found) for pair in share)
+    if run.processes.is_main:
+        images = range(seen - run.config.images_per_step, seen)
+        spike = run.spikes.describe(kind, what, row, images=images, outliers=outliers)
+        append_spike(spikes_path(run.config.run), spike)
+        report.say(spike.line())
+
+
 def log_row(run: Run, loss: float, speed: dict[str, float], measured: dict[str, float]) -> dict[str, float | int]:
     row = {"images_seen": run.images_seen, "step": run.step, "loss": loss, **speed}
     return {**row, "bad_images": len(run.bad_samples), **measured}
@@ -194,6 +241,10 @@ def report_of(run: Run) -> Report:
     if not run.processes.is_main:
         return Report()
     config = run.config
+    try:
+        truncate_log(spikes_path(config.run), run.images_seen)
+    except OSError as error:
+        raise UserError(f"cannot write {spikes_path(config.run)}: {error.strerror}") from error
     # Every step is whole: the last one may end past the images that were asked for.
     steps = -(-(config.total_images - run.images_seen) // config.images_per_step)
     return open_report(config.run, run.images_seen, run.images_seen + steps * config.images_per_step)

@@ -1,59 +1,122 @@
-"""What the long skips do during training: the quantities of ScaleLong's analysis (arXiv:2310.13545), per skip."""
+"""What blocks and long skips do during training: the quantities of ScaleLong's analysis (arXiv:2310.13545)."""
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from scalelong.model.backbone import Backbone
 from scalelong.model.skip_scale import LongSkip
 
+OUTSIDE = "outside"
+"""What stands for the parameters that belong to no block: embeddings, the ends of the network, gates."""
 
-class SkipMonitor:
-    """Takes down what a backbone reports of its long skips while ``active``; costs nothing otherwise.
+
+class Monitor:
+    """Takes down what a backbone reports of its blocks and long skips while ``active``; costs nothing otherwise.
+
+    For block n (0 the first that is computed) it keeps ``block/<n>/feature_norm``, the L2 norm of what it puts out,
+    averaged over the batch, and, from the gradients that it is given, ``block/<n>/gradient_norm``;
+    ``block/outside/gradient_norm`` is that of all parameters outside of blocks.
 
     For skip i (1 the outermost) it keeps, averaged over the batch:
-    ``skip/<i>/scale``: the factor (of gates the mean); ``skip/<i>/feature_norm``: the L2 norm of the skip's features
-    before scaling; ``skip/<i>/hidden_norm``: that of the block's output, the h_i whose oscillation the paper bounds;
-    ``skip/<i>/common_scale``: the factor of the whole concatenation, where the policy renormalises.
+    ``skip/<i>/scale``: the factor (of gates the mean); ``skip/<i>/scale_spread``: of gates, their standard deviation;
+    ``skip/<i>/feature_norm``: the L2 norm of the skip's features before scaling; ``skip/<i>/hidden_norm``: that of the
+    block's output, the h_i whose oscillation the paper bounds; ``skip/<i>/common_scale``: the factor of the whole
+    concatenation, where the policy renormalises.
     """
 
     def __init__(self, model: Backbone):
         self._model = model
-        self._stop: Callable[[], None] | None = None
+        self.blocks = [name for name, _ in model.named_blocks()]
+        """The names of the blocks, by their numbers."""
+        self._block_of_parameter = torch.tensor([self._number_of(name) for name, _ in model.named_parameters()])
+        self._stops: list[Callable[[], None]] = []
         self._values: dict[str, Tensor | float] = {}
+        self._norms_NB: dict[int, Tensor] = {}
+        # A skip is what a block of the encoder has put out: its norms are not computed twice.
+        self._known = WeakIdKeyDictionary()
 
     @property
     def active(self) -> bool:
-        return self._stop is not None
+        return bool(self._stops)
 
     @active.setter
     def active(self, active: bool) -> None:
-        if active and self._stop is None:
-            self._stop = self._model.watch_skips(self._record)
-        elif not active and self._stop is not None:
-            self._stop()
-            self._stop = None
+        if active and not self._stops:
+            self._stops = [self._model.watch_blocks(self._record_block), self._model.watch_skips(self._record_skip)]
+        elif not active:
+            for stop in self._stops:
+                stop()
+            self._stops = []
 
     @torch.no_grad()
-    def _record(self, skip: LongSkip, output: Tensor) -> None:
-        name = f"skip/{skip.i}"
-        self._values[f"{name}/scale"] = 1.0 if skip.scale is None else _mean(skip.scale)
-        self._values[f"{name}/feature_norm"] = _mean_norm(skip.features)
-        self._values[f"{name}/hidden_norm"] = _mean_norm(output)
+    def _record_block(self, number: int, output: Tensor) -> None:
+        self._norms_NB[number] = norms_B = self._norms_of(output)
+        self._values[f"block/{number}/feature_norm"] = norms_B.mean()
+
+    @torch.no_grad()
+    def _record_skip(self, skip: LongSkip, output: Tensor) -> None:
+        name, scale = f"skip/{skip.i}", skip.scale
+        self._values[f"{name}/scale"] = 1.0 if scale is None else _mean(scale)
+        if isinstance(scale, Tensor) and scale.numel() > 1:
+            self._values[f"{name}/scale_spread"] = scale.float().std()
+        self._values[f"{name}/feature_norm"] = self._norms_of(skip.features).mean()
+        self._values[f"{name}/hidden_norm"] = self._norms_of(output).mean()
         if skip.common is not None:
             self._values[f"{name}/common_scale"] = _mean(skip.common)
 
+    def record_gradients(self, norms_P: Tensor) -> None:
+        """Takes the gradients' norms, one for each of the model's parameters in their order, without the loss scale.
+
+        Those of what the loss learns stand behind them and are left out.
+        """
+        squares_N = norms_P.new_zeros(len(self.blocks) + 1)
+        norms_P = norms_P[: len(self._block_of_parameter)]
+        squares_N.index_add_(0, self._block_of_parameter.to(norms_P.device), norms_P.square())
+        for number, norm in enumerate(squares_N.sqrt()):
+            block = number if number < len(self.blocks) else OUTSIDE
+            self._values[f"block/{block}/gradient_norm"] = norm
+
     def take(self) -> dict[str, float]:
-        """The values of the last forward pass, outermost skip first."""
-        values = {name: float(value) for name, value in self._values.items()}
+        """The values of the last forward pass: skips, outermost first, then blocks."""
+        # One transfer from a GPU, not one for each.
+        tensors = {name: value for name, value in self._values.items() if isinstance(value, Tensor)}
+        numbers = torch.stack([value.float() for value in tensors.values()]).tolist() if tensors else []
+        values: dict[str, float] = {**self._values, **dict(zip(tensors, numbers, strict=True))}  # pyright: ignore
         self._values.clear()
-        return dict(sorted(values.items(), key=lambda item: int(item[0].split("/")[1])))
+        return dict(sorted(values.items(), key=_place))
+
+    def take_outliers(self, count: int = 3) -> list[tuple[float, int]]:
+        """The images of the last batch whose features stand out: (times the batch's median norm, place in the batch).
+
+        In the block where each stands out most, those that stand out most first; norms that are not finite count as
+        infinite. Empty if nothing was watched since the last call.
+        """
+        if not self._norms_NB:
+            return []
+        norms_NB = torch.stack([self._norms_NB[number] for number in sorted(self._norms_NB)]).nan_to_num(nan=torch.inf)
+        self._norms_NB = {}
+        ratios_B = (norms_NB / norms_NB.median(dim=1, keepdim=True).values).nan_to_num(nan=torch.inf).amax(dim=0)
+        top = ratios_B.topk(min(count, len(ratios_B)))
+        return list(zip(top.values.tolist(), top.indices.tolist(), strict=True))
+
+    def _norms_of(self, features: Tensor) -> Tensor:
+        if features not in self._known:
+            self._known[features] = features.detach().float().flatten(1).norm(dim=1)
+        return self._known[features]
+
+    def _number_of(self, parameter: str) -> int:
+        places = (number for number, block in enumerate(self.blocks) if parameter.startswith(block + "."))
+        return next(places, len(self.blocks))
 
 
 def _mean(scale: Tensor | float) -> Tensor | float:
     return scale.float().mean() if isinstance(scale, Tensor) else scale
 
 
-def _mean_norm(features: Tensor) -> Tensor:
-    return features.float().flatten(1).norm(dim=1).mean()
+def _place(item: tuple[str, float]) -> tuple[bool, float]:
+    """Skips before blocks, by their numbers."""
+    kind, number, _ = item[0].split("/")
+    return kind != "skip", float("inf") if number == OUTSIDE else int(number)

@@ -146,14 +146,16 @@ class TensorBoard:
 
     def __init__(self, run: Path, images_seen: int, _total_images: int):
         # Imported here: it costs a second, and only the main process reports.
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from torch.utils.tensorboard import SummaryWriter
 
+        self._summary, self._value = Summary, Summary.Value
         self._writer = SummaryWriter(str(tensorboard_folder(run)), purge_step=images_seen + 1)
 
     def log(self, row: Row) -> None:
-        for name, value in row.items():
-            if name != "images_seen":
-                self._writer.add_scalar(name, value, int(row["images_seen"]))
+        # One event for all: ``add_scalar`` takes some 50 us for each, and a row has a hundred.
+        values = [self._value(tag=name, simple_value=value) for name, value in row.items() if name != "images_seen"]
+        self._writer._get_file_writer().add_summary(self._summary(value=values), int(row["images_seen"]))
 
     def sync(self) -> None:
         pass

@@ -21,6 +21,7 @@ from scalelong.train.checkpoint import (
     save_checkpoint,
 )
 from scalelong.train.checks import Start
+from scalelong.train.clipping import Clipping, make_clipping
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import Batch, choose_reader, num_reader_threads, read_batches
 from scalelong.train.data.read_ahead import ReadAhead
@@ -30,9 +31,11 @@ from scalelong.train.guard import Guard
 from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.host_memory import keep_freed_memory
 from scalelong.train.hosts.processes import Processes
-from scalelong.train.monitor import SkipMonitor
+from scalelong.train.monitor import Monitor
 from scalelong.train.objective import make_objective
 from scalelong.train.report import Report
+from scalelong.train.run_folder import log_path
+from scalelong.train.spikes import SpikeWatch, last_rows
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.averages import Ema
 
@@ -44,10 +47,12 @@ class Run:
     start: Start
     engine: Any
     ema: Ema
-    monitor: SkipMonitor
+    monitor: Monitor
+    spikes: SpikeWatch
     batches: ReadAhead[Batch]
     bad_samples: BadSamples
     guard: Guard
+    clipping: Clipping | None
     images_seen: int
     step: int
     averaged_steps: int
@@ -97,7 +102,7 @@ def start_run(start: Start) -> Run:
     loss_weighting = make_objective(config.objective).make_log_variance()
     if checkpoint is not None and loss_weighting is not None:
         loss_weighting.load_state_dict(read_tensors(checkpoint, zero.LOSS_WEIGHTING))
-    monitor = SkipMonitor(model)
+    monitor = Monitor(model)
     engine = zero.make_engine(model, config, processes, start.plan.micro_batch, loss_weighting)
     ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
     state = None if checkpoint is None else restore(checkpoint, engine, ema)
@@ -109,9 +114,11 @@ def start_run(start: Start) -> Run:
         engine=engine,
         ema=ema,
         monitor=monitor,
+        spikes=SpikeWatch(monitor.blocks, rows_before(start)),
         batches=ReadAhead(batches),
         bad_samples=BadSamples(len(start.source), config.data.max_bad_share, known),
         guard=Guard(config.guard, config.run),
+        clipping=restore_clipping(config, state),
         images_seen=start.plan.first_position,
         step=0 if state is None else state.step,
         averaged_steps=0 if state is None else state.num_averaged,
@@ -126,6 +133,23 @@ def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:
     zero.restore_optimizer(engine, read_tensors(checkpoint, "optimizer"), state.optimizer_steps)
     zero.restore_scaler(engine, state.grad_scaler)
     return state
+
+
+def restore_clipping(config: TrainConfig, state: TrainState | None) -> Clipping | None:
+    """The clipping that is configured, with what a checkpoint remembers for it; a branch may begin with another one."""
+    clipping = make_clipping(config.optimizer)
+    remembered = None if state is None else state.clipping
+    if clipping is not None and remembered is not None and remembered.keys() == clipping.state().keys():
+        clipping.restore(remembered)
+    return clipping
+
+
+def rows_before(start: Start) -> list[dict[str, float | None]]:
+    """The last rows of the log that this start goes on from, on every rank."""
+    if start.checkpoint is None:
+        return []
+    path, images_seen = log_path(start.config.run), start.plan.first_position
+    return start.processes.from_main(last_rows(path, images_seen) if start.processes.is_main else None)
 
 
 def describe(run: Run) -> str:
@@ -165,7 +189,7 @@ def roll_back(run: Run, report: Report) -> Run:
     run.free()
     plan = replace(start.plan, first_position=images_seen)
     fresh = start_run(replace(start, checkpoint=found, plan=plan))
-    return replace(fresh, guard=guard, step=step)
+    return replace(fresh, guard=guard, step=step, spikes=run.spikes)
 
 
 def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path | None:
@@ -197,6 +221,7 @@ def save(run: Run) -> None:
         optimizer_steps=zero.optimizer_step_count(run.engine),
         data_fingerprint=run.start.data_fingerprint,
         grad_scaler=zero.scaler_state(run.engine),
+        clipping=None if run.clipping is None else run.clipping.state(),
     )
     save_checkpoint(run.config.run, state, run.engine, run.ema, run.processes, keep=run.config.keep_checkpoints)
 

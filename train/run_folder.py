@@ -31,6 +31,11 @@ def log_path(run: Path) -> Path:
     return run / "log.jsonl"
 
 
+def spikes_path(run: Path) -> Path:
+    """What happened where the run spiked or diverged, an object a line (spikes.py)."""
+    return run / "spikes.jsonl"
+
+
 def tensorboard_folder(run: Path) -> Path:
     return run / "tensorboard"
 

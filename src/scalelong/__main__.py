@@ -15,6 +15,7 @@ COMMANDS = {
     "ema-posthoc": ("scalelong.train.commands.ema_posthoc", "averaged weights of a width chosen after the run"),
     "plan": ("scalelong.train.commands.plan", "memory, traffic and ZeRO stage of a recipe on given GPUs"),
     "export": ("scalelong.train.commands.export", "write a run's model as safetensors and JSON"),
+    "lab": ("scalelong.bench.lab.command", "grids of runs: stability, sensitivity and speed of each skip scale"),
     "prepare": ("scalelong.train.commands.prepare", "make shards of images or of latents, with their indices"),
 }
 """Each command's module, whose ``main`` takes the arguments, and what it does. A module is imported when it is asked

@@ -116,10 +116,11 @@ class StepTaken(NamedTuple):
     """Of the whole gradient, without the loss scale and before clipping; None if it was not asked for."""
 
 
-def take_step(engine, *, only_finite: bool = False, measures: bool = False) -> StepTaken:
+def take_step(engine, *, only_finite: bool = False, measures: bool = False, norms_P: Tensor | None = None) -> StepTaken:
     """The optimizer's step, at the end of the last micro-batch.
 
     Args:
+        norms_P: of the gradient of each parameter, with the loss scale, where they are known already.
         only_finite: without ZeRO, too, leave the step out if the gradient is not finite, which makes a GPU wait.
         measures: find the norm of the gradient, which makes a GPU wait.
     """
@@ -127,7 +128,7 @@ def take_step(engine, *, only_finite: bool = False, measures: bool = False) -> S
     waits = only_finite or measures or engine.device.type == "cpu"
     scale = loss_scale(engine) if waits else 1.0
     # ZeRO knows the gradient's norm after its step; without it, the gradients are gone by then.
-    norm = _norm_before_step(engine) if stage == 0 and (measures or scaler is None) else None
+    norm = _norm_before_step(engine, norms_P) if stage == 0 and (measures or scaler is None) else None
     is_finite = None if norm is None or scaler is not None else norm.isfinite()
     if only_finite and is_finite is not None and not is_finite:
         for parameter in engine.module.parameters():
@@ -158,8 +159,10 @@ def loss_with_telling_gradient(loss: Tensor) -> Tensor:
     return loss * (1 + (value - value))
 
 
-def _norm_before_step(engine) -> Tensor:
+def _norm_before_step(engine, norms_P: Tensor | None) -> Tensor:
     """Of the whole gradient without ZeRO, before clipping."""
+    if norms_P is not None:
+        return torch.linalg.vector_norm(norms_P)
     return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from scalelong.model.linear_layers import GeluLinear, SkipLinear, TokenConv1d
-from scalelong.train.config import OffloadName, TrainConfig
+from scalelong.train.config import FOLLOWING_CLIPS, OffloadName, TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.zero.user_config import merge_file
 
@@ -80,10 +80,15 @@ def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
 
     Raises:
         UserError: a DeepSpeed file or offloading that does not fit; fp16 with clipping under ZeRO (0.19.8 clips the
-            gradients before the loss scale is taken out) or with offloading (not tested).
+            gradients before the loss scale is taken out) or with offloading (not tested); clipping that follows the
+            gradients with offloading.
     """
     zero = deepspeed_config(config, micro_batch, num_params=1)["zero_optimization"]
     if config.precision == "fp16" and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
         raise UserError("--precision fp16 cannot offload: take bf16")
+    follows = [name for name in FOLLOWING_CLIPS if getattr(config.optimizer, name)]
+    if follows and config.offload != "none":
+        flag = follows[0].replace("_", "-")
+        raise UserError(f"--optimizer.{flag} cannot clip what is offloaded: take --offload none")
     if config.precision == "fp16" and config.zero_stage > 0 and config.optimizer.clip_grad_norm > 0:
         raise UserError("--precision fp16 cannot clip gradients under ZeRO: take bf16, or --zero-stage 0")

@@ -1,0 +1,109 @@
+"""The experiments whose tables are committed: ``python -m scalelong.bench.lab.experiments NAME [FLAG ...]`` runs one.
+
+Each is a few grids that share a folder, ``bench/results/lab/NAME``; killed at any moment, the same command goes on.
+"""
+
+import shlex
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from scalelong.bench.lab.command import main as run_lab
+from scalelong.train.errors import UserError, run_command
+
+RESULTS = Path(__file__).resolve().parents[1] / "results" / "lab"
+DIGITS = "--model.width 64"
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One committed table."""
+
+    title: str
+    preset: str
+    grids: tuple[str, ...]
+    """The arguments of ``scalelong lab`` behind the preset, one for each grid."""
+    estimate: str
+    """How long it takes on two cores, by the calibration of 45 s for 200 steps of depth 24 on one of them."""
+
+
+EXPERIMENTS = {
+    "initialisation": Experiment(
+        "Untrained U-ViTs: norms and gain against depth",
+        "digits-uvit",
+        (f"--images 0 --starts published,preserving --depths 4,12,24,48,96 {DIGITS}",),
+        "10 minutes",
+    ),
+    "digits-uvit": Experiment(
+        "U-ViT on digits, five skip scales around the edge of stability",
+        "digits-uvit",
+        (
+            f"--depths 12 --learning-rates 2^-8.5..2^-6.5:0.5 {DIGITS}",
+            f"--depths 24 --learning-rates 2^-9..2^-7:0.5 {DIGITS}",
+            f"--depths 48 --learning-rates 2^-9.5..2^-7.5:0.5 {DIGITS}",
+        ),
+        "100 minutes: 75 runs of each depth, of 24, 45 and 90 s, two at a time",
+    ),
+    "digits-uvit-speed": Experiment(
+        "U-ViT on digits, images to the unscaled network's best loss",
+        "digits-uvit",
+        tuple(
+            f"--depths {depth} --skip-scale none,cs:0.7,ls --learning-rates {rates} --seeds 5 --images 25600 {DIGITS}"
+            for depth, rates in ((24, "2^-8.5..2^-7.5:0.5"), (48, "2^-9.5..2^-8.5:0.5"))
+        ),
+        "100 minutes: 45 runs of each depth, of 90 and 180 s, two at a time",
+    ),
+    "digits-unet": Experiment(
+        "UNet on digits, the factor before the norm and after it",
+        "digits-unet",
+        (
+            "--depths 2 --skip-scale none --positions before-norm --learning-rates 2^-9..2^-6:0.5",
+            "--depths 2 --skip-scale cs:0.7,cs:0.5,ls --positions before-norm,after-norm "
+            "--learning-rates 2^-9..2^-6:0.5",
+        ),
+        "60 minutes: 147 runs of 50 s, two at a time",
+    ),
+    "photos-uvit": Experiment(
+        "U-ViT on photographs of 32 x 32",
+        "photos32-uvit",
+        ("--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-10..2^-8:0.5 --seeds 3",),
+        "85 minutes by operations, not timed: 60 runs of 170 s, two at a time",
+    ),
+    "photos-uvit-speed": Experiment(
+        "U-ViT on photographs, images to the unscaled network's best loss",
+        "photos32-uvit",
+        ("--depths 12 --skip-scale none,cs:0.7,ls --learning-rates 2^-9.5,2^-9 --seeds 5 --images 25600",),
+        "85 minutes by operations, not timed: 30 runs of 340 s, two at a time",
+    ),
+    "clipping": Experiment(
+        "U-ViT on digits, clipping of gradients against scaled skips",
+        "digits-uvit",
+        (
+            "--depths 24 --skip-scale none,ls --clipping none,norm:1,z-score:2.5,per-tensor:1.05 "
+            f"--learning-rates 2^-8.5..2^-7:0.5 {DIGITS}",
+        ),
+        "36 minutes: 96 runs of 45 s, two at a time",
+    ),
+}
+
+
+def commands_of(name: str) -> list[list[str]]:
+    """The arguments of ``scalelong lab``, grid by grid, the report of all of them last."""
+    experiment = EXPERIMENTS[name]
+    out = ["--out", str(RESULTS / name)]
+    grids = [[experiment.preset, *shlex.split(grid), *out] for grid in experiment.grids]
+    return grids if len(grids) == 1 else [*grids, [experiment.preset, "--report-only", *out]]
+
+
+def main() -> None:
+    """Runs the experiment that is named; flags behind the name go to each of its grids."""
+    name, *flags = sys.argv[1:] or [""]
+    if name not in EXPERIMENTS:
+        lines = (f"  {key:<18} {e.title} ({e.estimate})" for key, e in EXPERIMENTS.items())
+        raise UserError("which experiment? There are\n" + "\n".join(lines))
+    for arguments in commands_of(name):
+        run_lab([*arguments, *flags])
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,162 @@
+"""The rows of a grid by mode: all rates and seeds of one, and how many images it takes to a baseline's loss."""
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from statistics import median
+from typing import NamedTuple
+
+import numpy as np
+
+from scalelong.bench.lab.cells import number, place_of, sorted_values
+from scalelong.bench.lab.metrics import (
+    Ratio,
+    StableWidth,
+    images_to_target,
+    learning_rate_sensitivity,
+    median_loss,
+    ratio_of_medians,
+    stable_width,
+)
+from scalelong.bench.lab.table import Row
+
+CONTEXT = ("depth", "batch", "start")
+"""Axes along which modes are compared with each other, not part of a mode."""
+MIN_SEEDS_OF_SPEED = 5
+
+
+@dataclass(frozen=True)
+class Group:
+    """All runs of one mode in one context: several rates, several seeds."""
+
+    context: str
+    mode: str
+    rows: tuple[Row, ...]
+
+    @cached_property
+    def rates(self) -> list[str]:
+        return sorted_values([place_of(row.cell).get("learning-rate", "") for row in self.rows])
+
+    @cached_property
+    def rate_values(self) -> np.ndarray:
+        return np.array([number(rate) if rate else 1.0 for rate in self.rates])
+
+    def at(self, rate: str) -> list[Row]:
+        return [row for row in self.rows if place_of(row.cell).get("learning-rate", "") == rate]
+
+    @cached_property
+    def losses(self) -> np.ndarray:
+        """Final losses of R rates and S seeds, infinite where a run diverged, NaN where there is none."""
+        return self._by_rate(lambda row: row.final_loss if row.state == "finished" else math.inf)
+
+    @cached_property
+    def diverged(self) -> np.ndarray:
+        return self._by_rate(lambda row: float(row.state == "diverged")) == 1.0
+
+    def _by_rate(self, value: Callable[[Row], float]) -> np.ndarray:
+        lines = [[value(row) for row in self.at(rate)] for rate in self.rates]
+        width = max(map(len, lines))
+        return np.array([[*line, *[math.nan] * (width - len(line))] for line in lines])
+
+    @cached_property
+    def medians(self) -> np.ndarray:
+        return np.array([median_loss(line) for line in self.losses])
+
+    @property
+    def best_loss(self) -> float:
+        return float(np.nanmin(self.medians))
+
+    @property
+    def best_rate(self) -> str:
+        return self.rates[int(np.nanargmin(self.medians))]
+
+    @property
+    def start_loss(self) -> float:
+        return float(np.nanmedian([row.start_loss for row in self.rows]))
+
+    @property
+    def sensitivity(self) -> float:
+        return learning_rate_sensitivity(self.rate_values, self.medians, self.start_loss)
+
+    def width(self, best_loss: float) -> StableWidth:
+        return stable_width(self.rate_values, self.losses, self.diverged, best_loss)
+
+    def mean(self, column: str) -> float:
+        values = [getattr(row, column) for row in self.rows if not math.isnan(getattr(row, column))]
+        return float(np.mean(values)) if values else math.nan
+
+    def median_at_best(self, column: str) -> float:
+        values = [getattr(row, column) for row in self.at(self.best_rate)]
+        values = [value for value in values if not math.isnan(value)]
+        return median(values) if values else math.nan
+
+
+def groups_of(rows: Iterable[Row]) -> list[Group]:
+    """The groups, contexts and modes in the order of the rows; a mode is named by the axes that differ."""
+    rows = list(rows)
+    places = [place_of(row.cell) for row in rows]
+    varying = {axis for place in places for axis in place if len({p.get(axis) for p in places}) > 1}
+    varying |= {"depth", "skip-scale"}
+    found: dict[tuple[str, str], list[Row]] = {}
+    for row, place in zip(rows, places, strict=True):
+        context = ", ".join(f"{axis} {place[axis]}" for axis in CONTEXT if axis in place and axis in varying)
+        mode = [
+            place[axis] if axis == "skip-scale" else f"{axis} {place[axis]}"
+            for axis in place
+            if axis not in (*CONTEXT, "learning-rate", "seed") and axis in varying
+        ]
+        found.setdefault((context or "all", ", ".join(mode) or "all"), []).append(row)
+    return [Group(context, mode, tuple(group)) for (context, mode), group in found.items()]
+
+
+def trained(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.state in ("finished", "diverged")]
+
+
+def untrained(rows: Iterable[Row]) -> list[Row]:
+    return [row for row in rows if row.state == "start"]
+
+
+def contexts_of(groups: Iterable[Group]) -> dict[str, list[Group]]:
+    found: dict[str, list[Group]] = {}
+    for group in groups:
+        found.setdefault(group.context, []).append(group)
+    return found
+
+
+def baseline_of(groups: Sequence[Group]) -> Group | None:
+    """The mode whose skips are unscaled, the first of them; None without one."""
+    return next((group for group in groups if group.mode.split(", ")[0] == "none"), None)
+
+
+class Speed(NamedTuple):
+    """Images to the baseline's best loss, against the baseline at its own best rate."""
+
+    images: float
+    """The median over seeds, at the mode's own best rate; infinite if most never came there."""
+    at_own_rate: Ratio
+    at_equal_rate: Ratio | None
+    """None where the mode was not run at the baseline's rate."""
+    num_seeds: int
+
+
+def target_of(baseline: Group) -> float:
+    """The median over seeds of the lowest loss that the baseline's curve has at its best rate."""
+    lowest = [min(row.curve_loss, default=math.inf) for row in baseline.at(baseline.best_rate)]
+    return median(lowest)
+
+
+def speed_of(group: Group, baseline: Group) -> Speed:
+    target = target_of(baseline)
+    mine, theirs, equal = (
+        [images_to_target(row.curve_images, row.curve_loss, target) for row in rows]
+        for rows in (group.at(group.best_rate), baseline.at(baseline.best_rate), group.at(baseline.best_rate))
+    )
+    at_equal_rate = ratio_of_medians(theirs, equal) if equal else None
+    return Speed(median(mine), ratio_of_medians(theirs, mine), at_equal_rate, len(mine))
+
+
+def depth_of(place: dict[str, str]) -> float:
+    """Of a cell's place; NaN where depth is no axis."""
+    return number(place["depth"]) if "depth" in place else math.nan

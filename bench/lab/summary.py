@@ -1,0 +1,198 @@
+"""What the rows of a grid amount to: tables, for CSV, Markdown and the page alike."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import numpy as np
+
+from scalelong.bench.lab.cells import place_of, sorted_values
+from scalelong.bench.lab.groups import (
+    MIN_SEEDS_OF_SPEED,
+    Group,
+    baseline_of,
+    contexts_of,
+    depth_of,
+    groups_of,
+    speed_of,
+    target_of,
+    trained,
+    untrained,
+)
+from scalelong.bench.lab.metrics import Ratio, fit_depth_law
+from scalelong.bench.lab.probe_points import DELTAS, TIMES
+from scalelong.bench.lab.table import Row
+
+Value = str | float
+
+
+@dataclass(frozen=True)
+class Table:
+    """Numbers with a heading each."""
+
+    key: str
+    title: str
+    note: str
+    header: tuple[str, ...]
+    lines: list[list[Value]]
+
+
+def tables_of(rows: Sequence[Row]) -> list[Table]:
+    """Every table that the rows have something for."""
+    groups = groups_of(trained(rows))
+    tables = [stability_table(groups), loss_table(groups), speed_table(groups), *start_tables(untrained(rows))]
+    tables.append(gain_table(groups_of([row for row in rows if row.gain_0_1])))
+    return [table for table in tables if table.lines]
+
+
+def stability_table(groups: Sequence[Group]) -> Table:
+    lines: list[list[Value]] = []
+    for context, modes in contexts_of(groups).items():
+        best = min((group.best_loss for group in modes), default=math.nan)
+        for group in modes:
+            width = group.width(best)
+            lines.append(
+                [
+                    *(context, group.mode, len(group.rows), int(group.diverged.sum())),
+                    *(group.best_rate, group.best_loss, group.sensitivity, width.octaves, width.first_diverging),
+                    *(100 * group.mean(column) for column in ("spikes_loss", "spikes_gradient", "spikes_both")),
+                    *(group.mean("oscillation"), group.median_at_best("hidden_norm")),
+                    *(group.median_at_best(column) for column in ("growth_forward", "growth_backward")),
+                    *(group.median_at_best("sigma_max"), group.median_at_best("images_per_second")),
+                ]
+            )
+    header = (
+        *("network", "mode", "runs", "diverged", "best rate", "best loss", "sensitivity S", "stable octaves"),
+        *("first diverging rate", "loss spikes %", "gradient spikes %", "both %", "oscillation", "norm of h_1"),
+        *("growth forward", "growth backward", "sigma_max", "images/s"),
+    )
+    note = (
+        "Losses are medians over seeds; S, 0 at best, is the mean excess loss over log rates as a share of what "
+        "training gains; stable octaves count rates within 1.1 x the best of all modes of which 2/3 of the seeds "
+        "survive; spikes and oscillation are means over all runs of the mode, all rates; the rest is at the mode's own "
+        "best rate. images/s is the wall-clock speed of these runs with this project's operators, which do not change "
+        "the other columns."
+    )
+    return Table("stability", "Stability of each mode", note, header, lines)
+
+
+def loss_table(groups: Sequence[Group]) -> Table:
+    rates = sorted_values([rate for group in groups for rate in group.rates])
+    lines: list[list[Value]] = []
+    for group in groups:
+        line: list[Value] = [group.context, group.mode]
+        for rate in rates:
+            if rate not in group.rates:
+                line.append("")
+                continue
+            place = group.rates.index(rate)
+            lost, runs = int(group.diverged[place].sum()), len(group.at(rate))
+            shown = "diverged" if math.isinf(group.medians[place]) else f"{group.medians[place]:.3g}"
+            line.append(f"{shown} ({lost} of {runs} diverged)" if lost and shown != "diverged" else shown)
+        lines.append(line)
+    kinds = {row.final_is for group in groups for row in group.rows if row.final_is}
+    note = f"The final loss ({' or '.join(sorted(kinds)) or 'none'}), median over seeds."
+    return Table("losses", "Final loss by learning rate", note, ("network", "mode", *rates), lines)
+
+
+def speed_table(groups: Sequence[Group]) -> Table:
+    lines: list[list[Value]] = []
+    for context, modes in contexts_of(groups).items():
+        baseline = baseline_of(modes)
+        if baseline is None or math.isinf(baseline.best_loss):
+            continue
+        for group in modes:
+            speed = speed_of(group, baseline)
+            lines.append(
+                [
+                    *(context, group.mode, group.best_rate, speed.num_seeds, target_of(baseline), speed.images),
+                    *(show_ratio(speed.at_own_rate), show_ratio(speed.at_equal_rate)),
+                ]
+            )
+    header = ("network", "mode", "rate", "seeds", "target loss", "images to target", "times fewer", "at equal rate")
+    note = (
+        "Images until the loss reaches the best of the unscaled network at its own best rate, and how many times fewer "
+        "that is (ratio of medians over seeds, 95 % of bootstrap replicates); at equal rate: the mode at the "
+        f"baseline's rate. Of fewer than {MIN_SEEDS_OF_SPEED} seeds an interval says little."
+    )
+    return Table("speed", "Images to the baseline's best loss", note, header, lines)
+
+
+def show_ratio(ratio: Ratio | None) -> str:
+    if ratio is None:
+        return "not run"
+    if math.isnan(ratio.value):
+        return "neither reaches it"
+    if ratio.value == 0:
+        return "not reached"
+    if math.isinf(ratio.value):
+        return "reached by this mode alone"
+    high = "unbounded" if not math.isfinite(ratio.high) else f"{ratio.high:.2f}"
+    return f"{ratio.value:.2f} ({ratio.low:.2f} to {high})"
+
+
+def start_tables(rows: Sequence[Row]) -> list[Table]:
+    """The law at initialisation: points, and lines through those of one mode over depth."""
+    points: list[list[Value]] = []
+    fits: list[list[Value]] = []
+    by_mode: dict[tuple[str, str], dict[float, list[Row]]] = {}
+    for row in rows:
+        place = place_of(row.cell)
+        key = place.get("start", "published"), place.get("skip-scale", "none")
+        by_mode.setdefault(key, {}).setdefault(depth_of(place), []).append(row)
+    for (start, mode), depths in by_mode.items():
+        medians = {depth: _medians(group) for depth, group in depths.items()}
+        for depth, (kappa_squares, ratio) in medians.items():
+            sigma_max = median([row.sigma_max for row in depths[depth]])
+            forward, backward = (
+                median([getattr(row, name) for row in depths[depth]]) for name in ("growth_forward", "growth_backward")
+            )
+            points.append([start, mode, depth, kappa_squares, ratio, forward, backward, sigma_max])
+        sums, ratios = zip(*medians.values(), strict=True)
+        law = fit_depth_law(sums, ratios)
+        per_skip = fit_depth_law([depth / 2 for depth in medians], ratios).slope
+        fits.append([start, mode, len(medians), law.slope, law.offset, law.r_squared, per_skip])
+    for start in dict.fromkeys(start for start, _ in by_mode):
+        shared = [_medians(group) for key, depths in by_mode.items() if key[0] == start for group in depths.values()]
+        law = fit_depth_law(*zip(*shared, strict=True))
+        fits.append([start, "all of these", len(shared), law.slope, law.offset, law.r_squared, math.nan])
+    header = (
+        "weights",
+        "mode",
+        "depth",
+        "sum kappa²",
+        "‖h_0‖²/‖x‖²",
+        "growth forward",
+        "growth backward",
+        "sigma_max",
+    )
+    points_note = "Untrained networks, medians over seeds; ‖x‖ is what the first block puts out, ‖h_0‖ the last."
+    fits_note = (
+        "Least squares of ‖h_0‖²/‖x‖² = slope * sum kappa² + offset over depth (arXiv:2310.13545, theorem 3.1); "
+        "the last column is the slope over the number of skips. The theorem takes projections that preserve norms "
+        "(preserving); the published initialisation, of standard deviation 0.02, shrinks the stream at each of them."
+    )
+    fit_header = ("weights", "mode", "points", "slope", "offset", "R²", "slope per skip")
+    return [
+        Table("law", "The law at initialisation", fits_note, fit_header, fits),
+        Table("start", "Norms and gains at initialisation", points_note, header, points),
+    ]
+
+
+def _medians(rows: Sequence[Row]) -> tuple[float, float]:
+    return median([row.kappa_squares for row in rows]), median([row.norm_ratio for row in rows])
+
+
+def gain_table(groups: Sequence[Group]) -> Table:
+    lines: list[list[Value]] = []
+    for group in groups:
+        finished = [row for row in group.at(group.best_rate) if row.gain_0_1] or [r for r in group.rows if r.gain_0_1]
+        for delta, column in zip(DELTAS, ("gain_0_01", "gain_0_1", "gain_0_3"), strict=True):
+            gains = [float(np.median([getattr(row, column)[n] for row in finished])) for n in range(len(TIMES))]
+            lines.append([group.context, group.mode, delta, *gains])
+    note = (
+        "E ‖f(x + delta u) - f(x)‖ / ‖delta u‖, delta in root mean squares of x, at five times of the training "
+        "distribution; trained networks at the mode's own best rate, medians over seeds."
+    )
+    return Table("gain", "Perturbation gain", note, ("network", "mode", "delta", *(f"t {t:g}" for t in TIMES)), lines)

@@ -1,0 +1,90 @@
+"""Rebuilds the tables of documents from committed rows: ``python -m scalelong.bench.report``.
+
+In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of ``bench/results/lab/NAME/cells.csv``;
+``<!-- lab NAME TABLE COLUMN, COLUMN -->`` has some of its columns alone. What stands between them is written here and
+nowhere else: no figure is typed by hand. ``<!-- recipes -->`` stands for the table of published recipes.
+"""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
+from scalelong.bench.lab.report_page import markdown_table, where
+from scalelong.bench.lab.summary import Table, Value, tables_of
+from scalelong.bench.lab.table import read_table
+from scalelong.train.config import TrainConfig, flag_values
+from scalelong.train.errors import UserError, run_command
+from scalelong.train.recipes import RECIPES
+from scalelong.train.usage import DESCRIPTIONS
+from scalelong.train.write_whole import write_whole
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+RECIPE_TABLE = re.compile(r"(<!-- recipes -->\n).*?(<!-- end -->)", re.DOTALL)
+MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def rebuilt(text: str, results: Path = RESULTS) -> str:
+    """A document with every marked table made anew.
+
+    Raises:
+        UserError: a mark that names no experiment, table or column.
+    """
+    text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
+    return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table())}\n\n{mark[2]}", text)
+
+
+def recipes_table() -> Table:
+    """The recipes of published networks, whose data has to be given."""
+    lines: list[list[Value]] = []
+    for name, config in RECIPES.items():
+        if config.data.path:
+            continue
+        o, steps = config.optimizer, config.total_images // config.images_per_step
+        rates = [f"{o.learning_rate:g}", f"{o.beta1:g}, {o.beta2:g}", f"{o.weight_decay:g}", o.warmup_images]
+        lines.append([name, DESCRIPTIONS[name], config.images_per_step, steps, *rates, _objective(config)])
+    header = ("recipe", "what", "batch", "steps", "rate", "betas", "weight decay", "warm-up images", "objective")
+    return Table("recipes", "Published recipes", "", header, lines)
+
+
+def _objective(config: TrainConfig) -> str:
+    return next(value for flag, value in flag_values(config) if flag.startswith("--objective"))
+
+
+def section(results: Path, name: str, key: str, columns: str | None) -> str:
+    """A table with the command, commit, machine and date of its rows; or the command that would make it."""
+    if name not in EXPERIMENTS:
+        raise UserError(f"no experiment {name!r}; there are {', '.join(EXPERIMENTS)}")
+    command = f"`python -m scalelong.bench.lab.experiments {name}`"
+    rows = read_table(results / name / "cells.csv")
+    if not rows:
+        return f"Not measured yet: {command} ({EXPERIMENTS[name].estimate})."
+    tables = {table.key: table for table in tables_of(rows)}
+    if key not in tables:
+        raise UserError(f"the experiment {name} has no table {key!r}; it has {', '.join(tables)}")
+    table = tables[key] if columns is None else chosen(tables[key], [column.strip() for column in columns.split(",")])
+    return f"{markdown_table(table)}\n\n{command}: {where(rows)}. {table.note}"
+
+
+def chosen(table: Table, columns: list[str]) -> Table:
+    """Some columns of a table."""
+    unknown = [column for column in columns if column not in table.header]
+    if unknown:
+        raise UserError(f"the table {table.key} has no column {unknown[0]!r}; it has {', '.join(table.header)}")
+    places = [table.header.index(column) for column in columns]
+    return replace(table, header=tuple(columns), lines=[[line[place] for place in places] for line in table.lines])
+
+
+def main() -> None:
+    """Rewrites the documents that are no longer true, and names them."""
+    for path in DOCUMENTS:
+        text = path.read_text()
+        now = rebuilt(text)
+        if now != text:
+            write_whole(path, now.encode())
+        print(f"{path.relative_to(ROOT)}: {'rewritten' if now != text else 'as it is'}")
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,77 @@
+"""Documents and the committed rows that their tables are made of."""
+
+from dataclasses import replace
+
+import pytest
+
+pytest.importorskip("tyro")
+
+from scalelong.bench import report
+from scalelong.bench.lab.experiments import EXPERIMENTS, commands_of
+from scalelong.bench.lab.table import Row, write_table
+from scalelong.train.errors import UserError
+
+ROWS = [
+    Row(
+        cell=f"depth={depth} skip-scale=none start=preserving seed=0",
+        digest="d",
+        preset="digits-uvit",
+        state="start",
+        kappa_squares=depth / 2,
+        norm_ratio=1.0 + depth,
+        commit="abc1234",
+        device="a machine",
+        date="2026-11-26",
+    )
+    for depth in (4, 8)
+]
+
+
+@pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
+def test_documents_say_what_the_committed_rows_say(path):
+    text = path.read_text()
+    assert report.rebuilt(text) == text, "python -m scalelong.bench.report rewrites it"
+
+
+def test_a_marked_table_is_made_anew(tmp_path):
+    (tmp_path / "initialisation").mkdir()
+    write_table(tmp_path / "initialisation" / "cells.csv", ROWS)
+    text = "before\n<!-- lab initialisation law mode, slope -->\nold\n<!-- end -->\nbehind\n"
+    made = report.rebuilt(text, tmp_path)
+    assert made.startswith("before\n<!-- lab initialisation law mode, slope -->\n\n| mode | slope |\n")
+    assert "| none | 2 |" in made
+    assert "experiments initialisation`: 2 runs, 0 hours of training, commit abc1234, a machine, 2026-11-26" in made
+    assert made.endswith("<!-- end -->\nbehind\n")
+    assert "old" not in made
+    assert report.rebuilt(made, tmp_path) == made
+    write_table(tmp_path / "initialisation" / "cells.csv", [replace(row, norm_ratio=0.0) for row in ROWS])
+    assert report.rebuilt(made, tmp_path) != made
+
+
+def test_what_was_not_measured_names_its_command(tmp_path):
+    made = report.rebuilt("<!-- lab clipping stability -->\n<!-- end -->", tmp_path)
+    assert "Not measured yet: `python -m scalelong.bench.lab.experiments clipping` (36 minutes" in made
+
+
+@pytest.mark.parametrize("mark", ["no table", "initialisation no", "initialisation law no"])
+def test_a_mark_that_names_nothing_is_an_error(tmp_path, mark):
+    (tmp_path / "initialisation").mkdir()
+    write_table(tmp_path / "initialisation" / "cells.csv", ROWS)
+    with pytest.raises(UserError, match="no"):
+        report.rebuilt(f"<!-- lab {mark} -->\n<!-- end -->", tmp_path)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_every_experiment_is_a_grid_that_can_be_planned(name, tmp_path):
+    from scalelong.bench.lab.command import DEFAULTS, cells_of, parser, training_flags
+    from scalelong.train.recipes import RECIPES
+
+    if EXPERIMENTS[name].preset not in RECIPES:
+        pytest.skip(f"no recipe {EXPERIMENTS[name].preset}")
+    for line in commands_of(name):
+        arguments, rest = parser().parse_known_args(line)
+        if not arguments.report_only:
+            given = {option: getattr(arguments, option.replace("-", "_")) or text for option, text in DEFAULTS.items()}
+            cells = cells_of(line[0], arguments, given, training_flags(rest))
+            assert 20 <= len(cells) <= 200
+            assert all(cell.config(tmp_path) for cell in cells[:: len(cells) // 4])
