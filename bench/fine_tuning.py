@@ -17,6 +17,7 @@ from scalelong.train.commands.evaluate import EvaluateArguments, evaluate
 from scalelong.train.commands.export import write_export
 from scalelong.train.config import DataConfig, TrainConfig
 from scalelong.train.data.digits import digits_folder
+from scalelong.train.hosts.processes import join_if_several
 from scalelong.train.loop import train
 from scalelong.train.recipes import RECIPES
 
@@ -55,7 +56,8 @@ def config_of(work: Path, name: str, digits: range, images: int, init_from: Path
 def curve(run: Path, samples: int) -> list[tuple[int, float]]:
     """The label accuracy of samples at each checkpoint."""
     points = sorted(int(checkpoint.name) for checkpoint in list_checkpoints(run))
-    scores = [evaluate(EvaluateArguments(run=run, checkpoint=point, num_images=samples)) for point in points]
+    processes = join_if_several()
+    scores = [evaluate(EvaluateArguments(run=run, checkpoint=point, num_images=samples), processes) for point in points]
     return [(point, score["samples"][0]["accuracy"]) for point, score in zip(points, scores, strict=True)]
 
 

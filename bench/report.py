@@ -13,7 +13,8 @@ from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
-from scalelong.train.config import TrainConfig, flag_values
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import flag_values
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.recipes import RECIPES
 from scalelong.train.usage import DESCRIPTIONS

@@ -20,6 +20,7 @@ from scalelong.train.hosts.processes import Processes, join_processes, leave_pro
 from scalelong.train.objective import make_objective
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 from scalelong.train.zero.averages import FIXED_DECAY, Ema
 from scalelong.train.zero.rows import apply_to_rows
 
@@ -76,18 +77,18 @@ def engine_steps(model: GroupedUViT, processes: Processes, first: int, last: int
         expect_rows_alone_to_change(engine)
         ema.update(step)
     assert zero.optimizer_step_count(engine) == last
-    whole = {"model": zero.whole_weights(engine), "optimizer": zero.optimizer_state(engine)}
-    whole["ema"] = zero.whole_tensors(engine, ema.averages[FIXED_DECAY])
+    whole = {"model": shards.whole_weights(engine), "optimizer": zero.optimizer_state(engine)}
+    whole["ema"] = shards.whole_tensors(engine, ema.averages[FIXED_DECAY])
     return {name: dict(clones(tensors)) for name, tensors in whole.items()}
 
 
 def expect_rows_alone_to_change(engine) -> None:
     """Bit for bit: in the master weights, and in those that the network computes with."""
-    expected = dict(clones(zero.whole_tensors(engine, zero.master_shards(engine))))
+    expected = dict(clones(shards.whole_tensors(engine, shards.master_shards(engine))))
     assert engine.row_functions
     expected.update({name: function(expected[name]) for name, function in engine.row_functions.items()})
     apply_to_rows(engine)
-    for name, weight in zero.whole_tensors(engine, zero.master_shards(engine)):
+    for name, weight in shards.whole_tensors(engine, shards.master_shards(engine)):
         assert torch.equal(weight, expected[name]), name
     for name, weight in engine.module.named_parameters():
         if weight.numel() == expected[name].numel():  # else it is gathered where it is used

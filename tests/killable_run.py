@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 from scalelong.train import checkpoint
-from scalelong.train.config import config_from_dict
+from scalelong.train.config_json import config_from_dict
 from scalelong.train.errors import run_command
 from scalelong.train.loop import train
 

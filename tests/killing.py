@@ -18,7 +18,8 @@ from programs import start_python
 from running import log_rows, rank_variables, small_config
 
 from scalelong.train.checkpoint import MANIFEST, find_problem, list_checkpoints
-from scalelong.train.config import DataConfig, TrainConfig, config_to_dict
+from scalelong.train.config import DataConfig, TrainConfig
+from scalelong.train.config_json import config_to_dict
 from scalelong.train.run_folder import checkpoints_folder
 
 STEP = 8

@@ -10,7 +10,7 @@ import torch
 
 from scalelong.bench.timing import peak_bytes
 from scalelong.model.architectures import make_backbone
-from scalelong.train.config import config_from_dict
+from scalelong.train.config_json import config_from_dict
 from scalelong.train.hosts.processes import join_processes, leave_processes
 from scalelong.train.objective import make_objective
 from scalelong.train.zero import engine as zero

@@ -14,6 +14,7 @@ from scalelong.model.architectures import make_backbone
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import join_processes, leave_processes
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 from scalelong.train.zero.averages import FIXED_DECAY, Ema, Teacher, averaged_network, share_of_newest
 
 stage = int(sys.argv[1])
@@ -22,7 +23,7 @@ config = small_config(Path("unused"), zero_stage=stage)
 torch.manual_seed(0)
 engine = zero.make_engine(make_backbone(config.model), config, processes, micro_batch=4)
 ema = Ema(engine, decay=0.9, stds=(0.05, 0.1))
-expected = {name: dict(zero.whole_weights(engine)) for name in ema.averages}
+expected = {name: dict(shards.whole_weights(engine)) for name in ema.averages}
 expected = {name: {k: v.clone() for k, v in whole.items()} for name, whole in expected.items()}
 zero.set_learning_rate(engine, 1e-2)
 for step in range(1, 6):
@@ -30,19 +31,19 @@ for step in range(1, 6):
     engine.backward(loss)
     zero.take_step(engine)
     ema.update(step)
-    weights = dict(zero.whole_weights(engine))
+    weights = dict(shards.whole_weights(engine))
     for name, whole in expected.items():
         share = 1 - 0.9 if name == FIXED_DECAY else share_of_newest(ema.exponents[name], step)
         for key, value in whole.items():
             value.lerp_(weights[key], share)
 
 for name, whole in expected.items():
-    gathered = dict(zero.whole_tensors(engine, ema.averages[name]))
+    gathered = dict(shards.whole_tensors(engine, ema.averages[name]))
     assert gathered.keys() == whole.keys()
     assert all(torch.equal(gathered[key], whole[key]) for key in whole), name
     assert not torch.equal(gathered["pos_embed"], weights["pos_embed"]), "the weights stood still"
     ema.restore(name, gathered)
-    restored = dict(zero.whole_tensors(engine, ema.averages[name]))
+    restored = dict(shards.whole_tensors(engine, ema.averages[name]))
     assert all(torch.equal(restored[key], whole[key]) for key in whole), name
 
 images, times, labels = torch.randn(4, 1, 8, 8), torch.rand(4), torch.arange(4)
@@ -70,7 +71,7 @@ else:
     zero.take_step(engine)
     ema.update(6)
     teacher.follow()
-    followed = dict(zero.whole_tensors(engine, ema.averages[FIXED_DECAY]))
+    followed = dict(shards.whole_tensors(engine, ema.averages[FIXED_DECAY]))
     assert not torch.equal(followed["pos_embed"], restored["pos_embed"])
     assert answers_as(teacher.network, followed)
     ema.restore(FIXED_DECAY, expected[FIXED_DECAY])

@@ -12,7 +12,8 @@ import pytest
 from scalelong import __main__ as cli
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, ConstantScale, LearnedScale, make_skip_scale
 from scalelong.train.command_line import parse_train_arguments
-from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_differences, config_from_dict, config_to_dict
 from scalelong.train.errors import EXIT_USER_ERROR, RankError, UserError, run_command
 from scalelong.train.loop import command_to_resume
 from scalelong.train.objective_config import ObjectiveConfig

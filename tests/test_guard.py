@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from scalelong.train import loop
 from scalelong.train.checkpoint import numbered_folders
-from scalelong.train.config import GuardConfig, TrainConfig, config_from_dict, config_to_dict
+from scalelong.train.config import GuardConfig, TrainConfig
+from scalelong.train.config_json import config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.guard import LOSSES_BEFORE_JUDGING, Guard
 from scalelong.train.objective import Objective

@@ -19,7 +19,8 @@ FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
     {"errors", "monitor", "objective_config", "usage", "write_whole"},
     {"config", "diffusion", "spikes"},
-    {"clipping", "guard", "objective", "recipes", "run_folder", "schedule"},
+    {"clipping", "config_json", "guard", "objective", "recipes", "schedule"},
+    {"run_folder"},
     {"command_line", "report", "run_lock"},
     {"data", "hosts"},
     {"outcome", "scores", "zero"},

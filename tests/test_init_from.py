@@ -26,7 +26,7 @@ from scalelong.train.initial_weights import read_weights
 from scalelong.train.loop import train
 from scalelong.train.run import start_run
 from scalelong.train.run_folder import read_config
-from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 
 STEP = 32
 
@@ -66,7 +66,7 @@ def weights_at_start(config: TrainConfig) -> tuple[dict[str, torch.Tensor], dict
     """Weights and averages of a run before its first step."""
     run = start_run(check_before_training(config, join_processes()))
     weights = {name: x.detach().clone() for name, x in run.engine.module.state_dict().items()}
-    averaged = {name: x.clone() for name, x in zero.whole_tensors(run.engine, run.ema.averages["ema"])}
+    averaged = {name: x.clone() for name, x in shards.whole_tensors(run.engine, run.ema.averages["ema"])}
     run.free()
     return weights, averaged
 

@@ -19,7 +19,8 @@ from scalelong.train import loop
 from scalelong.train.config import GuardConfig
 from scalelong.train.errors import DivergedError
 from scalelong.train.monitor import Monitor
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
 from scalelong.train.zero.gradients import gradient_norms, scale_gradients
 
@@ -76,7 +77,9 @@ def gradients_of(config, *, scales: bool = True) -> list[float]:
     engine = make_engine(config)
     generator = torch.Generator().manual_seed(1)
     images, noise = (torch.randn(BATCH, 1, 8, 8, generator=generator) for _ in range(2))
-    loss = OBJECTIVES["vp-sde"].loss(engine, images, noise, torch.rand(BATCH, generator=generator), torch.arange(BATCH))
+    loss = make_objective(ObjectiveConfig()).loss(
+        engine, images, noise, torch.rand(BATCH, generator=generator), torch.arange(BATCH)
+    )
     engine.backward(loss)
     norms = gradient_norms(engine)
     if scales:

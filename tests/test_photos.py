@@ -15,7 +15,6 @@ from PIL import Image
 
 pytest.importorskip("skimage")
 
-from scalelong.train.commands.evaluate import read_real_images
 from scalelong.train.data import photos as photos_module
 from scalelong.train.data.batches import prepare_source, read_batches
 from scalelong.train.data.order import BatchPlan, Order
@@ -23,6 +22,7 @@ from scalelong.train.data.photos import CROP_SIZES, PHOTOGRAPHS, Photos, open_ph
 from scalelong.train.data.source import has_test_split, open_source
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
+from scalelong.train.scores.real_images import read_real_images
 
 TRAIN = {"astronaut", "brick", "china", "clock", "flower", "grass", "gravel", "hubble", "retina"}
 TEST = {"camera", "chelsea", "coffee", "rocket"}

@@ -11,7 +11,8 @@ pytest.importorskip("deepspeed")
 from running import run_on_ranks, small_config
 
 from scalelong.train.commands.plan import find_need, largest_need, main, measure_network, sent_bytes
-from scalelong.train.config import TrainConfig, config_to_dict
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
 

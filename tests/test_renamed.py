@@ -61,7 +61,7 @@ def test_an_export_of_before_is_the_same_network(tmp_path, name, config, positio
 @each_position
 def test_a_run_of_before_has_the_same_configuration(name, position):
     pytest.importorskip("tyro")
-    from scalelong.train.config import config_from_dict, config_to_dict
+    from scalelong.train.config_json import config_from_dict, config_to_dict
     from scalelong.train.recipes import RECIPES
 
     old, policy = OLD_POLICIES[name]

@@ -17,7 +17,8 @@ from images import random_pixels, write_image
 
 from scalelong.train.commands.evaluate import main
 from scalelong.train.commands.sample import main as sample_main
-from scalelong.train.config import DataConfig, EvaluationConfig, config_from_dict, config_to_dict
+from scalelong.train.config import DataConfig, EvaluationConfig
+from scalelong.train.config_json import config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import join_if_several
 from scalelong.train.recipes import RECIPES

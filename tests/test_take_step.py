@@ -13,6 +13,7 @@ from scalelong.train.hosts.processes import join_processes
 from scalelong.train.objective import make_objective
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 
 BATCH = 4
 
@@ -36,7 +37,7 @@ def step(engine, factor: float = 1.0, **how) -> zero.StepTaken:
 
 
 def weights(engine) -> dict[str, torch.Tensor]:
-    return {name: value.clone() for name, value in zero.whole_weights(engine)}
+    return {name: value.clone() for name, value in shards.whole_weights(engine)}
 
 
 def moved(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> bool:

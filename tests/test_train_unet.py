@@ -16,7 +16,8 @@ from scalelong.model.architectures import load_backbone
 from scalelong.model.unet import UNet
 from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.commands.export import main as export
-from scalelong.train.config import TrainConfig, config_differences, config_from_dict, config_to_dict
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_differences, config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
 from scalelong.train.recipes import RECIPES

@@ -23,7 +23,7 @@ from scalelong.train.data.source import open_source
 from scalelong.train.data.stand_ins import SoundImages, spread_indices
 from scalelong.train.hosts.processes import join_if_several
 from scalelong.train.loop import train
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 from scalelong.train.recipes import RECIPES
 from scalelong.train.validation import SEED, Validation, _shares
 
@@ -62,7 +62,7 @@ def by_hand(config: TrainConfig, weights: str) -> float:
         u = torch.tensor([(order[n] + 0.5) / 100], dtype=torch.float32)
         with torch.no_grad():
             label = torch.tensor([source.label(index)])
-            errors.append(float(OBJECTIVES[config.objective].loss(model, image, noise, u, label)))
+            errors.append(float(make_objective(config.objective).loss(model, image, noise, u, label)))
     return float(np.mean(errors))
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from scalelong.train.checkpoint import find_problem, list_checkpoints, newest_checkpoint
-from scalelong.train.config import TrainConfig, config_differences
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_differences
 from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import read_config
 

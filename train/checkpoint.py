@@ -29,6 +29,7 @@ from scalelong.train.hosts.processes import Processes
 from scalelong.train.run_folder import averages_folder, checkpoints_folder, read_config
 from scalelong.train.write_whole import sync
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 from scalelong.train.zero.averages import Ema
 from scalelong.train.zero.learned_loss import loss_weighting, whole_loss_weighting
 
@@ -131,10 +132,10 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     Raises:
         UserError: it cannot be written, on a full disk say; earlier checkpoints stay as they are.
     """
-    averages = {name: zero.whole_tensors(engine, shards) for name, shards in ema.averages.items()}
-    tensors = {"model": zero.whole_weights(engine), **averages, "optimizer": zero.optimizer_state(engine)}
+    averages = {name: shards.whole_tensors(engine, parts) for name, parts in ema.averages.items()}
+    tensors = {"model": shards.whole_weights(engine), **averages, "optimizer": zero.optimizer_state(engine)}
     if loss_weighting(engine) is not None:
-        tensors[zero.LOSS_WEIGHTING] = whole_loss_weighting(engine)
+        tensors[shards.LOSS_WEIGHTING] = whole_loss_weighting(engine)
     final = checkpoints_folder(run) / str(state.images_seen)
     problem = _write_on_main(final, asdict(state), tensors, processes)
     if problem:
@@ -154,7 +155,7 @@ def save_averages(run: Path, images_seen: int, step: int, engine, ema: Ema, proc
     Raises:
         UserError: they cannot be written.
     """
-    tensors = {name: zero.whole_tensors(engine, ema.averages[name]) for name in ema.exponents}
+    tensors = {name: shards.whole_tensors(engine, ema.averages[name]) for name in ema.exponents}
     final = averages_folder(run) / str(images_seen)
     state = {"images_seen": images_seen, "step": step, "exponents": ema.exponents}
     problem = _write_on_main(final, state, tensors, processes)

@@ -8,7 +8,8 @@ import psutil
 
 from scalelong.train.branch import find_origin, keep_origin, with_origin
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
-from scalelong.train.config import TrainConfig, config_differences, flag_values
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_differences, flag_values
 from scalelong.train.data.batches import (
     choose_reader,
     num_reader_threads,

@@ -37,6 +37,7 @@ from scalelong.train.report import Report
 from scalelong.train.run_folder import log_path
 from scalelong.train.spikes import SpikeWatch, last_rows
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 from scalelong.train.zero.averages import Ema
 
 
@@ -101,7 +102,7 @@ def start_run(start: Start) -> Run:
         start.initial.put_into(model, config)
     loss_weighting = make_objective(config.objective).make_log_variance()
     if checkpoint is not None and loss_weighting is not None:
-        loss_weighting.load_state_dict(read_tensors(checkpoint, zero.LOSS_WEIGHTING))
+        loss_weighting.load_state_dict(read_tensors(checkpoint, shards.LOSS_WEIGHTING))
     monitor = Monitor(model)
     engine = zero.make_engine(model, config, processes, start.plan.micro_batch, loss_weighting)
     ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
@@ -154,7 +155,7 @@ def rows_before(start: Start) -> list[dict[str, float | None]]:
 
 def describe(run: Run) -> str:
     c, p = run.config, run.processes
-    parameters = sum(getattr(x, "ds_numel", x.numel()) for _, x in zero.network_parameters(run.engine))
+    parameters = sum(getattr(x, "ds_numel", x.numel()) for _, x in shards.network_parameters(run.engine))
     how = f"resuming at {run.images_seen:,} images" if run.images_seen else "starting"
     if run.start.is_branch:
         how = f"starting from {c.branch_from}"

@@ -4,7 +4,8 @@ import json
 import re
 from pathlib import Path
 
-from scalelong.train.config import TrainConfig, config_from_dict, config_to_dict
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.write_whole import is_staging, remove_left_over, sync, write_whole
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from scalelong.model.skip_scale import SkipScale
 from scalelong.train.command_line import parse_train_arguments
-from scalelong.train.config import TrainConfig, kind_of
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import kind_of
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
 

@@ -21,7 +21,8 @@ from typing import Any
 
 from scalelong.bench.lab.cells import Cell, digest_of
 from scalelong.bench.lab.table import Row, read_table, write_table
-from scalelong.train.config import TrainConfig, config_differences
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_differences
 from scalelong.train.errors import UserError
 from scalelong.train.run_folder import checkpoints_folder, config_path, read_config, tensorboard_folder
 from scalelong.train.run_lock import RunLock

@@ -21,7 +21,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import Batch, prepare_source, read_batches
 from scalelong.train.data.order import BatchPlan
 from scalelong.train.data.source import open_source
-from scalelong.train.objective import OBJECTIVES
+from scalelong.train.objective import make_objective
 
 NUM_IMAGES = 16
 NUM_IMAGES_OF_JACOBIAN = 4
@@ -50,7 +50,7 @@ def read_batch(config: TrainConfig) -> Batch:
 
 def noisy(config: TrainConfig, batch: Batch, time_u: float) -> Noisy:
     """A batch corrupted to the time that the objective makes of ``time_u`` in [0, 1)."""
-    objective = OBJECTIVES[config.objective]
+    objective = make_objective(config.objective)
     t_B = objective.draw_time(torch.full((len(batch.images_BCHW),), time_u))
     levels = objective.process.levels(t_B[:, None, None, None])
     x_BCHW, network_t_B = objective.network_input(objective.corrupt(batch.images_BCHW, batch.noise_BCHW, *levels), t_B)

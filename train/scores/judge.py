@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from scalelong.train.data.digits import cache_folder
+from scalelong.train.data.cache import cache_folder
 from scalelong.train.data.order import Stream, generator
 from scalelong.train.errors import warn
 from scalelong.train.hosts.processes import Processes

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from scalelong.train.errors import UserError
-from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 
 FIXED_DECAY = "ema"
 Network = TypeVar("Network", bound=nn.Module)
@@ -99,21 +99,21 @@ class Ema:
     def __init__(self, engine, decay: float, stds: Sequence[float] = ()):
         self.engine, self.decay = engine, decay
         self.exponents = {name_of_std(std): exponent_of_std(std) for std in stds}
-        weights = zero.master_shards(engine)
+        weights = shards.master_shards(engine)
         self.averages = {name: [w.clone() for w in weights] for name in (FIXED_DECAY, *self.exponents)}
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Takes in the weights after step number ``step`` (the first is 1)."""
         # Looked up anew each time: ZeRO may move its buffers.
-        weights = zero.master_shards(self.engine)
+        weights = shards.master_shards(self.engine)
         torch._foreach_lerp_(self.averages[FIXED_DECAY], weights, 1 - self.decay)
         for name, exponent in self.exponents.items():
             torch._foreach_lerp_(self.averages[name], weights, share_of_newest(exponent, step))
 
     def restore(self, name: str, whole: dict[str, Tensor]) -> None:
         # In place: a network may have been made of them.
-        for shard, restored in zip(self.averages[name], zero.shards_of(self.engine, whole), strict=True):
+        for shard, restored in zip(self.averages[name], shards.shards_of(self.engine, whole), strict=True):
             shard.copy_(restored)
 
 
@@ -128,7 +128,7 @@ def averaged_network(ema: Ema, make_network: Callable[[], Network]) -> Network:
     """
     with torch.device("meta"):
         network = make_network()
-    network.load_state_dict(dict(zero.gathered(ema.engine, ema.averages[FIXED_DECAY])), assign=True)
+    network.load_state_dict(dict(shards.gathered(ema.engine, ema.averages[FIXED_DECAY])), assign=True)
     return network.requires_grad_(False).eval()
 
 
@@ -152,5 +152,5 @@ class Teacher:
         """Takes in the average as it stands, which without ZeRO it has already. Every rank must call it."""
         if self.ema.engine.zero_optimization_stage() > 0:
             weights = dict(self.network.named_parameters())
-            for name, whole in zero.gathered(self.ema.engine, self.ema.averages[FIXED_DECAY]):
+            for name, whole in shards.gathered(self.ema.engine, self.ema.averages[FIXED_DECAY]):
                 weights[name].copy_(whole)

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 from torch import Tensor, nn
 
-from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 
 
 def loss_weighting(engine) -> nn.Module | None:
     """What the loss learns; None of one that is fixed."""
-    return getattr(engine.module, zero.LOSS_WEIGHTING, None)
+    return getattr(engine.module, shards.LOSS_WEIGHTING, None)
 
 
 def whole_loss_weighting(engine) -> Iterator[tuple[str, Tensor]]:
@@ -17,4 +17,4 @@ def whole_loss_weighting(engine) -> Iterator[tuple[str, Tensor]]:
     learned, stage = loss_weighting(engine), engine.zero_optimization_stage()
     assert learned is not None
     for name, parameter in learned.named_parameters():
-        yield name, zero.gather(parameter, zero.master_shard(parameter, stage).to(engine.device), stage).cpu()
+        yield name, shards.gather(parameter, shards.master_shard(parameter, stage).to(engine.device), stage).cpu()

@@ -5,7 +5,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from scalelong.train.zero import engine as zero
+from scalelong.train.zero import shards
 
 
 @torch.no_grad()
@@ -19,7 +19,7 @@ def apply_to_rows(engine) -> None:
     for name, function in engine.row_functions.items():
         parameter, stage = parameters[name], engine.zero_optimization_stage()
         if stage == 3:
-            _replace_shard(parameter, function(zero.gather(parameter, parameter.ds_tensor.to(engine.device), stage)))
+            _replace_shard(parameter, function(shards.gather(parameter, parameter.ds_tensor.to(engine.device), stage)))
         else:
             parameter.copy_(function(parameter))
             _copy_to_master(parameter, stage)
@@ -28,14 +28,14 @@ def apply_to_rows(engine) -> None:
 def _copy_to_master(parameter: Any, stage: int) -> None:
     """ZeRO 1 and 2 update a fragment of their own, of which parameters are whole copies."""
     if stage > 0 and parameter._hp_mapping is not None:
-        parameter._hp_mapping.hp_fragment.copy_(zero.cut(parameter, parameter, stage))
+        parameter._hp_mapping.hp_fragment.copy_(shards.cut(parameter, parameter, stage))
 
 
 def _replace_shard(parameter: Any, whole: Tensor) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
     from deepspeed.utils import safe_set_local_fp32_param
 
-    shard = zero.cut(parameter, whole, 3)
+    shard = shards.cut(parameter, whole, 3)
     parameter.ds_tensor.copy_(shard)
     safe_set_local_fp32_param(parameter, shard)  # the same memory, but for an optimizer that is offloaded
     if parameter.ds_status == ZeroParamStatus.AVAILABLE:  # small ones stay gathered from step to step
