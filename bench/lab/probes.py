@@ -20,7 +20,7 @@ from scalelong.model.skip_scale import LongSkip
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import Batch, prepare_source, read_batches
 from scalelong.train.data.order import BatchPlan
-from scalelong.train.data.source import open_source
+from scalelong.train.data.source import open_data
 from scalelong.train.objective import make_objective
 
 NUM_IMAGES = 16
@@ -44,7 +44,7 @@ def read_batch(config: TrainConfig) -> Batch:
         UserError: nothing to read there.
     """
     config = replace(config, seed=0, data=replace(config.data, reader="pillow"))
-    source = prepare_source(config, open_source(config.data.path, config.num_data_classes))
+    source = prepare_source(config, open_data(config))
     return next(read_batches(config, source, BatchPlan(0, NUM_IMAGES), num_threads=1, device=torch.device("cpu")))
 
 
@@ -53,8 +53,8 @@ def noisy(config: TrainConfig, batch: Batch, time_u: float) -> Noisy:
     objective = make_objective(config.objective)
     t_B = objective.draw_time(torch.full((len(batch.images_BCHW),), time_u))
     levels = objective.process.levels(t_B[:, None, None, None])
-    x_BCHW, network_t_B = objective.network_input(objective.corrupt(batch.images_BCHW, batch.noise_BCHW, *levels), t_B)
-    return Noisy(x_BCHW, network_t_B, batch.condition, batch.noise_BCHW)
+    x_BCHW = objective.prediction.shown(objective.corrupt(batch.images_BCHW, batch.noise_BCHW, *levels), *levels)
+    return Noisy(x_BCHW, objective.process.network_time(t_B), batch.condition, batch.noise_BCHW)
 
 
 def perturbation_gain(network: Callable[[Tensor], Tensor], x_BCHW: Tensor, delta: float, *, seed: int = 0) -> float:
