@@ -17,7 +17,7 @@ from scalelong.train.command_line import parse_train_arguments
 def row(trial: Trial) -> Row:
     scores: dict[str, Any] = {"accuracy_with_guidance": 1.0, "accuracy": 0.9}
     scores |= dict.fromkeys(("distance", "distance_with_guidance", "kernel_distance", "kernel_distance_with_guidance"))
-    where = {"sampler": "heun", "date": "2026-11-26", "commit": "abc", "device": "CPU", "torch": "2"}
+    where: dict[str, Any] = {"sampler": "heun", "date": "2026-11-26", "commit": "abc", "device": "CPU", "torch": "2"}
     return Row(**asdict(trial), seconds=1.0, loss=0.5, **scores, **where)
 
 
