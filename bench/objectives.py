@@ -71,9 +71,12 @@ class Row(Trial):
     loss: float
     """Of its last tenth, on average: comparable between runs of the same objective only."""
     accuracy_with_guidance: float
-    distance_with_guidance: float
+    distance_with_guidance: float | None
+    """Frechet's; None where there are too few samples for one. So is the kernel distance where none is computed."""
+    kernel_distance_with_guidance: float | None
     accuracy: float
-    distance: float
+    distance: float | None
+    kernel_distance: float | None
     sampler: str
     date: str
     commit: str
@@ -123,9 +126,11 @@ def row_of(trial: Trial, run: Path) -> Row:
         seconds=round(sum((b - a) / r["images_per_second"] for a, b, r in zip(seen, seen[1:], rows, strict=False)), 1),
         loss=round(sum(tail) / len(tail), 5),
         accuracy_with_guidance=guided["accuracy"],
-        distance_with_guidance=round(guided["distance"], 4),
+        distance_with_guidance=guided.get("distance"),
+        kernel_distance_with_guidance=guided.get("kernel_distance"),
         accuracy=plain["accuracy"],
-        distance=round(plain["distance"], 4),
+        distance=plain.get("distance"),
+        kernel_distance=plain.get("kernel_distance"),
         sampler=f"{sample.sampler}, {sample.steps} steps, guidance {guided['guidance']:g}",
         date=datetime.now(UTC).date().isoformat(),
         commit=commit(),
@@ -173,11 +178,8 @@ def run_trials(wanted: Sequence[Trial], runs: Path, out: Path, jobs: int, work: 
                 print(came, file=sys.stderr, flush=True)
                 continue
             append_row(out, came)
-            print(
-                f"{came!s:<32}{came.seconds:>6.0f} s   with guidance {came.accuracy_with_guidance:.1%}, distance "
-                f"{came.distance_with_guidance:.3f}; without {came.accuracy:.1%}, {came.distance:.3f}",
-                flush=True,
-            )
+            scores = f"label accuracy {came.accuracy_with_guidance:.1%} with guidance, {came.accuracy:.1%} without"
+            print(f"{came!s:<32}{came.seconds:>6.0f} s   {scores}", flush=True)
     return num_failed
 
 

@@ -4,6 +4,7 @@ import csv
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,9 +15,10 @@ from scalelong.train.command_line import parse_train_arguments
 
 
 def row(trial: Trial) -> Row:
-    scores = {"accuracy_with_guidance": 1.0, "distance_with_guidance": 0.1, "accuracy": 0.9, "distance": 0.2}
-    where = {"sampler": "heun", "date": "2026-11-26", "commit": "abc", "device": "CPU", "torch": "2"}
-    return Row(**asdict(trial), seconds=1.0, loss=0.5, **scores, **where)  # pyright: ignore[reportArgumentType]
+    scores: dict[str, Any] = {"accuracy_with_guidance": 1.0, "accuracy": 0.9}
+    scores |= dict.fromkeys(("distance", "distance_with_guidance", "kernel_distance", "kernel_distance_with_guidance"))
+    where: dict[str, Any] = {"sampler": "heun", "date": "2026-11-26", "commit": "abc", "device": "CPU", "torch": "2"}
+    return Row(**asdict(trial), seconds=1.0, loss=0.5, **scores, **where)
 
 
 def test_each_value_has_a_run_that_the_command_line_takes():
@@ -79,8 +81,8 @@ def test_a_row_says_what_log_and_scores_say(tmp_path):
     found = row_of(trial, tmp_path)
     assert found.seconds == pytest.approx(40)
     assert found.loss == pytest.approx((1 / 19 + 1 / 20) / 2, abs=1e-5)
-    assert (found.accuracy_with_guidance, found.distance_with_guidance) == (0.99, 0.1235)
-    assert (found.accuracy, found.distance) == (0.8, 1)
+    assert (found.accuracy_with_guidance, found.distance_with_guidance) == (0.99, 0.12345)
+    assert (found.accuracy, found.distance, found.kernel_distance) == (0.8, 1, None)
     assert (found.varied, found.value, found.sampler) == (
         "objective.prediction",
         "flow",
