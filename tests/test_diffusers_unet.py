@@ -1,6 +1,7 @@
 """UNets of diffusers as ours: the same outputs, and what is no network of ours."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -12,9 +13,12 @@ from scalelong.model.diffusers_unet import weights_of_diffusers
 from scalelong.model.fitted_weights import fit
 from scalelong.model.skip_scale import Unscaled
 
-SMALL = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
-BLOCKS = {"down_block_types": ("DownBlock2D", "AttnDownBlock2D"), "up_block_types": ("AttnUpBlock2D", "UpBlock2D")}
-BY_BLOCKS = {
+SMALL: dict[str, Any] = {"sample_size": 8, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4}
+BLOCKS: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D"),
+    "up_block_types": ("AttnUpBlock2D", "UpBlock2D"),
+}
+BY_BLOCKS: dict[str, Any] = {
     "down_block_types": ("ResnetDownsampleBlock2D", "AttnDownBlock2D"),
     "up_block_types": ("AttnUpBlock2D", "ResnetUpsampleBlock2D"),
     "downsample_type": "resnet",

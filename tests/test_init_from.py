@@ -24,6 +24,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.hosts.processes import join_processes
 from scalelong.train.initial_weights import read_weights
 from scalelong.train.loop import train
+from scalelong.train.recipes import RECIPES
 from scalelong.train.run import start_run
 from scalelong.train.run_folder import read_config
 from scalelong.train.zero import shards
@@ -129,7 +130,9 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_starts_again(tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(1, marks=pytest.mark.exhaustive), pytest.param(2, marks=pytest.mark.exhaustive), 3]
+)
 def test_two_ranks_and_every_stage_start_alike(tmp_path, origin, stage):
     images = ten_classes(tmp_path / "images")
     config = small_config(
@@ -200,3 +203,25 @@ def test_bad_input_is_one_line_and_nothing_is_written(tmp_path, origin):
         assert not run.exists()
     with pytest.raises(ValueError, match="give one"):
         replace(base, branch_from=str(origin))
+
+
+@pytest.mark.parametrize("part", ["", "unet"])
+def test_a_folder_of_diffusers_is_read_with_its_pipeline_or_alone(tmp_path, part):
+    diffusers = pytest.importorskip("diffusers")
+    blocks: dict = {"down_block_types": ("DownBlock2D", "DownBlock2D"), "up_block_types": ("UpBlock2D", "UpBlock2D")}
+    theirs = diffusers.UNet2DModel(8, 1, 1, block_out_channels=(32, 64), attention_head_dim=None, **blocks)
+    theirs.save_pretrained(tmp_path / "model" / part)
+    base = RECIPES["digits-unet"]
+    model = replace(base.model, attention_resolutions=())
+    config = replace(base, run=tmp_path / "run", init_from=str(tmp_path / "model"), model=model)
+    initial = read_weights(config)
+    assert initial.lines[0].startswith(f"weights of {tmp_path / 'model'} (diffusers), SHA-256 ")
+    assert "  new: the embedding of labels, 1,408 parameters" in initial.lines
+    network = make_backbone(config.model, skip_scale=config.skip_scale)
+    initial.put_into(network, config)
+    assert torch.equal(network.state_dict()["out.2.weight"], theirs.conv_out.weight)
+    other = replace(config, init_from=str(tmp_path / "model"), model=base.model)
+    with pytest.raises(
+        UserError, match=r"attention_resolutions \(\) -> \(2,\); nearest to them is the UNet digits-unet"
+    ):
+        read_weights(other)
