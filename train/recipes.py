@@ -11,6 +11,7 @@ from typing import Any
 from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.usage import DESCRIPTIONS
 
 _DIGITS = TrainConfig(
@@ -38,7 +39,7 @@ _PHOTOS = TrainConfig(
     images_per_average=1_600,
     images_per_log=0,
     # The published schedule with least noise: errors of so short a training are magnified by as much as there is.
-    objective="scaled-linear",
+    objective=ObjectiveConfig(noise="scaled-linear"),
     model=UVIT_PRESETS["photos32-uvit"],
     optimizer=OptimizerConfig(learning_rate=1e-3, beta1=0.9, beta2=0.99, warmup_images=3_200, ema_decay=0.99),
     data=DataConfig(path="photos", flip=True),
