@@ -167,7 +167,7 @@ def test_scores_that_cannot_be_had_are_refused_before_anything_is_written(tmp_pa
     assert not config.run.exists()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_two_processes_make_the_table_of_one(run, tmp_path):
     axes = ["--sweep", "ema=0.05,0.1", "guidance=0,1"]
     main([str(run), *CHEAP, "--out", str(tmp_path / "one.csv"), *axes])

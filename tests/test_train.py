@@ -59,7 +59,8 @@ def test_a_run_leaves_what_the_house_promises(straight):
     expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
     expected |= {"data_wait", "bad_images"}
     expected |= {f"skip/1/{what}" for what in ("scale", "feature_norm", "hidden_norm")}
-    assert rows[-1].keys() == expected
+    assert rows[0].keys() == expected
+    assert rows[-1].keys() == expected | {"validation_loss", "validation_loss_ema"}
     assert all(np.isfinite(list(row.values())).all() for row in rows)
 
 

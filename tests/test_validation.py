@@ -124,7 +124,7 @@ def test_stages_and_accumulation_give_the_same(straight, tmp_path, changes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.exhaustive), 3])
 def test_two_ranks_give_the_same(straight, tmp_path, stage):
     """Of 100 images, in batches of 16, the last four are one rank's."""
     arguments = ["digits-uvit", *SMALL, "--run", tmp_path / "run", "--zero-stage", stage, "--total-images", 6 * STEP]
