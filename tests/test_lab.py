@@ -104,6 +104,11 @@ def test_what_a_model_cannot_have_is_said_and_the_rest_is_planned(tmp_path):
     assert any("no skip scale can stand after one" in line for line in said)
 
 
+def test_one_seed_of_every_cell_runs_before_the_next_of_any(tmp_path):
+    planned = plan_cells(small_cells(64, seeds="2", learning_rates="2^-8"), [], Grid(tmp_path, {}))
+    assert [one.config.seed for one in planned] == [0, 0, 1, 1]
+
+
 def test_a_row_or_a_run_of_another_configuration_is_said_and_left_alone(tmp_path):
     from scalelong.train.run_folder import write_config
 

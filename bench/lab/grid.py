@@ -113,7 +113,8 @@ def plan_cells(
             say(f"{cell.name}: {error}")
             continue
         planned.append(Planned(cell, run, config))
-    return planned
+    # One seed of every cell before the next of any: a grid that is cut short has something of all.
+    return sorted(planned, key=lambda one: one.config.seed)
 
 
 def check_row(row: Row, digest: str) -> None:
