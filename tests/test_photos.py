@@ -100,7 +100,7 @@ def test_the_recipes_read_crops_and_hold_photographs_out(recipe):
     assert has_test_split(config.data.path)
     real = read_real_images(config, 100)
     assert not real.held_out_from_training
-    assert real.train.shape == real.held_out.shape == (100, 3 * 32 * 32)
+    assert real.train.shape == real.held_out.shape == (100, 32, 32, 3)
 
 
 @pytest.mark.parametrize("reader", ["pillow", "dali"])

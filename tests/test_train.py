@@ -58,7 +58,9 @@ def test_a_run_leaves_what_the_house_promises(straight):
     assert [row["step"] for row in rows] == list(range(1, 21))
     expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
     expected |= {"data_wait", "bad_images"}
-    expected |= {f"skip/1/{what}" for what in ("scale", "feature_norm", "hidden_norm")}
+    expected |= {f"skip/1/{what}" for what in ("scale", "scale_spread", "feature_norm", "hidden_norm")}
+    expected |= {f"block/{n}/feature_norm" for n in range(3)}
+    expected |= {f"block/{n}/gradient_norm" for n in (0, 1, 2, "outside")}
     assert rows[0].keys() == expected
     assert rows[-1].keys() == expected | {"validation_loss", "validation_loss_ema"}
     assert all(np.isfinite(list(row.values())).all() for row in rows)

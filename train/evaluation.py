@@ -52,7 +52,7 @@ def score_samples(
     """The scores of so many samples, every class in turn, on rank 0; None on the others.
 
     Args:
-        settings: of ``generate``: null_condition, sampler, steps, guidance, seed.
+        settings: of ``generate``: null_condition, sampler, steps, guidance, its interval, seed.
         autocast: what the model computes in; None: as its weights are.
     """
     classes, numbers = range(config.num_data_classes), range(num_images)
@@ -85,6 +85,7 @@ class Evaluation:
             "sampler": config.sample.sampler,
             "steps": config.sample.steps,
             "guidance": config.sample.guidance,
+            "guidance_interval": config.sample.guidance_interval,
             "seed": config.seed,
         }
         autocast, count = AUTOCAST.get(config.precision), config.evaluation.num_images
