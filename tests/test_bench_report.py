@@ -40,7 +40,7 @@ def test_a_marked_table_is_made_anew(tmp_path):
     made = report.rebuilt(text, tmp_path)
     assert made.startswith("before\n<!-- lab initialisation law mode, slope -->\n\n| mode | slope |\n")
     assert "| none | 2 |" in made
-    assert "experiments initialisation`: 2 runs, 0 hours of training, commit abc1234, a machine, 2026-11-26" in made
+    assert "experiments initialisation`: 2 untrained networks, commit abc1234, a machine, 2026-11-26" in made
     assert made.endswith("<!-- end -->\nbehind\n")
     assert "old" not in made
     assert report.rebuilt(made, tmp_path) == made

@@ -102,7 +102,7 @@ def test_resuming_is_exact(clip, tmp_path, monkeypatch):
     assert not all(torch.equal(value, plain[name]) for name, value in whole.items())
 
 
-SAMPLED = (2, "clip_per_tensor"), (3, "clip_z_score")
+SAMPLED = ((3, "clip_per_tensor"),)
 OTHERS = [(stage, clip) for stage in (1, 2, 3) for clip in CLIPS if (stage, clip) not in SAMPLED]
 
 

@@ -183,4 +183,5 @@ def where(rows: Sequence[Row]) -> str:
     sets = (sorted({getattr(row, name) for row in rows if getattr(row, name)}) for name in ("commit", "device"))
     hours = sum(row.seconds for row in rows if not math.isnan(row.seconds)) / 3600
     commits, devices = (", ".join(values) for values in sets)
-    return f"{len(rows)} runs, {hours:.2g} hours of training, commit {commits}, {devices}, {span}"
+    trained = f"{len(rows)} runs, {hours:.2g} hours of training" if hours else f"{len(rows)} untrained networks"
+    return f"{trained}, commit {commits}, {devices}, {span}"
