@@ -38,7 +38,7 @@ class Backbone(nn.Module):
             the model at any time.
 
     Raises:
-        ValueError: a way of recomputing that the network does not have.
+        ValueError: a way of recomputing that the network does not have, or a policy for skips that it does not have.
     """
 
     config_class: ClassVar[type[BackboneConfig]]
@@ -54,6 +54,7 @@ class Backbone(nn.Module):
         config.check_recompute(recompute)
         self.config = config
         self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
+        config.check_skip_scale(self.skip_scale)
         self.recompute: Recompute = recompute
         self.block_memory = config.block_memory
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 if TYPE_CHECKING:
     from scalelong.model.backbone import Backbone
+    from scalelong.model.skip_scale import SkipScale
 
 Recompute = Literal["none", "blocks"] | float
 
@@ -100,6 +101,21 @@ class BackboneConfig:
     def block_memory(self) -> BlockMemory | None:
         """What recomputation may drop of each block; None where it can only drop all but the input."""
         return None
+
+    @property
+    def has_skips(self) -> bool:
+        """Whether the network has long skips, which a policy may scale."""
+        return True
+
+    def check_skip_scale(self, policy: "SkipScale") -> None:
+        """
+        Raises:
+            ValueError: a policy other than "none" for a network without long skips.
+        """
+        if not self.has_skips and policy.kind != "none":
+            raise ValueError(
+                f"skip scale {policy.kind!r}, but this {self.architecture} has no long skips (model.skip): 'none' fits"
+            )
 
     def check_recompute(self, recompute: Recompute) -> None:
         """

@@ -21,6 +21,7 @@ from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.kernels.skip_linear import skip_linear
+from scalelong.kernels.skip_norm_linear import skip_norm_linear
 from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_layers import GroupNorm
 from scalelong.model.skip_scale import make_skip_scale
@@ -57,6 +58,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "gelu_linear": (lambda x, s, factor, eps: gelu_linear(x, WEIGHT[:, :4], None, act="gelu-tanh"), TOKENS),
     "attention": (lambda x, s, factor, eps: attention((x, s[..., :4], s[..., 1:]), 2, scale=0.3), TOKENS),
     "add_layer_norm": (lambda x, s, factor, eps: add_layer_norm(x, x, None, None, eps=eps)[1], TOKENS),
+    "skip_norm_linear": (
+        lambda x, s, factor, eps: skip_norm_linear(x, s, factor, None, None, WEIGHT, None, eps=eps),
+        TOKENS,
+    ),
     "skip_linear": (lambda x, s, factor, eps: skip_linear(x, s, factor, WEIGHT, None), TOKENS),
 }
 each_operator = pytest.mark.parametrize(

@@ -159,7 +159,10 @@ def parse_recipe(kind: type[R], flags: list[str], *, prog: str, default: R) -> R
     try:
         if chosen is not None:
             check_kind(chosen, parsed.train.skip_scale)
-        return replace(parsed, train=_with_short_forms(parsed, given=_names_of(flags)))
+        train = _with_short_forms(parsed, given=_names_of(flags))
+        # Not by the configuration itself, which holds a recipe's network before the flags give it skips.
+        train.model.check_skip_scale(train.skip_scale)
+        return replace(parsed, train=train)
     except ValueError as error:
         raise UserError(str(error)) from error
 
