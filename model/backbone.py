@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scalelong.model.architectures import model_to_dict, read_description
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
+from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
 from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
@@ -145,7 +146,8 @@ class Backbone(nn.Module):
 
     def parameter_kinds(self) -> Sequence[ParameterKind]:
         """The table that ``init_weights`` and ``parameter_groups`` read. A parametrisation overrides it."""
-        return self.kinds
+        # This file, seen from there, has another name than through the package.
+        return mup_kinds(self) if self.config.parametrization == "mup" else self.kinds  # pyright: ignore[reportArgumentType]
 
     def init_weights(self) -> None:
         """Gives every parameter the values that its kind begins with, and every layer its multiplier."""

@@ -1,9 +1,9 @@
 """The shape of a DiT; imports no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from scalelong.model.backbone_config import BackboneConfig, BlockMemory
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
 
 if TYPE_CHECKING:
     from scalelong.model.dit import DiT
@@ -53,12 +53,17 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
             raise ValueError(f"skip must be one of {', '.join(SKIP_FORMS)}, got {self.skip!r}")
         if self.skip != "none" and self.depth < 2:
             raise ValueError(f"long skips need a depth of at least 2, got {self.depth}")
+        if self.parametrization == "mup":
+            self.base_config()
 
     @classmethod
     def network(cls) -> type["DiT"]:
         from scalelong.model.dit import DiT
 
         return DiT
+
+    def base_config(self) -> Self:
+        return with_base_width(self)
 
     @property
     def num_skips(self) -> int:
