@@ -175,7 +175,8 @@ BUGS: dict[str, Callable[[ParameterKind, str], ParameterKind]] = {
 @pytest.mark.parametrize("policy", ["cs", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("none", "ls"))])
 @each_config
 def test_coordinates_do_not_grow_with_the_width(config, policy):
-    assert worst_slope(make_backbone_of(config, policy)) <= 0.25
+    # Of more seeds for a gate's one hidden unit, whose size is the least certain.
+    assert worst_slope(make_backbone_of(config, policy), seeds=8 if policy == "ls" else 4) <= 0.25
 
 
 @pytest.mark.exhaustive
