@@ -70,7 +70,9 @@ def benchmarks(*arguments: str) -> tuple[str, ...]:
 
 UVIT = "bench/bench_uvit_step.py::test_uvit_step[imagenet64-uvit-m4-ls-bfloat16{}]"
 ADM = "bench/bench_unet_step.py::test_unet_step[imagenet64-adm-cs{}]"
+DIT = "bench/bench_dit_step.py::test_dit_step[imagenet256-dit-{}-none-none-bfloat16]"
 STEPS = (UVIT.format(""), ADM.format(""), UVIT.format("-compiled"), ADM.format("-compiled"))
+DIT_STEPS = DIT.format("xl2"), DIT.format("l2")
 PARALLEL = ("-n", str(NUM_TEST_WORKERS), "--dist", "worksteal", "-m", "gpu and not exhaustive", "tests/test_gpu.py")
 NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--set", "full", "--launch-count", "8")
 TUNE = ("--max-seconds", "{seconds}", *(["--dry-run"] if IS_DRY_RUN else []))
@@ -86,7 +88,7 @@ CALLS: dict[str, tuple[Part, ...]] = {
         Part("tests", 115, tests(*PARALLEL)),
         Part("norms", 215, benchmarks("bench/bench_group_norm.py", "-k", NORMS), measures=True, environment=WARM),
         Part("ncu", 255, (*NCU, *module("profiled_norms")), at_most=40, measures=True),
-        Part("steps", 370, benchmarks(*STEPS), measures=True, environment=WARM),
+        Part("steps", 370, benchmarks(*STEPS, *DIT_STEPS), measures=True, environment=WARM),
     ),
     "second": (
         Part("triton", 40, module("warm_cache", "triton"), in_background=True),
@@ -94,7 +96,7 @@ CALLS: dict[str, tuple[Part, ...]] = {
         Part("tune", 140, module("tune_group_norm", *TUNE), at_most=8 if IS_DRY_RUN else 100, measures=True),
         Part("attention", 170, benchmarks("bench/bench_attention.py"), measures=True, environment=WARM),
         Part("skip-linear", 190, benchmarks("bench/bench_skip_linear.py"), measures=True, environment=WARM),
-        Part("steps", 270, benchmarks(*STEPS[:2]), measures=True, environment=WARM),
+        Part("steps", 270, benchmarks(*STEPS[:2], *DIT_STEPS), measures=True, environment=WARM),
         Part("exhaustive", 290, tests("-m", "gpu and exhaustive", "tests/test_gpu.py"), measures=True),
     ),
     # Nothing for the first quarter of an hour: DALI must be installed.

@@ -13,7 +13,8 @@ from scalelong.model.common_factor import multiplied
 from scalelong.model.linear_layers import GeluLinear, SkipLinear
 from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_scale import LongSkip, SkipScale
-from scalelong.model.uvit import Attention, Block, UViT
+from scalelong.model.transformer_layers import Attention
+from scalelong.model.uvit import Block, UViT
 
 
 class PublishedAttention(Attention):
@@ -23,8 +24,12 @@ class PublishedAttention(Attention):
     def forward(self, x_BTD: Tensor) -> Tensor:
         B, T, D = x_BTD.shape
         qkv = self.project(x_BTD)
-        qkv_3BHTE = qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 3, 1, 4)
-        y_BHTE = F.scaled_dot_product_attention(qkv_3BHTE[0], qkv_3BHTE[1], qkv_3BHTE[2])
+        qkv_3BTHE = qkv.reshape(B, T, 3, self.num_heads, D // self.num_heads).permute(2, 0, 1, 3, 4)
+        q_BTHE, k_BTHE, v_BTHE = qkv_3BTHE[0], qkv_3BTHE[1], qkv_3BTHE[2]
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BTHE, k_BTHE = self.q_norm(q_BTHE).to(v_BTHE.dtype), self.k_norm(k_BTHE).to(v_BTHE.dtype)
+        q_BHTE, k_BHTE, v_BHTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTHE, v_BTHE))
+        y_BHTE = F.scaled_dot_product_attention(q_BHTE, k_BHTE, v_BHTE)
         return self.proj(y_BHTE.transpose(1, 2).reshape(B, T, D).to(x_BTD.dtype))
 
 

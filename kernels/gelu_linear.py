@@ -18,12 +18,12 @@ from scalelong.kernels.backend import Backends, backend_of, is_traced, tells
 from scalelong.kernels.double_backward import differentiable_gradients
 from scalelong.kernels.precision import autocast_dtype, product_dtype, without_autocast
 
-_APPROXIMATE = {"gelu": "none", "gelu-tanh": "tanh"}  # as torch names it, by act
+APPROXIMATE = {"gelu": "none", "gelu-tanh": "tanh"}  # as torch names it, by act
 
 
 def gelu_linear_ref(x_MD: Tensor, weight_OD: Tensor, bias_O: Tensor | None, *, act: str = "gelu") -> Tensor:
     """The specification."""
-    return F.linear(F.gelu(x_MD, approximate=_APPROXIMATE[act]), weight_OD, bias_O)
+    return F.linear(F.gelu(x_MD, approximate=APPROXIMATE[act]), weight_OD, bias_O)
 
 
 def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str = "gelu") -> Tensor:
@@ -48,8 +48,8 @@ def gelu_linear(x: Tensor, weight: Tensor, bias: Tensor | None, *, act: str = "g
         raise ValueError(f"gelu_linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"gelu_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    if act not in _APPROXIMATE:
-        raise ValueError(f"gelu_linear: act {act!r} is none of {', '.join(map(repr, _APPROXIMATE))}")
+    if act not in APPROXIMATE:
+        raise ValueError(f"gelu_linear: act {act!r} is none of {', '.join(map(repr, APPROXIMATE))}")
     if _backend_of(x) == "reference":
         return gelu_linear_ref(x, weight, bias, act=act)
     return _GeluLinear.apply(x, weight, bias, autocast_dtype(x), act)
@@ -100,7 +100,7 @@ class _GeluLinear(torch.autograd.Function):
 def _gelu(x: Tensor, dtype: torch.dtype, act: str) -> Tensor:
     backend = backend_of(x)
     if backend == "reference":
-        return F.gelu(x, approximate=_APPROXIMATE[act]).to(dtype)
+        return F.gelu(x, approximate=APPROXIMATE[act]).to(dtype)
     x = x.contiguous()
     if backend == "triton":
         y = torch.empty_like(x, dtype=dtype)
@@ -115,7 +115,7 @@ def _gelu_backward(dy: Tensor, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
     """The gradient of x in its dtype, and gelu(x) anew in that of ``dy``, which may be overwritten."""
     backend = backend_of(x)
     if backend == "reference":
-        approximate = _APPROXIMATE[act]
+        approximate = APPROXIMATE[act]
         dx = torch.ops.aten.gelu_backward(dy.to(x.dtype), x, approximate=approximate)
         return dx, F.gelu(x, approximate=approximate).to(dy.dtype)
     dtype, x = dy.dtype, x.contiguous()
@@ -131,4 +131,4 @@ def _gelu_backward(dy: Tensor, x: Tensor, act: str) -> tuple[Tensor, Tensor]:
 def _reference(dtype: torch.dtype, act: str, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     with without_autocast(x):
         bias = None if bias is None else bias.to(dtype)
-        return F.linear(F.gelu(x, approximate=_APPROXIMATE[act]).to(dtype), weight.to(dtype), bias)
+        return F.linear(F.gelu(x, approximate=APPROXIMATE[act]).to(dtype), weight.to(dtype), bias)

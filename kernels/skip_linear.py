@@ -356,18 +356,40 @@ torch.library.define(
 )
 
 
-@torch.library.impl("scalelong::skip_linear", "default")
-def _(x, s, scale, weight, bias, float_scale, dtype=None):
+def project(
+    x: Tensor,
+    s: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    float_scale: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """The product, of ``dtype``, without autograd: what is registered, and what other operators are built of."""
     tensors = _Tensors(x, s, scale, weight, bias)
     return _forward(tensors, _kind_of_call(tensors, _Options(float_scale, dtype or x.dtype), backend_of(x)))
 
 
-@torch.library.impl("scalelong::skip_linear_backward", "default")
-def _(dy: Tensor, x, s, scale, weight, bias, float_scale, dtype, needed) -> tuple[Tensor, ...]:
+def gradients_of_projection(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    scale: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    float_scale: float,
+    dtype: torch.dtype,
+    needed: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    """The gradients of the five tensors of ``project``; empty where they are not needed."""
     with torch.no_grad():
         tensors = _Tensors(x, s, scale, weight, bias)
         grads = _backward(dy, tensors, _kind_of_call(tensors, _Options(float_scale, dtype), backend_of(x)), needed)
         return none_as_empty(grads, dy)
+
+
+torch.library.impl("scalelong::skip_linear", "default", project)
+torch.library.impl("scalelong::skip_linear_backward", "default", gradients_of_projection)
 
 
 @torch.library.register_fake("scalelong::skip_linear")

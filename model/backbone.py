@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from scalelong.model.architectures import model_to_dict, read_description
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
+from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
 from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
@@ -39,7 +40,7 @@ class Backbone(nn.Module):
             the model at any time.
 
     Raises:
-        ValueError: a way of recomputing that the network does not have.
+        ValueError: a way of recomputing that the network does not have, or a policy for skips that it does not have.
     """
 
     config_class: ClassVar[type[BackboneConfig]]
@@ -55,6 +56,7 @@ class Backbone(nn.Module):
         config.check_recompute(recompute)
         self.config = config
         self.skip_scale = skip_scale if skip_scale is not None else Unscaled()
+        config.check_skip_scale(self.skip_scale)
         self.recompute: Recompute = recompute
         self.block_memory = config.block_memory
 
@@ -154,7 +156,8 @@ class Backbone(nn.Module):
 
     def parameter_kinds(self) -> Sequence[ParameterKind]:
         """The table that ``init_weights`` and ``parameter_groups`` read. A parametrisation overrides it."""
-        return self.kinds
+        # This file, seen from there, has another name than through the package.
+        return mup_kinds(self) if self.config.parametrization == "mup" else self.kinds  # pyright: ignore[reportArgumentType]
 
     def init_weights(self) -> None:
         """Gives every parameter the values that its kind begins with, and every layer its multiplier."""

@@ -3,14 +3,17 @@
 Imports no torch, and nor do the configurations: command lines, recipes and checks of options do without it.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from numbers import Integral
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar, get_args
 
 if TYPE_CHECKING:
     from scalelong.model.backbone import Backbone
+    from scalelong.model.skip_scale import SkipScale
 
+Parametrization = Literal["standard", "mup"]
 Recompute = Literal["none", "blocks"] | float
+Transformer = TypeVar("Transformer", bound="BackboneConfig")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,16 @@ class BlockMemory:
     """Outputs of matrix products, each known by its outputs an input."""
     attention: float = 1.0
     """The output of attention."""
+
+
+def with_base_width(config: Transformer) -> Transformer:
+    """The ``base_config`` of a configuration with a ``width`` and ``num_heads``: fewer heads as wide."""
+    width, num_heads, base_width = config.width, config.num_heads, config.base_width  # type: ignore[attr-defined]
+    head_width = width // num_heads
+    if base_width % head_width:
+        raise ValueError(f"base_width {base_width} is no multiple of the width {head_width} of a head")
+    changes = {"width": base_width, "num_heads": base_width // head_width}
+    return replace(config, parametrization="standard", base_width=0, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +65,10 @@ class BackboneConfig:
     """Text tokens; 0: no text."""
     context_dim: int = 768
     """Features of a text token as given."""
+    parametrization: Parametrization = "standard"
+    """How initialisation, learning rates and outputs go with the width: as published, or by muP."""
+    base_width: int = 0
+    """Of muP: the width at which the run's learning rate was found."""
 
     def __init_subclass__(cls, architecture: str = "", **more: object):
         super().__init_subclass__(**more)
@@ -69,7 +86,13 @@ class BackboneConfig:
                 what = ", the side of a square image" if field.name == "img_size" else ""
                 raise ValueError(f"{field.name} is a whole number{what}, got {value!r}")
         self.check_at_least(1, "img_size", "in_channels", "context_dim")
-        self.check_at_least(0, "out_channels", "num_classes", "context_tokens")
+        self.check_at_least(0, "out_channels", "num_classes", "context_tokens", "base_width")
+        if self.parametrization not in get_args(Parametrization):
+            raise ValueError(f"parametrization must be standard or mup, got {self.parametrization!r}")
+        if self.parametrization == "standard" and self.base_width:
+            raise ValueError(f"base_width {self.base_width} is of the parametrization mup alone")
+        if self.parametrization == "mup" and not self.base_width:
+            raise ValueError("the parametrization mup needs a base_width: that at which the learning rate was found")
 
     def check_at_least(self, least: int, *names: str) -> None:
         """
@@ -86,6 +109,14 @@ class BackboneConfig:
         """The class of the network that is described; imports it, and torch."""
         raise NotImplementedError
 
+    def base_config(self) -> Self:
+        """Of muP: the same network at its base width, in the standard parametrisation.
+
+        Raises:
+            ValueError: no base width, or none that fits.
+        """
+        raise ValueError(f"a {self.architecture} has no parametrization mup")
+
     @property
     def channels_out(self) -> int:
         """Channels of the prediction."""
@@ -100,6 +131,21 @@ class BackboneConfig:
     def block_memory(self) -> BlockMemory | None:
         """What recomputation may drop of each block; None where it can only drop all but the input."""
         return None
+
+    @property
+    def has_skips(self) -> bool:
+        """Whether the network has long skips, which a policy may scale."""
+        return True
+
+    def check_skip_scale(self, policy: "SkipScale") -> None:
+        """
+        Raises:
+            ValueError: a policy other than "none" for a network without long skips.
+        """
+        if not self.has_skips and policy.kind != "none":
+            raise ValueError(
+                f"skip scale {policy.kind!r}, but this {self.architecture} has no long skips (model.skip): 'none' fits"
+            )
 
     def check_recompute(self, recompute: Recompute) -> None:
         """

@@ -1,6 +1,7 @@
 """Reads state dicts of other projects, safely, and writes weights."""
 
-from collections.abc import Mapping
+import argparse
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 
@@ -13,11 +14,13 @@ FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 
-def read_state_dict(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tensor]:
+def read_state_dict(
+    source: str | Path | Mapping[str, Tensor], *, parts: Sequence[str] = ("state_dict",)
+) -> dict[str, Tensor]:
     """The tensors of a ``.pth``, ``.pt`` or ``.safetensors`` file or a state dict, by the names of the plain network.
 
-    Of ``{"state_dict": ...}`` it takes what is in there. Names lose what DistributedDataParallel ("module."),
-    torch.compile ("_orig_mod.") and FSDP add to them.
+    Of ``{"state_dict": ...}``, or the first of ``parts`` that there is, it takes what is in there. Names lose what
+    DistributedDataParallel ("module."), torch.compile ("_orig_mod.") and FSDP add to them.
 
     Raises:
         FileNotFoundError: no such file.
@@ -27,8 +30,8 @@ def read_state_dict(source: str | Path | Mapping[str, Tensor]) -> dict[str, Tens
         path = Path(source)
         if not path.is_file():
             raise FileNotFoundError(f"no such checkpoint: {path}")
-        return _checked(read_tensors(path), f"the checkpoint {path}")
-    return _checked(source, "the checkpoint")
+        return _checked(read_tensors(path), f"the checkpoint {path}", parts)
+    return _checked(source, "the checkpoint", parts)
 
 
 def read_tensors(path: Path) -> object:
@@ -45,7 +48,9 @@ def read_tensors(path: Path) -> object:
         # A safetensors file begins with the length of its header, of less than 4 GiB, and the header.
         if start[4:9] == b"\0\0\0\0{" or (path.suffix == ".safetensors" and start[:1] not in (b"P", b"\x80")):
             return load_file(path)
-        with path.open("rb") as file:  # whose name would tell torch.load what to expect
+        # Plain values, which DiT's training keeps beside the weights.
+        plain = torch.serialization.safe_globals([argparse.Namespace])
+        with path.open("rb") as file, plain:  # whose name would tell torch.load what to expect
             return torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make a reader fail in any way
         raise ValueError(f"cannot read the checkpoint {path}: {_reason(error)}") from None
@@ -77,9 +82,9 @@ def _reason(error: Exception) -> str:
     return line if type(error) in (OSError, RuntimeError, ValueError) else f"it is damaged ({line})"
 
 
-def _checked(found: object, origin: str) -> dict[str, Tensor]:
-    if isinstance(found, Mapping) and isinstance(found.get("state_dict"), Mapping):
-        found = found["state_dict"]
+def _checked(found: object, origin: str, parts: Sequence[str]) -> dict[str, Tensor]:
+    if isinstance(found, Mapping):
+        found = next((found[part] for part in parts if isinstance(found.get(part), Mapping)), found)
     not_state_dict = f"{origin} is not a state dict: expected a mapping from names to tensors"
     if not isinstance(found, Mapping):
         raise ValueError(f"{not_state_dict}, found a {type(found).__name__}")

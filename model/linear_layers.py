@@ -7,39 +7,62 @@ would: with the concatenation or the activation written out.
 Shapes: B samples, T tokens, D1 width of the stream, D2 width of the skip, O width of the output, H heads.
 """
 
+from typing import NamedTuple
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalelong.kernels.arguments import Scale, concatenated_tokens
-from scalelong.kernels.gelu_linear import gelu_linear
+from scalelong.kernels.gelu_linear import APPROXIMATE, gelu_linear
 from scalelong.kernels.skip_linear import skip_linear
+from scalelong.kernels.skip_norm_linear import skip_norm_linear
 from scalelong.model.common_factor import CommonFactor, multiplied
 from scalelong.model.layer_calls import is_called_by_class
+
+
+class NormToFold(NamedTuple):
+    """A LayerNorm for the layer behind it."""
+
+    weight: Tensor | None
+    """(D1 + D2,)."""
+    bias: Tensor | None
+    """(D1 + D2,)."""
+    eps: float
 
 
 class SkipLinear(nn.Linear):
     """nn.Linear that, given a skip, takes the scaled concatenation."""
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, s: Tensor | None = None, scale: Scale = None, common: CommonFactor = None
+        self,
+        x: Tensor,
+        s: Tensor | None = None,
+        scale: Scale = None,
+        common: CommonFactor = None,
+        *,
+        norm: NormToFold | None = None,
     ) -> Tensor:
-        """``linear(common * cat([x, scale * s], -1))``.
+        """``linear(norm(common * cat([x, scale * s], -1)))``.
 
         Args:
             s, scale: (B, T, D2), as ``skip_linear`` takes them.
             common: a number or a tensor of one element; it is folded into the weight.
+            norm: a LayerNorm to normalise with, in the place of the common factor; None: as it is.
         """
         if s is None:
             return super().forward(x)
-        return skip_linear(x, s, scale, multiplied(self.weight, common), self.bias)
+        if norm is None:
+            return skip_linear(x, s, scale, multiplied(self.weight, common), self.bias)
+        assert common is None, "a norm leaves no common factor"
+        return skip_norm_linear(x, s, scale, norm.weight, norm.bias, self.weight, self.bias, eps=norm.eps)
 
 
 class GeluLinear(nn.Linear):
     """nn.Linear that, asked to, activates its input; backward then keeps the input alone."""
 
-    def forward(self, x: Tensor, *, gelu: bool = False) -> Tensor:  # type: ignore[override]
-        """``linear(gelu(x))`` with the exact gelu, or ``linear(x)``."""
-        return gelu_linear(x, self.weight, self.bias) if gelu else super().forward(x)
+    def forward(self, x: Tensor, *, act: str | None = None) -> Tensor:  # type: ignore[override]
+        """``linear(act(x))``, act being "gelu", the exact one, or "gelu-tanh"; or ``linear(x)``."""
+        return super().forward(x) if act is None else gelu_linear(x, self.weight, self.bias, act=act)
 
 
 class TokenConv1d(nn.Conv1d):
@@ -74,9 +97,11 @@ def project_skip(layer: nn.Module, x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale,
     return layer(multiplied(concatenated_tokens(x_BTD1, s_BTD2, scale), common))
 
 
-def project_gelu(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(gelu(x))``."""
-    return layer(x, gelu=True) if is_called_by_class(layer, GeluLinear) else layer(F.gelu(x))
+def project_gelu(layer: nn.Module, x: Tensor, *, act: str = "gelu") -> Tensor:
+    """``layer(act(x))``, act being "gelu", the exact one, or "gelu-tanh", its approximation."""
+    if is_called_by_class(layer, GeluLinear):
+        return layer(x, act=act)
+    return layer(F.gelu(x, approximate=APPROXIMATE[act]))
 
 
 def project_tokens(layer: nn.Module, x_BTD: Tensor, heads_first: int | None = None) -> Tensor:

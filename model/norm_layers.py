@@ -58,14 +58,32 @@ class AddLayerNorm(nn.LayerNorm):
         return (stream, y) if with_stream else y
 
 
-def add_norm(norm: nn.Module, x_BTD: Tensor, branch_BTD: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """The stream ``x + branch``, or x, and ``norm`` of it.
+def add_norm(
+    norm: nn.Module,
+    x_BTD: Tensor,
+    branch_BTD: Tensor | None = None,
+    *,
+    gain: Tensor | None = None,
+    shift: Tensor | None = None,
+    gate: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The stream ``x + gate * branch``, or x, and ``norm(stream) * (1 + gain) + shift``; all three (B, D) or None.
 
     In one operator where ``norm`` is an AddLayerNorm: backward then adds the residual's gradient to the norm's in the
     same pass, which is why x itself is to be taken from here too. Anything else in its place, and a layer that is
     watched or whose forward was replaced, is called as it is, after a plain sum.
     """
     if is_called_by_class(norm, AddLayerNorm):
-        return norm(x_BTD, branch_BTD, with_stream=True)
-    stream_BTD = x_BTD if branch_BTD is None else x_BTD + branch_BTD
-    return stream_BTD, norm(stream_BTD)
+        return norm(x_BTD, branch_BTD, with_stream=True, gain=gain, shift=shift, gate=gate)
+    stream_BTD = x_BTD if branch_BTD is None else add_gated(x_BTD, branch_BTD, gate)
+    y_BTD = norm(stream_BTD)
+    if gain is not None:
+        y_BTD = y_BTD * (1 + gain.unsqueeze(1))
+    return stream_BTD, y_BTD if shift is None else y_BTD + shift.unsqueeze(1)
+
+
+def add_gated(x_BTD: Tensor, branch_BTD: Tensor, gate_BD: Tensor | None) -> Tensor:
+    """``x + gate * branch`` in the dtype of x."""
+    if gate_BD is None:
+        return x_BTD + branch_BTD
+    return x_BTD + gate_BD.unsqueeze(1) * branch_BTD

@@ -4,7 +4,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from scalelong.model import linear_layers, norm_layers, skip_layers
+from scalelong.model import linear_layers, norm_layers, skip_layers, skip_norm_layers
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -13,6 +13,7 @@ PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     linear_layers.GeluLinear: nn.Linear,
     linear_layers.TokenConv1d: nn.Conv1d,
     norm_layers.AddLayerNorm: nn.LayerNorm,
+    skip_norm_layers.SkipLayerNorm: nn.LayerNorm,
     skip_layers.GroupNorm: nn.GroupNorm,
     skip_layers.Conv3x3: nn.Conv2d,
     skip_layers.SkipConv1x1: nn.Conv2d,

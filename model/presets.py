@@ -1,10 +1,12 @@
-"""The published U-ViTs (https://github.com/baofff/U-ViT), the UNets of DDPM (https://github.com/hojonathanho/diffusion)
-and ADM (https://github.com/openai/guided-diffusion), and the embedded defaults, as one table.
+"""The published U-ViTs (https://github.com/baofff/U-ViT) and DiTs (https://github.com/facebookresearch/DiT), the UNets
+of DDPM (https://github.com/hojonathanho/diffusion) and ADM (https://github.com/openai/guided-diffusion), and the
+embedded defaults, as one table.
 
 Class counts are rows of the label embedding: with guidance the last row is the null label.
 """
 
 from scalelong.model.backbone_config import BackboneConfig
+from scalelong.model.dit_config import DiTConfig
 from scalelong.model.unet_config import UNetConfig
 from scalelong.model.uvit_config import UViTConfig
 
@@ -34,6 +36,33 @@ UVIT_PRESETS: dict[str, UViTConfig] = {
     "mscoco-uvit-s2":      _uvit(32, 2, 4,  512, 12,  8, context_tokens=77),
     "mscoco-uvit-s2-deep": _uvit(32, 2, 4,  512, 16,  8, context_tokens=77),
 }
+def _dit(img_size: int, patch_size: int, width: int, depth: int, num_heads: int) -> DiTConfig:
+    # Eight channels out: the published networks learn the variance as well.
+    return DiTConfig(
+        img_size=img_size, patch_size=patch_size, in_channels=4, out_channels=8,
+        width=width, depth=depth, num_heads=num_heads, num_classes=1001,
+    )
+
+
+DIT_PRESETS: dict[str, DiTConfig] = {
+    "digits-dit": DiTConfig(
+        img_size=8, patch_size=2, in_channels=1, width=96, depth=6, num_heads=4, num_classes=11,
+    ),
+    # side, patch, width, depth, heads
+    "imagenet256-dit-s2":  _dit(32, 2,  384, 12,  6),
+    "imagenet256-dit-s4":  _dit(32, 4,  384, 12,  6),
+    "imagenet256-dit-s8":  _dit(32, 8,  384, 12,  6),
+    "imagenet256-dit-b2":  _dit(32, 2,  768, 12, 12),
+    "imagenet256-dit-b4":  _dit(32, 4,  768, 12, 12),
+    "imagenet256-dit-b8":  _dit(32, 8,  768, 12, 12),
+    "imagenet256-dit-l2":  _dit(32, 2, 1024, 24, 16),
+    "imagenet256-dit-l4":  _dit(32, 4, 1024, 24, 16),
+    "imagenet256-dit-l8":  _dit(32, 8, 1024, 24, 16),
+    "imagenet256-dit-xl2": _dit(32, 2, 1152, 28, 16),
+    "imagenet256-dit-xl4": _dit(32, 4, 1152, 28, 16),
+    "imagenet256-dit-xl8": _dit(32, 8, 1152, 28, 16),
+    "imagenet512-dit-xl2": _dit(64, 2, 1152, 28, 16),
+}
 UNET_PRESETS: dict[str, UNetConfig] = {
     "digits-unet": UNetConfig(
         img_size=8, in_channels=1, model_channels=32, channel_mult=(1, 2), num_res_blocks=2, num_classes=11,
@@ -53,4 +82,4 @@ UNET_PRESETS: dict[str, UNetConfig] = {
     ),
 }
 # fmt: on
-MODEL_PRESETS: dict[str, BackboneConfig] = {**UVIT_PRESETS, **UNET_PRESETS}
+MODEL_PRESETS: dict[str, BackboneConfig] = {**UVIT_PRESETS, **DIT_PRESETS, **UNET_PRESETS}

@@ -60,6 +60,8 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.parametrization == "mup":
+            self.base_config()
         for name in ("channel_mult", "attention_resolutions"):
             value = getattr(self, name)
             if not isinstance(value, list | tuple) or not all(isinstance(part, int | float) for part in value):

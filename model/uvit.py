@@ -11,14 +11,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from scalelong.kernels.attention import attention
 from scalelong.model.backbone import Backbone, last_of
 from scalelong.model.backbone_config import Recompute
-from scalelong.model.linear_layers import GeluLinear, SkipLinear, project_gelu, project_skip
+from scalelong.model.linear_layers import SkipLinear, project_skip
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
+from scalelong.model.transformer_layers import Attention, Mlp, PatchEmbed, unpatchify
 from scalelong.model.uvit_config import UViTConfig as UViTConfig
 
 # fmt: off
@@ -39,28 +39,6 @@ PARAMETERS = (
 """As published: linear weights and positions normal, biases 0, convolutions and labels as PyTorch does."""
 
 
-class Attention(nn.Module):
-    def __init__(self, config: UViTConfig):
-        super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.width, config.width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.proj(attention(self.qkv(x_BTD), self.num_heads))
-
-
-class Mlp(nn.Module):
-    def __init__(self, config: UViTConfig):
-        super().__init__()
-        hidden = config.mlp_width
-        self.fc1 = nn.Linear(config.width, hidden)
-        self.fc2 = GeluLinear(hidden, config.width)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        return project_gelu(self.fc2, self.fc1(x_BTD))
-
-
 class Block(nn.Module):
     """A pre-norm transformer block; in the decoder it first takes in its long skip."""
 
@@ -68,9 +46,9 @@ class Block(nn.Module):
         super().__init__()
         self.skip_linear = SkipLinear(2 * config.width, config.width) if takes_skip else None
         self.norm1 = AddLayerNorm(config.width)
-        self.attn = Attention(config)
+        self.attn = Attention(config.width, config.num_heads, qkv_bias=config.qkv_bias)
         self.norm2 = AddLayerNorm(config.width)
-        self.mlp = Mlp(config)
+        self.mlp = Mlp(config.width, config.mlp_width)
 
     def forward(self, x_BTD: Tensor, skip: LongSkip | None = None) -> Tensor:
         if self.skip_linear is not None:
@@ -79,15 +57,6 @@ class Block(nn.Module):
         x_BTD, y_BTD = add_norm(self.norm1, x_BTD)
         x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD))
         return x_BTD + self.mlp(y_BTD)
-
-
-class PatchEmbed(nn.Module):
-    def __init__(self, config: UViTConfig):
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_channels, config.width, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.proj(x_BCHW).flatten(2).transpose(1, 2)
 
 
 class UViT(Backbone):
@@ -99,7 +68,7 @@ class UViT(Backbone):
     def __init__(self, config: UViTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
         super().__init__(config, skip_scale=skip_scale, recompute=recompute)
         width = config.width
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed = PatchEmbed(config.in_channels, width, config.patch_size)
         self.time_embed = (
             nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
             if config.time_mlp
@@ -138,8 +107,10 @@ class UViT(Backbone):
                 than of images, labels missing or not wanted.
         """
         tokens_BTD = last_of(self.hidden_states(x_BCHW, t_B, y_B))
-        patches_BTD = self.decoder_pred(self.norm(tokens_BTD))[:, self.config.num_extras :]
-        return self.final_layer(self._unpatchify(patches_BTD))
+        config = self.config
+        patches_BTD = self.decoder_pred(self.norm(tokens_BTD))[:, config.num_extras :]
+        side = config.img_size // config.patch_size
+        return self.final_layer(unpatchify(patches_BTD, side, config.patch_size, config.channels_out))
 
     def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
         tokens_BTD, skips = self._embed(x_BCHW, t_B, y_B), []
@@ -177,12 +148,6 @@ class UViT(Backbone):
         elif config.context_tokens:
             tokens.insert(1, self.context_embed(y_B))
         return torch.cat(tokens, dim=1) + self.pos_embed
-
-    def _unpatchify(self, patches_BTD: Tensor) -> Tensor:
-        P, side = self.config.patch_size, self.config.img_size // self.config.patch_size
-        x = patches_BTD.unflatten(2, (P, P, self.config.channels_out)).unflatten(1, (side, side))
-        # (B, side, side, P, P, C) -> (B, C, side, P, side, P)
-        return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         return [

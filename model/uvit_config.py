@@ -1,9 +1,9 @@
 """The shape of a U-ViT; imports no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
-from scalelong.model.backbone_config import BackboneConfig, BlockMemory
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
 
 if TYPE_CHECKING:
     from scalelong.model.uvit import UViT
@@ -47,12 +47,17 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
             raise ValueError(f"depth must be even and at least 2, got {self.depth}")
         if self.num_classes and self.context_tokens:
             raise ValueError("a U-ViT takes class labels or text, not both")
+        if self.parametrization == "mup":
+            self.base_config()
 
     @classmethod
     def network(cls) -> type["UViT"]:
         from scalelong.model.uvit import UViT
 
         return UViT
+
+    def base_config(self) -> Self:
+        return with_base_width(self)
 
     @property
     def num_skips(self) -> int:

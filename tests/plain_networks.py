@@ -8,13 +8,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scalelong.bench import published_unet, published_uvit
+from scalelong.bench import published_dit, published_unet, published_uvit
+from scalelong.model.dit import DiT, DiTConfig
 from scalelong.model.skip_scale import make_skip_scale
 from scalelong.model.unet import UNet, UNetConfig
 from scalelong.model.uvit import UViT, UViTConfig
 
 KAPPA = 0.7
 UVIT = UViTConfig(img_size=8, patch_size=2, width=32, depth=4, num_heads=4, num_classes=7, qkv_bias=True, time_mlp=True)
+DIT = DiTConfig(
+    img_size=8, patch_size=2, width=32, depth=4, num_heads=4, num_classes=7, skip="layer-norm", qk_norm=True
+)
 DDPM = UNetConfig(img_size=8, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, num_groups=8)
 ADM = replace(
     DDPM,
@@ -38,6 +42,12 @@ def uvit(mode: str = "ls") -> Pair:
     model = _drawn(UViT(UVIT, skip_scale=make_skip_scale(mode, KAPPA)))
     batch = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 5])
     return Pair(model, _apart(published_uvit.as_published(model)), lambda network: _called(network, *batch))
+
+
+def dit(mode: str = "ls") -> Pair:
+    model = _drawn(DiT(DIT, skip_scale=make_skip_scale(mode, KAPPA)))
+    batch = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([1, 5])
+    return Pair(model, _apart(published_dit.as_published(model)), lambda network: _called(network, *batch))
 
 
 def unet(config: UNetConfig, mode: str = "ls", position: Any = "before-norm") -> Pair:
@@ -89,6 +99,7 @@ def _apart(twin: nn.Module) -> nn.Module:
 
 PAIRS: dict[str, Callable[[], Pair]] = {
     "uvit": uvit,
+    "dit": dit,
     "unet-ddpm": lambda: unet(DDPM),
     "unet-adm": lambda: unet(ADM),
     "unet-after-norm": lambda: unet(ADM, "cs", "after-norm"),

@@ -12,13 +12,17 @@ from safetensors.torch import save_file
 
 from scalelong.model.backbone import Backbone
 from scalelong.model.backbone_config import BackboneConfig
+from scalelong.model.dit import DiT, DiTConfig
 from scalelong.model.unet import UNet, UNetConfig
 from scalelong.model.uvit import UViT, UViTConfig
 
 UVIT = UViTConfig(img_size=8, patch_size=2, width=32, depth=4, num_heads=4, num_classes=7)
 TEXT = replace(UVIT, num_classes=0, context_tokens=5, context_dim=12)
 UNET = UNetConfig(img_size=8, model_channels=32, channel_mult=(1, 2), num_res_blocks=1, num_classes=7)
-each_network = pytest.mark.parametrize(("network", "config"), [(UViT, UVIT), (UNet, UNET)], ids=["uvit", "unet"])
+DIT = DiTConfig(img_size=8, patch_size=2, width=32, depth=4, num_heads=4, num_classes=7, skip="layer-norm")
+each_network = pytest.mark.parametrize(
+    ("network", "config"), [(UViT, UVIT), (UNet, UNET), (DiT, DIT)], ids=["uvit", "unet", "dit"]
+)
 
 
 def make(network: type[Backbone], config: Any) -> Any:
@@ -123,8 +127,8 @@ def test_parameter_groups_name_every_parameter_once_in_its_order(network, config
         (lambda data: data.replace(b'"in_channels"', b'"channels_in"'), "describes no {name} .*channels_in"),
         (lambda data: data.replace(b'"img_size": 8', b'"img_size": null'), "img_size is a whole number"),
         (lambda data: data.replace(b'"none"', b'"Magic"'), "unknown skip-scale policy 'Magic'"),
-        (lambda data: data.replace(b'"num_classes": 7', b'"num_classes": 8'), "label_emb.weight has shape"),
-        (lambda data: data.replace(b'"num_classes": 7', b'"num_classes": 0'), "has the unknown label_emb.weight"),
+        (lambda data: data.replace(b'"num_classes": 7', b'"num_classes": 8'), r"(label_emb|table)\.weight has shape"),
+        (lambda data: data.replace(b'"num_classes": 7', b'"num_classes": 0'), r"has the unknown \w+\..*weight"),
     ],
 )
 @each_network

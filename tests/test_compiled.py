@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from plain_networks import ADM, DDPM, KAPPA, diffusers_unet, unet, uvit
+from plain_networks import ADM, DDPM, DIT, KAPPA, _drawn, diffusers_unet, dit, unet, uvit
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch.func import functional_call
@@ -21,6 +21,8 @@ from scalelong.kernels.gelu_linear import gelu_linear
 from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.kernels.skip_linear import skip_linear
+from scalelong.kernels.skip_norm_linear import skip_norm_linear
+from scalelong.model.dit import DiT
 from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_layers import GroupNorm
 from scalelong.model.skip_scale import make_skip_scale
@@ -57,6 +59,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
     "gelu_linear": (lambda x, s, factor, eps: gelu_linear(x, WEIGHT[:, :4], None, act="gelu-tanh"), TOKENS),
     "attention": (lambda x, s, factor, eps: attention((x, s[..., :4], s[..., 1:]), 2, scale=0.3), TOKENS),
     "add_layer_norm": (lambda x, s, factor, eps: add_layer_norm(x, x, None, None, eps=eps)[1], TOKENS),
+    "skip_norm_linear": (
+        lambda x, s, factor, eps: skip_norm_linear(x, s, factor, None, None, WEIGHT, None, eps=eps),
+        TOKENS,
+    ),
     "skip_linear": (lambda x, s, factor, eps: skip_linear(x, s, factor, WEIGHT, None), TOKENS),
 }
 each_operator = pytest.mark.parametrize(
@@ -151,6 +157,18 @@ def test_decoder_blocks_of_a_uvit_that_are_compiled_one_by_one():
     assert count.frame_count == 2
 
 
+@pytest.mark.parametrize("skip", ["layer-norm", "plain"])
+def test_decoder_blocks_of_a_dit_that_are_compiled_one_by_one(skip):
+    model = _drawn(DiT(replace(DIT, depth=12, skip=skip), skip_scale=make_skip_scale("cs", KAPPA)))
+    batch = torch.randn(2, 3, 8, 8), torch.tensor([1.0, 500.0]), torch.tensor([1, 5])
+    count, expected = CompileCounter(), model(*batch)
+    for _, block in model.skip_blocks():
+        block.compile(fullgraph=True, backend=count)
+    torch.testing.assert_close(model(*batch), expected, rtol=1e-4, atol=1e-5)
+    # The first takes the stream itself for its skip.
+    assert count.frame_count <= 3
+
+
 def test_residual_blocks_of_diffusers_that_are_compiled_one_by_one():
     pytest.importorskip("diffusers")
     from test_diffusers_patch import make_inputs, make_network, patched_copy
@@ -184,6 +202,13 @@ def test_a_compiled_uvit_is_fused():
     assert seen["scalelong.add_layer_norm"] == 2 * (config.depth + 1) + 1
 
 
+def test_a_compiled_dit_is_fused():
+    found = dit("cs")
+    seen, config = operators(found.ours, found.call), found.ours.config
+    assert seen["scalelong.skip_linear"] == config.num_skips
+    assert seen["scalelong.add_layer_norm"] == 2 * config.depth + 1
+
+
 @pytest.mark.parametrize(
     ("make", "of_time", "of_embeddings"),
     [
@@ -208,6 +233,8 @@ def test_a_compiled_unet_writes_no_concatenation_and_activates_in_the_norm(make,
     [
         pytest.param(uvit, "real", id="uvit-real"),
         pytest.param(partial(unet, ADM), "symbolic", id="unet-symbolic"),
+        pytest.param(dit, "real", id="dit-real"),
+        pytest.param(dit, "symbolic", id="dit-symbolic", marks=pytest.mark.exhaustive),
         pytest.param(uvit, "symbolic", id="uvit-symbolic", marks=pytest.mark.exhaustive),
         pytest.param(partial(unet, ADM), "real", id="unet-real", marks=pytest.mark.exhaustive),
     ],

@@ -18,6 +18,7 @@ from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import group_norm, group_norm_ref, skip_group_norm, skip_group_norm_ref
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
+from scalelong.kernels.skip_norm_linear import skip_norm_linear, skip_norm_linear_ref
 
 Op = Callable[..., Any]
 
@@ -88,6 +89,9 @@ CASES = {
     **{f"group_norm {act}": norm(act) for act in ("silu", "gelu", "gelu-tanh", None)},
     **{f"skip_group_norm {act}": skip_norm(act) for act in ("silu", "gelu-tanh")},
     "skip_linear": Case(skip_linear, skip_linear_ref, (TOKENS, (2, 7, 4), (4,), (6, 12), (6,))),
+    "skip_norm_linear": Case(
+        skip_norm_linear, skip_norm_linear_ref, (TOKENS, (2, 7, 4), (2, 7), (12,), (12,), (6, 12), (6,))
+    ),
     "skip_conv1x1": Case(skip_conv1x1, skip_conv1x1_ref, (IMAGE, SKIP, (8,), (6, 12, 1, 1), (6,))),
     "add_layer_norm": Case(
         add_layer_norm, add_layer_norm_ref, (TOKENS, TOKENS, (8,), (8,), (2, 8), (2, 8), (2, 8)), add_norm

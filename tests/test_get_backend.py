@@ -21,6 +21,7 @@ from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.launches import Plan
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.kernels.skip_linear import IN_TRITON, skip_linear
+from scalelong.kernels.skip_norm_linear import skip_norm_linear
 
 needs_native = pytest.mark.skipif(native_library.ERROR is not None, reason=str(native_library.ERROR))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -75,6 +76,7 @@ CALLS = {
     "gelu_linear": Call(gelu_linear, leaves((5, 8), (6, 8), (6,))),
     "skip_linear": Call(skip_linear, with_scale(leaves(*TOKENS), 0.5)),
     "skip_linear of tokens": Call(skip_linear, with_scale(leaves(*TOKENS), torch.rand(2, 5))),
+    "skip_norm_linear": Call(skip_norm_linear, with_scale(leaves(*TOKENS[:2], (12,), (12,), *TOKENS[2:]), 0.5)),
     "skip_conv1x1": Call(skip_conv1x1, lambda d: (*with_scale(images(*CONV, channels_last=False), 0.5)(d), None)),
     "skip_conv1x1 in channels_last": Call(
         skip_conv1x1, lambda d: (*with_scale(images(*CONV, channels_last=True), 0.5)(d), None)

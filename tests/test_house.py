@@ -139,8 +139,11 @@ def test_kernels_import_torch_and_triton_only(path):
     assert [name for name in imports_of(path) if not allowed(name)] == []
 
 
-OPERATORS = ("group_norm", "skip_linear", "skip_conv1x1", "add_layer_norm", "gelu_linear", "conv3x3", "attention")
-BUILT_OF = {"skip_conv1x1": {"skip_linear"}}
+OPERATORS = (
+    *("group_norm", "skip_linear", "skip_norm_linear", "skip_conv1x1"),
+    *("add_layer_norm", "gelu_linear", "conv3x3", "attention"),
+)
+BUILT_OF = {"skip_conv1x1": {"skip_linear"}, "skip_norm_linear": {"skip_linear"}}
 """Operators that are made of others."""
 
 

@@ -19,6 +19,7 @@ from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
+from scalelong.kernels.skip_norm_linear import skip_norm_linear
 
 LEADING = [(), (1,), (6,), (2, 3), (2, 3, 4), (0,), (2, 0, 3)]
 
@@ -147,6 +148,11 @@ def test_a_scale_of_one_element_is_learned():
 
 CALLS: dict[str, Callable[[], Tensor]] = {
     "skip_linear": lambda: skip_linear(*_tensors((2, 5, 8), (2, 5, 8)), 0.7, *_tensors((6, 16), (6,))),  # type: ignore[misc]
+    "skip_norm_linear": lambda: skip_norm_linear(
+        *_tensors((2, 5, 8), (2, 5, 8)),
+        0.7,
+        *_tensors((16,), (16,), (6, 16), (6,)),  # type: ignore[misc]
+    ),
     "gelu_linear": lambda: gelu_linear(*_tensors((2, 5, 8), (6, 8), (6,))),
     "add_layer_norm": lambda: add_layer_norm(*_tensors((2, 5, 8), (2, 5, 8), (8,), (8,)))[1],
     "group_norm": lambda: group_norm(_tensors((2, 8, 4))[0], 2, *_tensors((8,), (8,))),

@@ -6,10 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from plain_networks import ADM, DDPM, UVIT
+from plain_networks import ADM, DDPM, DIT, UVIT
 from torch import nn
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.dit import DiT
 from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.model.presets import MODEL_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
@@ -17,7 +18,7 @@ from scalelong.model.unet import UNet
 from scalelong.model.uvit import UViT
 
 TEXT = replace(UVIT, num_classes=0, context_tokens=5)
-CONFIGS = {UViT: [UVIT, TEXT], UNet: [DDPM, ADM]}
+CONFIGS = {UViT: [UVIT, TEXT], DiT: [DIT], UNet: [DDPM, ADM]}
 
 
 def names_of(config: Any, policy: str) -> list[str]:
@@ -27,10 +28,14 @@ def names_of(config: Any, policy: str) -> list[str]:
 
 
 @pytest.mark.parametrize("policy", SKIP_SCALE_NAMES)
-@pytest.mark.parametrize("preset", ["digits-uvit", "mscoco-uvit-s2", "cifar10-ddpm-unet", "imagenet64-adm"])
+@pytest.mark.parametrize(
+    "preset", ["digits-uvit", "mscoco-uvit-s2", "digits-dit", "cifar10-ddpm-unet", "imagenet64-adm"]
+)
 def test_every_parameter_of_a_preset_is_in_one_group(preset, policy):
     with torch.device("meta"):
-        model = make_backbone(MODEL_PRESETS[preset], skip_scale=make_skip_scale(policy))
+        config: Any = MODEL_PRESETS[preset]
+        config = config if config.has_skips else replace(config, skip="layer-norm")
+        model = make_backbone(config, skip_scale=make_skip_scale(policy))
     (group,) = model.parameter_groups()
     assert group.names == tuple(name for name, _ in model.named_parameters())
     assert (group.learning_rate_factor, group.weight_decay_factor) == (1.0, 1.0)

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from plain_networks import ADM, DDPM, UVIT, _drawn
+from plain_networks import ADM, DDPM, DIT, UVIT, _drawn
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from scalelong.bench import published_unet, published_uvit
+from scalelong.bench import published_dit, published_unet, published_uvit
+from scalelong.model.dit import DiT
 from scalelong.model.plain_layers import use_plain_layers
 from scalelong.model.skip_scale import ConstantScale, SkipScale, SkipShape
 from scalelong.model.unet import UNet
@@ -68,6 +69,22 @@ def test_a_uvit_multiplies_the_concatenation(as_tensor):
     assert_same(model, use_plain_layers(copy.deepcopy(model)))
     unscaled = outputs_and_gradients(_with_policy(model, ConstantScale(0.5)))[0]
     assert (outputs_and_gradients(model)[0] - unscaled).norm() > 1e-3 * unscaled.norm()
+
+
+@each_form
+@pytest.mark.parametrize("skip", ["layer-norm", "plain"])
+def test_a_dit_multiplies_the_concatenation(skip, as_tensor):
+    """Of which its LayerNorm leaves, of a small one, what eps is to the variance."""
+    model = _drawn(DiT(replace(DIT, skip=skip), skip_scale=Renormalised(0.5, as_tensor)))
+    for block in model.blocks:
+        if block.skip_norm is not None:
+            block.skip_norm.eps = 0.1
+    assert_same(model, published_dit.as_published(model))
+    assert_same(model, use_plain_layers(copy.deepcopy(model)))
+    unscaled = outputs_and_gradients(_with_policy(model, ConstantScale(0.5)))[0]
+    assert (outputs_and_gradients(model)[0] - unscaled).norm() > 1e-3 * unscaled.norm()
+    for found, truth in zip(outputs_and_gradients(model, torch.float32), outputs_and_gradients(model), strict=True):
+        torch.testing.assert_close(found.double(), truth, rtol=1e-3, atol=4e-5 * truth.abs().max().item() + 1e-9)
 
 
 @each_form

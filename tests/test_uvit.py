@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from scalelong.model.presets import UVIT_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.model.time_embedding import time_embedding
+from scalelong.model.transformer_layers import unpatchify
 from scalelong.model.uvit import UViT, UViTConfig
 from scalelong.model.uvit_checkpoint import load_uvit_checkpoint
 
@@ -158,7 +159,7 @@ def test_unpatchify_undoes_the_published_flattening():
     x = torch.randn(2, 3, 12, 12)
     patches = [x[:, :, r : r + 3, c : c + 3] for r in range(0, 12, 3) for c in range(0, 12, 3)]
     flattened = torch.stack([patch.permute(0, 2, 3, 1).flatten(1) for patch in patches], dim=1)  # (p1, p2, C)
-    assert torch.equal(UViT(config)._unpatchify(flattened), x)
+    assert torch.equal(unpatchify(flattened, 4, config.patch_size, config.channels_out), x)
 
 
 @pytest.mark.parametrize("final_conv", [True, False])

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import tyro
 
+from scalelong.model.backbone_config import BackboneConfig, Parametrization
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, has_field, make_skip_scale
 from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
@@ -51,6 +52,10 @@ class RecipeArguments:
     """Short for skip-scale.kappa, of "cs"."""
     skip_position: SkipPosition | None = None
     """Short for model.skip-position, of a UNet."""
+    parametrization: Parametrization | None = None
+    """Short for model.parametrization, of a U-ViT or a DiT."""
+    base_width: int | None = None
+    """Short for model.base-width, of mup."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The run."""
 
@@ -172,7 +177,10 @@ def parse_recipe(kind: type[R], flags: list[str], *, prog: str, default: R) -> R
             prediction = parsed.train.objective.prediction
             raise ValueError(f"--objective {noise}: the prediction {prediction} has noise of its own; leave it out")
         check_sampler(parsed.train.sample.sampler, parsed.train.objective)
-        return replace(parsed, train=_with_short_forms(parsed, given=_names_of(flags)))
+        train = _with_short_forms(parsed, given=_names_of(flags))
+        # Not by the configuration itself, which holds a recipe's network before the flags give it skips.
+        train.model.check_skip_scale(train.skip_scale)
+        return replace(parsed, train=train)
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -218,7 +226,21 @@ def _with_short_forms(parsed: RecipeArguments, *, given: set[str]) -> TrainConfi
             model = _with(model, "skip_position", parsed.skip_position, "--skip-position", long, given)
         elif parsed.skip_position != "before-norm":
             raise ValueError(f"no norm follows the skips of a {model.architecture}: no skip scale can stand after one")
+    if parsed.parametrization is not None or parsed.base_width is not None:
+        model = _with_parametrization(model, parsed, given)
     return replace(config, skip_scale=policy, model=model)
+
+
+def _with_parametrization(model: BackboneConfig, parsed: RecipeArguments, given: set[str]) -> BackboneConfig:
+    """Both at once: neither fits without the other."""
+    changes: dict[str, Any] = {}
+    for name in ("parametrization", "base_width"):
+        value, flag = getattr(parsed, name), name.replace("_", "-")
+        if value is not None:
+            if f"--model.{flag}" in given and getattr(model, name) != value:
+                raise ValueError(f"--{flag} {value} and --model.{flag} {getattr(model, name)} disagree: give one")
+            changes[name] = value
+    return replace(model, **changes)
 
 
 def _with(part: Any, field: str, value: Any, short: str, long: str, given: set[str]) -> Any:

@@ -1,7 +1,8 @@
 """Recipes of training: what the published ones fix, and the embedded defaults that a laptop finishes.
 
-They are those of U-ViT (https://github.com/baofff/U-ViT), DDPM (https://github.com/hojonathanho/diffusion) and
-ADM (arXiv:2105.05233, table 12) with the skips scaled; steps are given in images.
+They are those of U-ViT (https://github.com/baofff/U-ViT), DiT (arXiv:2212.09748), DDPM
+(https://github.com/hojonathanho/diffusion) and ADM (arXiv:2105.05233, table 12) with the skips scaled; steps are given
+in images.
 """
 
 from dataclasses import replace
@@ -9,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from scalelong.model.backbone_config import BackboneConfig
-from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
+from scalelong.model.presets import DIT_PRESETS, UNET_PRESETS, UVIT_PRESETS
+from scalelong.model.skip_scale import ConstantScale, Unscaled
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.usage import DESCRIPTIONS
@@ -62,6 +64,7 @@ def _published(
         precision="bf16",
         zero_stage=1,
         model=model,
+        skip_scale=ConstantScale() if model.has_skips else Unscaled(),
         optimizer=OptimizerConfig(learning_rate=learning_rate, beta2=beta2, warmup_images=batch * warmup),
         data=DataConfig(path="", flip=True),
     )
@@ -93,6 +96,19 @@ def _published_text(name: str, **recipe: Any) -> TrainConfig:
     return replace(base, optimizer=replace(base.optimizer, beta1=0.9), data=replace(base.data, flip=False))
 
 
+def _published_dit(name: str, *, steps: int) -> TrainConfig:
+    """As ``_published``, with guidance, on latents. A learned variance is left out, as of a UNet."""
+    model = replace(DIT_PRESETS[name], out_channels=0)
+    base = _published(name, model, batch=256, steps=steps, learning_rate=1e-4, beta2=0.999, warmup=0)
+    return replace(
+        base,
+        objective="linear",
+        label_drop=0.1,
+        optimizer=replace(base.optimizer, beta1=0.9, weight_decay=0.0),
+        sample=replace(base.sample, guidance=0.5),
+    )
+
+
 _IMAGENET64 = {"batch": 1024, "steps": 300_000, "learning_rate": 3e-4, "beta2": 0.99, "warmup": 5_000}
 _PUBLISHED: dict[str, Any] = {
     "cifar10-uvit-s2": {"batch": 128, "steps": 500_000, "learning_rate": 2e-4, "beta2": 0.999, "warmup": 2_500},
@@ -122,12 +138,24 @@ _PUBLISHED_UNETS: dict[str, Any] = {
     "imagenet64-adm": {**_IMAGENET64_ADM, "objective": "cosine"},
 }
 
+# DiT's comparisons of sizes are of 400 k steps; those of the published weights went on.
+_DIT_STEPS = dict.fromkeys(DIT_PRESETS.keys() - {"digits-dit"}, 400_000)
+_DIT_STEPS |= {"imagenet256-dit-xl2": 7_000_000, "imagenet512-dit-xl2": 3_000_000}
+
 RECIPES: dict[str, TrainConfig] = {
     "digits-uvit": _DIGITS,
     "photos32-uvit": _PHOTOS,
     **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},
     **{name: _published_latent(name, **recipe) for name, recipe in _PUBLISHED_LATENT.items()},
     **{name: _published_text(name, **recipe) for name, recipe in _PUBLISHED_TEXT.items()},
+    "digits-dit": replace(
+        _DIGITS,
+        run=Path("runs/digits-dit"),
+        model=DIT_PRESETS["digits-dit"],
+        skip_scale=Unscaled(),
+        optimizer=replace(_DIGITS.optimizer, weight_decay=0.0),
+    ),
+    **{name: _published_dit(name, steps=steps) for name, steps in _DIT_STEPS.items()},
     "digits-unet": replace(
         _DIGITS,
         run=Path("runs/digits-unet"),

@@ -5,12 +5,15 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "DiT": "scalelong.model.dit",
+    "DiTConfig": "scalelong.model.dit_config",
     "UNet": "scalelong.model.unet",
     "UNetConfig": "scalelong.model.unet_config",
     "UViT": "scalelong.model.uvit",
     "UViTConfig": "scalelong.model.uvit_config",
     "load_backbone": "scalelong.model.architectures",
     "load_adm_checkpoint": "scalelong.model.adm_checkpoint",
+    "load_dit_checkpoint": "scalelong.model.dit_checkpoint",
     "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
     "PatchedUNet": "scalelong.model.diffusers_loading",
     "PatchReport": "scalelong.model.diffusers_patch",

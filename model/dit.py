@@ -1,0 +1,235 @@
+"""DiT: a diffusion transformer whose norms are told time and class (Peebles and Xie, arXiv:2212.09748), adaLN-Zero.
+
+The state dict is the published one, name for name (https://github.com/facebookresearch/DiT). Time is n - 1 in 0 .. 999
+under DDPM's schedule. Long skips are an option: each block of the second half takes in what one of the first put out,
+the innermost pair first, by U-ViT's projection (arXiv:2209.12152), or with a LayerNorm before it as Skip-DiT
+(arXiv:2411.17616); where the depth is even, the first of them takes the stream itself for its skip.
+
+Shapes: B batch, C image channels, H height, W width, T tokens, D width, P patch side.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone_config import Recompute
+from scalelong.model.dit_config import DiTConfig as DiTConfig
+from scalelong.model.linear_layers import SkipLinear, project_skip
+from scalelong.model.norm_layers import AddLayerNorm, add_gated, add_norm
+from scalelong.model.parameter_kinds import ParameterKind
+from scalelong.model.skip_norm_layers import SkipLayerNorm, project_normalised_skip
+from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
+from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
+from scalelong.model.transformer_layers import Attention, Mlp, PatchEmbed, unpatchify
+
+NUM_FREQUENCIES = 256
+EPS = 1e-6
+
+
+def _xavier_of_patches(weight: Tensor) -> None:
+    """As of a linear layer over the pixels of a patch."""
+    nn.init.xavier_uniform_(weight.flatten(1))
+
+
+# fmt: off
+PARAMETERS = (
+    # names                                                         begin as
+    ParameterKind("skip_gates.* *.skip_norm.* *.skip_linear.*"),    # as PyTorch's layers begin, as Skip-DiT's do
+    ParameterKind("*.q_norm.* *.k_norm.*"),
+    ParameterKind("x_embedder.proj.weight",                         _xavier_of_patches),
+    ParameterKind("y_embedder.* t_embedder.*.weight",               0.02),
+    ParameterKind("*.adaLN_modulation.* final_layer.linear.*",      nn.init.zeros_),
+    ParameterKind("*.qkv.weight *.attn.proj.weight",                nn.init.xavier_uniform_),
+    ParameterKind("*.fc1.weight *.fc2.weight",                      nn.init.xavier_uniform_),
+    ParameterKind("*.bias",                                         nn.init.zeros_),
+)
+# fmt: on
+"""As published: each block begins as the identity, and the network with zeros."""
+
+
+class TimeEmbedder(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(NUM_FREQUENCIES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t_B: Tensor, dtype: torch.dtype) -> Tensor:
+        return self.mlp(time_embedding(t_B, NUM_FREQUENCIES, dtype))
+
+
+class LabelEmbedder(nn.Module):
+    def __init__(self, num_classes: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes, width)
+
+    def forward(self, y_B: Tensor) -> Tensor:
+        return self.embedding_table(y_B)
+
+
+def modulation(width: int, num_parts: int) -> nn.Sequential:
+    """What tells a norm or a branch the condition: ``num_parts`` vectors of (B, D), side by side."""
+    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_parts * width))
+
+
+class Block(nn.Module):
+    """A transformer block with adaptive norms and gated branches; it first takes in its long skip, if it has one."""
+
+    def __init__(self, config: DiTConfig, *, takes_skip: bool = False):
+        super().__init__()
+        width = config.width
+        has_norm = takes_skip and config.skip == "layer-norm"
+        self.skip_norm = SkipLayerNorm(2 * width, eps=EPS) if has_norm else None
+        self.skip_linear = SkipLinear(2 * width, width) if takes_skip else None
+        self.norm1 = AddLayerNorm(width, eps=EPS, elementwise_affine=False)
+        self.attn = Attention(width, config.num_heads, qkv_bias=True, qk_norm=config.qk_norm)
+        self.norm2 = AddLayerNorm(width, eps=EPS, elementwise_affine=False)
+        self.mlp = Mlp(width, config.mlp_width, act="gelu-tanh")
+        self.adaLN_modulation = modulation(width, 6)
+
+    def forward(self, x_BTD: Tensor, c_BD: Tensor, skip: LongSkip | None = None) -> Tensor:
+        if self.skip_linear is not None:
+            assert skip is not None
+            x_BTD = self._take_in(x_BTD, skip)
+        shift1, gain1, gate1, shift2, gain2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
+        x_BTD, y_BTD = add_norm(self.norm1, x_BTD, gain=gain1, shift=shift1)
+        x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD), gain=gain2, shift=shift2, gate=gate1)
+        return add_gated(x_BTD, self.mlp(y_BTD), gate2)
+
+    def _take_in(self, x_BTD: Tensor, skip: LongSkip) -> Tensor:
+        assert self.skip_linear is not None
+        if self.skip_norm is None:
+            return project_skip(self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
+        return project_normalised_skip(self.skip_norm, self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, config: DiTConfig):
+        super().__init__()
+        width = config.width
+        self.norm_final = AddLayerNorm(width, eps=EPS, elementwise_affine=False)
+        self.linear = nn.Linear(width, config.patch_size**2 * config.channels_out)
+        self.adaLN_modulation = modulation(width, 2)
+
+    def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
+        shift, gain = self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        _, y_BTD = add_norm(self.norm_final, x_BTD, gain=gain, shift=shift)
+        return self.linear(y_BTD)
+
+
+class DiT(Backbone):
+    """DiT, whose arguments are those of ``Backbone``; its prediction begins as zero."""
+
+    config_class = DiTConfig
+    kinds = PARAMETERS
+    pos_embed: Tensor
+
+    def __init__(self, config: DiTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
+        super().__init__(config, skip_scale=skip_scale, recompute=recompute)
+        width, num_skips = config.width, config.num_skips
+        self.x_embedder = PatchEmbed(config.in_channels, width, config.patch_size)
+        self.t_embedder = TimeEmbedder(width)
+        self.y_embedder = LabelEmbedder(config.num_classes, width) if config.num_classes else None
+        self.register_buffer("pos_embed", self._positions())
+        first_with_skip = config.depth - num_skips
+        self.blocks = nn.ModuleList(Block(config, takes_skip=n >= first_with_skip) for n in range(config.depth))
+        self.final_layer = FinalLayer(config)
+        self.init_weights()
+        self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * num_skips
+        self.skip_gates = self.skip_scale.make_gates(self.skips)
+
+    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+        """Predicts the noise in ``x_BCHW`` and, where the configuration has twice the channels, its variance.
+
+        Args:
+            x_BCHW: noisy images or latents.
+            t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
+            y_B: class labels (B,).
+
+        Returns:
+            The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
+
+        Raises:
+            ValueError: an image of another shape than the configuration's, another number of times or labels than of
+                images, labels missing or not wanted.
+        """
+        config = self.config
+        c_BD = self._condition(x_BCHW, t_B, y_B)
+        tokens_BTD = last_of(self._hidden_states(x_BCHW, c_BD))
+        patches_BTD = self.final_layer(tokens_BTD, c_BD)
+        return unpatchify(patches_BTD, config.img_size // config.patch_size, config.patch_size, config.channels_out)
+
+    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
+        return self._hidden_states(x_BCHW, self._condition(x_BCHW, t_B, y_B))
+
+    def _hidden_states(self, x_BCHW: Tensor, c_BD: Tensor) -> Iterator[Tensor]:
+        tokens_BTD, num_skips, skips = self.x_embedder(x_BCHW) + self.pos_embed, self.config.num_skips, []
+        for n, block in enumerate(self.blocks):
+            executed = n - (len(self.blocks) - num_skips)
+            if executed < 0:
+                tokens_BTD = self._run(block, tokens_BTD, c_BD)
+            else:
+                skip = self._long_skip(executed, skips.pop(), self.skip_gates)
+                tokens_BTD = self._run(block, tokens_BTD, c_BD, skip)
+            if n < num_skips:
+                skips.append(tokens_BTD)
+            yield tokens_BTD
+
+    def _condition(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
+        """(B, D): what the blocks are told of time and class."""
+        config = self.config
+        expected = (config.in_channels, config.img_size, config.img_size)
+        if tuple(x_BCHW.shape[1:]) != expected:
+            raise ValueError(f"DiT: expected images of shape {expected}, got {tuple(x_BCHW.shape[1:])}")
+        if (y_B is None) != (config.num_classes == 0):
+            raise ValueError("DiT: " + ("labels are missing" if y_B is None else "this model takes no labels"))
+        t_BD = self.t_embedder(times_of_images(t_B, x_BCHW, "DiT"), self.pos_embed.dtype)
+        if y_B is None or self.y_embedder is None:
+            return t_BD
+        check_labels(y_B, x_BCHW, "DiT")
+        return t_BD + self.y_embedder(y_B)
+
+    def init_weights(self) -> None:
+        super().init_weights()
+        self.pos_embed.copy_(self._positions())
+
+    def _positions(self) -> Tensor:
+        config = self.config
+        return position_embedding(config.img_size // config.patch_size, config.width)[None]
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
+        """Positions are those of the configuration where a state dict, as a run's checkpoint, has parameters alone."""
+        weight = state_dict.get(f"{prefix}x_embedder.proj.weight")
+        if weight is not None and f"{prefix}pos_embed" not in state_dict:
+            state_dict[f"{prefix}pos_embed"] = self._positions().to(weight.device, weight.dtype)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
+
+    def named_blocks(self) -> list[tuple[str, nn.Module]]:
+        return [(f"blocks.{n}", block) for n, block in enumerate(self.blocks)]
+
+    def skip_blocks(self) -> list[tuple[int, nn.Module]]:
+        num_skips = self.config.num_skips
+        decoder = list(self.blocks)[len(self.blocks) - num_skips :]
+        return [(num_skips - executed, block) for executed, block in enumerate(decoder)]
+
+    def flops(self, batch_size: int = 1) -> int:
+        c = self.config
+        T, D = c.num_tokens, c.width
+        in_features, out_features = (c.patch_size**2 * channels for channels in (c.in_channels, c.channels_out))
+        attention_macs = 4 * T * D * D + 2 * T * T * D
+        mlp_macs = 2 * T * D * c.mlp_width
+        blocks = c.depth * (attention_macs + mlp_macs + 6 * D * D) + c.num_skips * 2 * T * D * D
+        ends = T * in_features * D + NUM_FREQUENCIES * D + D * D + 2 * D * D + T * D * out_features
+        return 2 * batch_size * (blocks + ends)
+
+
+def position_embedding(side: int, width: int) -> Tensor:
+    """(side², width): the sines and cosines of each patch's column, then of its row (as MAE's, arXiv:2111.06377)."""
+    quarter = width // 4
+    f = torch.exp(-math.log(10000) * torch.arange(quarter, dtype=torch.float64) / quarter)
+    angle = torch.arange(side, dtype=torch.float64)[:, None] * f
+    wave = torch.cat([angle.sin(), angle.cos()], dim=1)  # of each place on a line
+    of_column, of_row = wave.repeat(side, 1), wave.repeat_interleave(side, dim=0)
+    return torch.cat([of_column, of_row], dim=1).float()

@@ -1,0 +1,89 @@
+"""The shape of a DiT; imports no torch."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Self, get_args
+
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
+
+if TYPE_CHECKING:
+    from scalelong.model.dit import DiT
+
+SkipForm = Literal["none", "layer-norm", "plain"]
+SKIP_FORMS: tuple[str, ...] = get_args(SkipForm)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiTConfig(BackboneConfig, architecture="DiT"):
+    """The shape of a DiT.
+
+    Raises:
+        ValueError: sizes that do not fit together, naming them.
+    """
+
+    patch_size: int
+    """Side of a patch, in pixels."""
+    width: int = 384
+    """Features of a token."""
+    depth: int = 12
+    """Blocks."""
+    num_heads: int = 6
+    """Attention heads."""
+    mlp_ratio: float = 4.0
+    """Hidden width of the MLP over the width."""
+    qk_norm: bool = False
+    """RMSNorm of the queries and keys of each head (no published network has it)."""
+    skip: SkipForm = "none"
+    """Long skips from the first half of the blocks to the second: none, as published; concatenated, normalised and
+    projected, as Skip-DiT's; or concatenated and projected, as U-ViT's."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        self.check_at_least(1, "patch_size", "width", "depth", "num_heads", "mlp_width")
+        if self.img_size % self.patch_size:
+            raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
+        if self.width % self.num_heads:
+            raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        if self.width % 4:
+            raise ValueError(
+                f"width must be a multiple of 4 for sines and cosines of rows and columns, got {self.width}"
+            )
+        if self.context_tokens:
+            raise ValueError("a DiT takes class labels, no text: context_tokens must be 0")
+        if self.skip not in SKIP_FORMS:
+            raise ValueError(f"skip must be one of {', '.join(SKIP_FORMS)}, got {self.skip!r}")
+        if self.skip != "none" and self.depth < 2:
+            raise ValueError(f"long skips need a depth of at least 2, got {self.depth}")
+        if self.parametrization == "mup":
+            self.base_config()
+
+    @classmethod
+    def network(cls) -> type["DiT"]:
+        from scalelong.model.dit import DiT
+
+        return DiT
+
+    def base_config(self) -> Self:
+        return with_base_width(self)
+
+    @property
+    def num_skips(self) -> int:
+        return 0 if self.skip == "none" else self.depth // 2
+
+    @property
+    def has_skips(self) -> bool:
+        return self.num_skips > 0
+
+    @property
+    def mlp_width(self) -> int:
+        return round(self.width * self.mlp_ratio)
+
+    @property
+    def num_tokens(self) -> int:
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def block_memory(self) -> BlockMemory:
+        """The input, both norms, queries, keys and values (3), what attention puts out, its projection, the stream
+        between the halves of a block, the MLP's hidden layer and its output."""
+        hidden = self.mlp_width / self.width
+        return BlockMemory(total=10 + hidden, products=(1.0, 3.0, hidden))

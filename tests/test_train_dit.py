@@ -1,0 +1,126 @@
+"""A DiT through the same trainer: with and without long skips, every policy, form of skips and stage of ZeRO."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("deepspeed")
+
+from running import log_rows, losses, train_on_ranks
+
+from scalelong.model.architectures import load_backbone
+from scalelong.model.dit import DiT
+from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
+from scalelong.train.command_line import parse_train_arguments
+from scalelong.train.commands.export import main as export
+from scalelong.train.config import TrainConfig, config_from_dict, config_to_dict
+from scalelong.train.errors import UserError
+from scalelong.train.loop import train
+from scalelong.train.recipes import RECIPES
+
+STEP = 16
+FLAGS = [
+    *("--model.width", "32", "--model.depth", "4", "--images-per-step", str(STEP), "--optimizer.warmup-images", "32"),
+    *("--sample.num-images", "10", "--sample.steps", "2"),
+]
+FORMS, STAGES = ("layer-norm", "plain"), (0, 1, 2, 3)
+SAMPLE = {
+    ("layer-norm", "ls", 3),
+    ("plain", "cs", 2),
+    ("layer-norm", "inv-sqrt2", 1),
+    ("plain", "ls-separate", 0),
+    ("plain", "none", 3),
+}
+
+
+def dit_config(run: Path, skip: str = "none", policy: str = "none", **changes) -> TrainConfig:
+    """What FLAGS make of the preset."""
+    base = RECIPES["digits-dit"]
+    small = replace(
+        base,
+        run=run,
+        images_per_step=STEP,
+        skip_scale=make_skip_scale(policy),
+        model=replace(base.model, width=32, depth=4, skip=skip),
+        optimizer=replace(base.optimizer, warmup_images=32),
+        sample=replace(base.sample, num_images=10, steps=2),
+    )
+    return replace(small, **changes)
+
+
+def assert_same_run(left: Path, right: Path, images: int) -> None:
+    assert losses(left) == losses(right)
+    for name in ("model", "ema", "optimizer"):
+        mine, other = (load_file(run / "checkpoints" / str(images) / f"{name}.safetensors") for run in (left, right))
+        assert mine.keys() == other.keys()
+        assert all(torch.equal(mine[key], other[key]) for key in mine)
+
+
+def test_the_sample_has_each_policy_form_and_stage():
+    forms, policies, stages = (set(values) for values in zip(*SAMPLE, strict=True))
+    assert (forms, policies, stages) == (set(FORMS), set(SKIP_SCALE_NAMES), set(STAGES))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("skip", "policy", "stage"), [("none", "none", 2), *sorted(SAMPLE)])
+def test_resuming_is_exact(tmp_path, skip, policy, stage):
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    assert train(dit_config(straight, skip, policy, zero_stage=stage, total_images=5 * STEP)) == 0
+    for total in (2 * STEP, 5 * STEP):
+        assert train(dit_config(resumed, skip, policy, zero_stage=stage, total_images=total)) == 0
+    assert_same_run(straight, resumed, 5 * STEP)
+    num_skips = 0 if skip == "none" else 2
+    assert sum(key.endswith("/scale") for key in log_rows(straight)[-1]) == num_skips
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("skip", "policy", "stage"), list(product(FORMS, SKIP_SCALE_NAMES, STAGES)))
+def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, skip, policy, stage):
+    arguments = ["digits-dit", *FLAGS, "--model.skip", skip, "--skip-scale", policy, "--zero-stage", stage]
+    straight, resumed = tmp_path / "straight", tmp_path / "resumed"
+    train_on_ranks(2, *arguments, "--run", straight, "--total-images", 50 * STEP)
+    for steps in (20, 50):
+        train_on_ranks(2, *arguments, "--run", resumed, "--total-images", steps * STEP)
+    assert_same_run(straight, resumed, 50 * STEP)
+    first, last = (sum(part) / 10 for part in (losses(straight)[:10], losses(straight)[-10:]))
+    assert last < 0.9 * first
+
+
+@pytest.mark.slow
+def test_a_run_is_exported_with_its_skips(tmp_path):
+    run = tmp_path / "run"
+    assert train(dit_config(run, "layer-norm", "ls", total_images=2 * STEP)) == 0
+    export([str(run), "--out", str(tmp_path / "exported")])
+    model = load_backbone(tmp_path / "exported")
+    assert isinstance(model, DiT)
+    assert (model.config.skip, model.skip_scale) == ("layer-norm", make_skip_scale("ls"))
+    assert torch.equal(model.pos_embed, DiT(model.config).pos_embed)
+    assert model(torch.randn(1, 1, 8, 8), torch.ones(1), torch.tensor([3])).isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["digits-dit", "imagenet256-dit-xl2", "imagenet512-dit-xl2"])
+def test_a_configuration_survives_json(name):
+    assert config_from_dict(config_to_dict(RECIPES[name])) == RECIPES[name]
+
+
+def test_a_recipe_is_given_skips_and_their_policy_by_flags():
+    config = parse_train_arguments(["digits-dit", "--skip-scale", "cs", "--kappa", "0.7", "--model.skip", "layer-norm"])
+    assert (config.model.skip, config.skip_scale) == ("layer-norm", make_skip_scale("cs", 0.7))  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--skip-scale", "cs"], r"skip scale 'cs', but this DiT has no long skips \(model.skip\): 'none' fits"),
+        (["--model.out-channels", "2"], "a learned variance is not trained"),
+        (["--model.width", "98"], "width 98 is no multiple of num_heads 4"),
+    ],
+    ids=["policy", "variance", "width"],
+)
+def test_what_cannot_be_is_refused_in_one_line(flags, message):
+    with pytest.raises(UserError, match=message):
+        parse_train_arguments(["digits-dit", *flags])
