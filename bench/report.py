@@ -13,9 +13,8 @@ from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
-from scalelong.train.config import TrainConfig
-from scalelong.train.config_json import flag_values
 from scalelong.train.errors import UserError, run_command
+from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
 from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
@@ -44,13 +43,14 @@ def recipes_table() -> Table:
             continue
         o, steps = config.optimizer, config.total_images // config.images_per_step
         rates = [f"{o.learning_rate:g}", f"{o.beta1:g}, {o.beta2:g}", f"{o.weight_decay:g}", o.warmup_images]
-        lines.append([name, DESCRIPTIONS[name], config.images_per_step, steps, *rates, _objective(config)])
+        lines.append([name, DESCRIPTIONS[name], config.images_per_step, steps, *rates, described(config.objective)])
     header = ("recipe", "what", "batch", "steps", "rate", "betas", "weight decay", "warm-up images", "objective")
     return Table("recipes", "Published recipes", "", header, lines)
 
 
-def _objective(config: TrainConfig) -> str:
-    return next(value for flag, value in flag_values(config) if flag.startswith("--objective"))
+def described(objective: ObjectiveConfig) -> str:
+    """The prediction, and the noise where the prediction leaves a choice of it."""
+    return objective.prediction if objective.has_own_noise else f"{objective.prediction}, {objective.noise}"
 
 
 def section(results: Path, name: str, key: str, columns: str | None) -> str:

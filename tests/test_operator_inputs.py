@@ -148,10 +148,8 @@ def test_a_scale_of_one_element_is_learned():
 
 CALLS: dict[str, Callable[[], Tensor]] = {
     "skip_linear": lambda: skip_linear(*_tensors((2, 5, 8), (2, 5, 8)), 0.7, *_tensors((6, 16), (6,))),  # type: ignore[misc]
-    "skip_norm_linear": lambda: skip_norm_linear(
-        *_tensors((2, 5, 8), (2, 5, 8)),
-        0.7,
-        *_tensors((16,), (16,), (6, 16), (6,)),  # type: ignore[misc]
+    "skip_norm_linear": lambda: skip_norm_linear(  # pyright: ignore
+        *_tensors((2, 5, 8), (2, 5, 8)), 0.7, *_tensors((16,), (16,), (6, 16), (6,))
     ),
     "gelu_linear": lambda: gelu_linear(*_tensors((2, 5, 8), (6, 8), (6,))),
     "add_layer_norm": lambda: add_layer_norm(*_tensors((2, 5, 8), (2, 5, 8), (8,), (8,)))[1],

@@ -17,7 +17,8 @@ from scalelong.model.dit import DiT
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.commands.export import main as export
-from scalelong.train.config import TrainConfig, config_from_dict, config_to_dict
+from scalelong.train.config import TrainConfig
+from scalelong.train.config_json import config_from_dict, config_to_dict
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
 from scalelong.train.recipes import RECIPES
