@@ -146,11 +146,13 @@ def test_a_scale_of_one_element_is_learned():
     torch.testing.assert_close(scale.grad, (B @ W[:, 16:].t()).sum()[None], rtol=1e-3, atol=1e-3)
 
 
+def _skip_norm_linear(x: Tensor, s: Tensor, *parameters: Tensor) -> Tensor:
+    return skip_norm_linear(x, s, 0.7, *parameters)
+
+
 CALLS: dict[str, Callable[[], Tensor]] = {
     "skip_linear": lambda: skip_linear(*_tensors((2, 5, 8), (2, 5, 8)), 0.7, *_tensors((6, 16), (6,))),  # type: ignore[misc]
-    "skip_norm_linear": lambda: skip_norm_linear(  # pyright: ignore
-        *_tensors((2, 5, 8), (2, 5, 8)), 0.7, *_tensors((16,), (16,), (6, 16), (6,))
-    ),
+    "skip_norm_linear": lambda: _skip_norm_linear(*_tensors((2, 5, 8), (2, 5, 8), (16,), (16,), (6, 16), (6,))),
     "gelu_linear": lambda: gelu_linear(*_tensors((2, 5, 8), (6, 8), (6,))),
     "add_layer_norm": lambda: add_layer_norm(*_tensors((2, 5, 8), (2, 5, 8), (8,), (8,)))[1],
     "group_norm": lambda: group_norm(_tensors((2, 8, 4))[0], 2, *_tensors((8,), (8,))),
