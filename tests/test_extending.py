@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from scalelong.model import architectures  # noqa: F401 - its networks are known before any example
 from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.skip_scale import SkipScale
 

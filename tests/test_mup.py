@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -115,7 +116,10 @@ def coordinates(make: Callable[[int], Any], width: int, learning_rate: float, *,
         F.mse_loss(model(x, T, Y), noise).backward()
         optimizer.step()
     sizes: list[Tensor] = []
-    for module in model.modules():
+    for name, module in model.named_modules():
+        # What a gate of LS sees is a mean over features, and smaller the more there are: its output is looked at.
+        if re.search(r"(se|skip_gates)\.(.*\.)?layer\d", name):
+            continue
         module.register_forward_hook(lambda *a: sizes.append(a[2].abs().mean()))
     with torch.no_grad():
         model(x, T, Y)
@@ -175,8 +179,7 @@ BUGS: dict[str, Callable[[ParameterKind, str], ParameterKind]] = {
 @pytest.mark.parametrize("policy", ["cs", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("none", "ls"))])
 @each_config
 def test_coordinates_do_not_grow_with_the_width(config, policy):
-    # Of more seeds for a gate's one hidden unit, whose size is the least certain.
-    assert worst_slope(make_backbone_of(config, policy), seeds=8 if policy == "ls" else 4) <= 0.25
+    assert worst_slope(make_backbone_of(config, policy)) <= 0.25
 
 
 @pytest.mark.exhaustive

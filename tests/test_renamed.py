@@ -123,7 +123,7 @@ def test_what_is_written_today_needs_no_renaming(kind):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architecture": "DiT"}, "unknown architecture 'DiT'; there are U.*, U.* must be defined before"),
+        ({"architecture": "MMDiT"}, "unknown architecture 'MMDiT'; there are .*U.*, U.* must be defined before"),
         ({"from_the_future": 1}, "has the unknown from_the_future"),
         ({"config": {**asdict(UVIT), "depht": 4}}, "UViT of this version cannot be made of .*depht"),
         ({"config": {**asdict(UVIT), "depth": 3}}, "depth must be even"),

@@ -139,7 +139,7 @@ _PUBLISHED_UNETS: dict[str, Any] = {
 }
 
 # DiT's comparisons of sizes are of 400 k steps; those of the published weights went on.
-_DIT_STEPS = dict.fromkeys(DIT_PRESETS.keys() - {"digits-dit"}, 400_000)
+_DIT_STEPS = {name: 400_000 for name in DIT_PRESETS if name != "digits-dit"}
 _DIT_STEPS |= {"imagenet256-dit-xl2": 7_000_000, "imagenet512-dit-xl2": 3_000_000}
 
 RECIPES: dict[str, TrainConfig] = {
