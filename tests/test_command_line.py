@@ -308,7 +308,8 @@ def test_help_of_a_recipe_says_something_of_every_flag_and_its_value(recipe, cap
         assert len(described.split()) >= 3, f"{flag}: {described!r}"
         value = getattr(RECIPES[recipe], flag[2:].replace("-", "_"))
         assert default == (value.kind if flag == "--skip-scale" else str(value))
-    assert {"--kappa", "--skip-position", "--skip-scale.kappa"} <= entries.keys()
+    assert {"--kappa", "--skip-position", "--base-width"} <= entries.keys()
+    assert ("--skip-scale.kappa" in entries) == RECIPES[recipe].model.has_skips
 
 
 def exit_of(main) -> object:
