@@ -86,7 +86,7 @@ def test_a_dry_run_walks_through_the_first_call(tmp_path):
     norms = {(row.layout, row.direction, row.provider) for row in rows if row.op == "skip_group_norm"}
     assert set(product(("contiguous", "channels_last"), ("forward", "backward"), ["ours"])) <= norms
     assert ("contiguous", "backward", "compile-loops-in-order") in norms
-    assert {row.op for row in rows} == {"copy", "product", "skip_group_norm", "uvit_step", "unet_step"}
+    assert {row.op for row in rows} == {"copy", "product", "skip_group_norm", "uvit_step", "unet_step", "dit_step"}
     assert {"ours-graph", "ours-compile", "compile"} <= {row.provider for row in rows if row.op == "unet_step"}
     assert "_fwd_kernel, Duration us 112.30, Registers Per Thread register/thread 80" in printed
     assert "launches compiled" in (out / "first.log").read_text()
@@ -98,7 +98,7 @@ def test_a_dry_run_walks_through_the_second_call(tmp_path):
     found = outcomes(printed, "second")
     assert found.pop("tune") in ("well", "at its limit")
     assert found == dict.fromkeys(("tests", "attention", "skip-linear", "steps", "exhaustive"), "well")
-    assert {row.op for row in rows} == {"attention", "skip_linear", "uvit_step", "unet_step"}
+    assert {row.op for row in rows} == {"attention", "skip_linear", "uvit_step", "unet_step", "dit_step"}
     assert {row.commit for row in rows} == {"0123abc"}
 
 

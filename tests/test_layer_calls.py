@@ -411,7 +411,7 @@ def test_whatever_stands_in_place_of_a_layer_is_called_as_it_is(make_layer, call
 def test_without_hooks_u_vits_layers_are_fused(monkeypatch):
     seen, joined, gelu = [], linear_layers.concatenated_tokens, torch.nn.functional.gelu
     monkeypatch.setattr(linear_layers, "concatenated_tokens", lambda *parts: (seen.append("joined"), joined(*parts))[1])
-    monkeypatch.setattr(linear_layers.F, "gelu", lambda x: (seen.append("gelu"), gelu(x))[1])
+    monkeypatch.setattr(linear_layers.F, "gelu", lambda x, **how: (seen.append("gelu"), gelu(x, **how))[1])
     found = uvit("cs")
     found.call(found.ours)
     assert not seen

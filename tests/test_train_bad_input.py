@@ -157,7 +157,9 @@ def test_a_folder_that_is_no_run_is_left_alone(tmp_path):
 @pytest.mark.parametrize("name", ["slurm-17.out", "train.log", "stderr.txt", "job.err"])
 def test_the_output_of_the_run_itself_may_stand_in_its_folder(tmp_path, name):
     (tmp_path / name).write_text("srun: job 17 has been allocated resources")
-    assert find_start(small_config(tmp_path)) == (None, None)
+    checkpoint, on_record = find_start(small_config(tmp_path))
+    assert checkpoint is None
+    assert set(on_record.values()) == {None}
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "logo.png", "output.png", "log.jsonl", "model.safetensors"])

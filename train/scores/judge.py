@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
+from scalelong.model.checkpoint_file import write_tensors
 from scalelong.train.data.cache import cache_folder
 from scalelong.train.data.order import Stream, generator
 from scalelong.train.errors import warn
@@ -170,6 +172,6 @@ def _keep_features(path: Path, features: dict[str, np.ndarray]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with staged(path) as staging:
-            save_file(features, staging)
+            write_tensors({name: torch.from_numpy(x) for name, x in features.items()}, staging)
     except (OSError, SafetensorError) as error:
         warn(f"the features of the real images cannot be kept in {path.parent}: {error}; set SCALELONG_CACHE")
