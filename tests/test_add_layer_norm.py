@@ -10,6 +10,7 @@ from add_layer_norm_cases import DTYPES, Case, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import run_on
+from samples import each_value_once
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
@@ -337,9 +338,12 @@ def test_the_reference_can_be_forced():
         case.call({name: p.double() for name, p in inputs.items()})
 
 
-@pytest.mark.parametrize("adaptive", [(), ("gain", "shift", "gate")], ids=["plain", "adaptive"])
-@pytest.mark.parametrize("has_branch", [False, True])
-@pytest.mark.parametrize("branch_dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_value_once(
+    "adaptive, has_branch, branch_dtype",
+    ((), ("gain", "shift", "gate")),
+    (False, True),
+    (torch.float32, torch.bfloat16),
+)
 def test_opcheck(adaptive, has_branch, branch_dtype):
     adaptive = adaptive if has_branch else adaptive[:2]
     case = Case(shape=(2, 7, 12), adaptive=adaptive, has_branch=has_branch, branch_dtype=branch_dtype)
@@ -361,8 +365,7 @@ def test_statistics_are_not_differentiable():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adaptive", [(), ("gain", "shift", "gate")], ids=["plain", "adaptive"])
-@pytest.mark.parametrize("has_branch", [False, True])
+@each_value_once("adaptive, has_branch", ((), ("gain", "shift", "gate")), (False, True))
 def test_a_compiled_model_gives_the_same_numbers(adaptive, has_branch):
     case = Case(shape=(2, 9, 24), adaptive=adaptive if has_branch else adaptive[:2], has_branch=has_branch)
     inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}

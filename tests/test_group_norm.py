@@ -390,8 +390,7 @@ def test_opcheck(channels_last, scale):
 
 
 @pytest.mark.slow
-@both_layouts
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@each_value_once("channels_last, dtype", (False, True), (torch.float32, torch.bfloat16))
 def test_a_compiled_model_gives_the_same_numbers(channels_last, dtype):
     case = Case(num_hidden=16, num_skip=8, spatial=(8, 8), is_adaptive=True, dtype=dtype, channels_last=channels_last)
     inputs = {name: x.requires_grad_() for name, x in case.inputs().items()}

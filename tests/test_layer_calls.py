@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from plain_networks import ADM, DDPM, PAIRS, Pair, unet, uvit
+from samples import each_value_once
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -162,11 +163,12 @@ def watched(network: nn.Module, call: Callable[[nn.Module], Tensor], kinds: tupl
     return seen
 
 
-@each_pair
-@pytest.mark.parametrize(
-    "kinds", [("forward",), ("before",), ("backward",), ("forward", "before", "backward")], ids="+".join
+@each_value_once(
+    "pair, kinds, recomputed",
+    tuple(PAIRS),
+    (("forward", "before", "backward"), ("forward",), ("before",), ("backward",)),
+    (False, True),
 )
-@pytest.mark.parametrize("recomputed", [False, True], ids=["kept", "recomputed"])
 def test_hooks_see_every_layer_exactly_as_often_as_in_the_plain_network(recomputed, kinds, pair):
     found = make(pair)
     if recomputed:

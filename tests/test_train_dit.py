@@ -34,7 +34,7 @@ SAMPLE = {
     ("plain", "cs", 2),
     ("layer-norm", "inv-sqrt2", 1),
     ("plain", "ls-separate", 0),
-    ("plain", "none", 3),
+    ("plain", "none", 1),
 }
 
 
