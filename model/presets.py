@@ -24,7 +24,7 @@ def _uvit(
 UVIT_PRESETS: dict[str, UViTConfig] = {
     # side, patch, channels, width, depth, heads
     "digits-uvit":         _uvit(8,  2, 1,   96,  4,  4, num_classes=11),
-    "photos32-uvit":       _uvit(32, 2, 3,   96,  4,  4),
+    "photos32-uvit":       _uvit(32, 4, 3,  128,  4,  4),
     "cifar10-uvit-s2":     _uvit(32, 2, 3,  512, 12,  8),
     "celeba64-uvit-s4":    _uvit(64, 4, 3,  512, 12,  8),
     "imagenet64-uvit-m4":  _uvit(64, 4, 3,  768, 16, 12, num_classes=1000),

@@ -67,13 +67,13 @@ EXPERIMENTS = {
         "U-ViT on photographs of 32 x 32",
         "photos32-uvit",
         ("--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-10..2^-8:0.5 --seeds 3",),
-        "85 minutes by operations, not timed: 60 runs of 170 s, two at a time",
+        "not timed: 60 runs, two at a time",
     ),
     "photos-uvit-speed": Experiment(
         "U-ViT on photographs, images to the unscaled network's best loss",
         "photos32-uvit",
         ("--depths 12 --skip-scale none,cs:0.7,ls --learning-rates 2^-9.5,2^-9 --seeds 5 --images 25600",),
-        "85 minutes by operations, not timed: 30 runs of 340 s, two at a time",
+        "not timed: 30 runs, two at a time",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",
