@@ -13,6 +13,7 @@ Shapes: B batch, T tokens, D1 width of the stream x, D2 width of the skip s, D =
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -172,8 +173,8 @@ def _by_statistics(
     eps: float,
 ) -> Tensor:
     """The folded form, of operators that a compiler fuses and differentiates."""
-    dtype = autocast_dtype(x)
-    with without_autocast(x):
+    dtype, device = autocast_dtype(x), x.device.type
+    with torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext():  # as Dynamo can trace it
         _, rstd = _statistics(x, s, scale, eps)
         folded_OD, shift_O = _folded(norm_weight, weight).to(dtype), _shift(norm_bias, weight, bias)
     product = skip_linear(x, s, scale, folded_OD, None)

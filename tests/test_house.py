@@ -207,6 +207,7 @@ def test_help_does_not_load_torch(line):
 )
 def test_help_of_a_recipe_does_not_load_torch(line):
     """Nor do the configurations, the policies and the checks of options: a command line is read without torch."""
+    pytest.importorskip("tyro")
     module, *arguments = line
     code = f"import runpy, sys; sys.argv = ['', *{arguments}]; runpy.run_module({module!r}, run_name='__main__')"
     loaded = modules_loaded_by(f"try: exec({code!r})\nexcept SystemExit: pass\nprint()")
