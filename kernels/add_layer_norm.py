@@ -11,7 +11,6 @@ Shapes: B samples, T rows of each, D features of a row; without gain, shift and 
 """
 
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -25,7 +24,7 @@ from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
 from scalelong.kernels.backend import Backends, backend_of, is_traced, tells
 from scalelong.kernels.launches import Kept
-from scalelong.kernels.precision import autocast_dtype, is_autocast
+from scalelong.kernels.precision import autocast_dtype, without_autocast
 
 _LAUNCHERS = {"triton": add_layer_norm_triton, "native": add_layer_norm_native}
 _HALVES = (torch.bfloat16, torch.float16)
@@ -158,8 +157,7 @@ def _normalised(inputs: Inputs, eps: float) -> Tensor:
     """y in the dtype of the stream, which is ``inputs.x``."""
     stream, _, *parameters, _ = inputs
     weight, bias, gain, shift = (None if p is None else p.to(stream.dtype) for p in parameters)
-    device = stream.device.type
-    with torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext():
+    with without_autocast(stream):
         y = F.layer_norm(stream, stream.shape[-1:], weight, bias, eps)
     if gain is not None:
         y = y * (1 + _over_rows(gain, y))

@@ -50,10 +50,13 @@ def product_dtype(x: Tensor, dtype: torch.dtype | None = None) -> torch.dtype:
     return dtype if has_products else torch.float32
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[None]:
+def without_autocast(x: Tensor) -> AbstractContextManager[object]:
     """Operators inside compute in the dtypes that they are given, on the device of ``x``."""
     device = x.device.type
-    return _autocast_off(device) if is_autocast(device) else _AS_IT_IS
+    if not is_autocast(device):
+        return _AS_IT_IS
+    # Dynamo of torch 2.11 traces the one; the other costs the host less.
+    return torch.autocast(device, enabled=False) if torch.compiler.is_compiling() else _autocast_off(device)
 
 
 _AS_IT_IS = nullcontext()

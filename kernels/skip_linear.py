@@ -433,25 +433,34 @@ torch.library.register_autograd(
 )
 
 
-def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
+def check_projection(op: str, x: Tensor, s: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Of x (..., D1) beside s (..., D2) by a weight (O, D1 + D2) and a bias (O,).
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit, naming both.
+    """
     if x.dim() < 1 or x.shape[:-1] != s.shape[:-1] or s.dim() < 1:
         raise ValueError(
-            f"skip_linear: x and s must be (B, T, D1) and (B, T, D2), or have other leading dimensions that are equal, "
+            f"{op}: x and s must be (B, T, D1) and (B, T, D2), or have other leading dimensions that are equal, "
             f"got {tuple(x.shape)} and {tuple(s.shape)}"
         )
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1] + s.shape[-1]:
         raise ValueError(
-            f"skip_linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} beside s {tuple(s.shape)}"
+            f"{op}: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} beside s {tuple(s.shape)}"
         )
     if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"skip_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+        raise ValueError(f"{op}: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
     casts = x.dtype in FUSED_DTYPES and is_autocast(x.device.type)
     for name, tensor in (("s", s), ("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
         fits = tensor.dtype in FUSED_DTYPES if casts else tensor.dtype == x.dtype
         if not fits or tensor.device != x.device:
-            raise ValueError(f"skip_linear: x is {described(x)} but {name} is {described(tensor)}")
+            raise ValueError(f"{op}: x is {described(x)} but {name} is {described(tensor)}")
+
+
+def _check(x: Tensor, s: Tensor, scale: Scale, weight: Tensor, bias: Tensor | None) -> None:
+    check_projection("skip_linear", x, s, weight, bias)
     if isinstance(scale, Tensor):
         *leading, D2 = s.shape
         if not is_one_of(scale.shape, ((), (1,), leading, (*leading, 1), (D2,))):

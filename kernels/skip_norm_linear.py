@@ -13,7 +13,6 @@ Shapes: B batch, T tokens, D1 width of the stream x, D2 width of the skip s, D =
 
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.kernels.arguments import Scale, concatenated_tokens, described
-from scalelong.kernels.backend import FUSED_DTYPES, is_traced, tells
+from scalelong.kernels.backend import is_traced, tells
 from scalelong.kernels.double_backward import differentiable_gradients
-from scalelong.kernels.precision import autocast_dtype, is_autocast, without_autocast
+from scalelong.kernels.precision import autocast_dtype, without_autocast
 from scalelong.kernels.skip_linear import (
     backend_of_products,
     backends_of_projection,
+    check_projection,
     gradients_of_projection,
     project,
     skip_linear,
@@ -173,8 +173,8 @@ def _by_statistics(
     eps: float,
 ) -> Tensor:
     """The folded form, of operators that a compiler fuses and differentiates."""
-    dtype, device = autocast_dtype(x), x.device.type
-    with torch.autocast(device, enabled=False) if is_autocast(device) else nullcontext():  # as Dynamo can trace it
+    dtype = autocast_dtype(x)
+    with without_autocast(x):
         _, rstd = _statistics(x, s, scale, eps)
         folded_OD, shift_O = _folded(norm_weight, weight).to(dtype), _shift(norm_bias, weight, bias)
     product = skip_linear(x, s, scale, folded_OD, None)
@@ -309,25 +309,8 @@ def _check(
     bias: Tensor | None,
     eps: float,
 ) -> None:
-    if x.dim() < 1 or s.dim() < 1 or x.shape[:-1] != s.shape[:-1]:
-        raise ValueError(
-            f"skip_norm_linear: x and s must be (B, T, D1) and (B, T, D2), or have other leading dimensions that are "
-            f"equal, got {tuple(x.shape)} and {tuple(s.shape)}"
-        )
+    check_projection("skip_norm_linear", x, s, weight, bias)
     D = x.shape[-1] + s.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != D:
-        raise ValueError(
-            f"skip_norm_linear: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)} beside s {tuple(s.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"skip_norm_linear: bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
-    casts = x.dtype in FUSED_DTYPES and is_autocast(x.device.type)
-    for name, tensor in (("s", s), ("weight", weight), ("bias", bias)):
-        if tensor is None:
-            continue
-        fits = tensor.dtype in FUSED_DTYPES if casts else tensor.dtype == x.dtype
-        if not fits or tensor.device != x.device:
-            raise ValueError(f"skip_norm_linear: x is {described(x)} but {name} is {described(tensor)}")
     for name, p in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if p is not None and (p.shape != (D,) or p.device != x.device or not p.is_floating_point()):
             raise ValueError(f"skip_norm_linear: {name} is {described(p)}, but x {described(x)} and s need {(D,)}")
