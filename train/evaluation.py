@@ -11,7 +11,7 @@ from scalelong.train.config import EvaluationConfig, TrainConfig
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.objective import make_objective
 from scalelong.train.run import Run
-from scalelong.train.sampling.generate import generate, labels_in_turn
+from scalelong.train.sampling.generate import generate, labels_in_turn, settings_of
 from scalelong.train.scores.feature_spaces import make_feature_space
 from scalelong.train.scores.judge import Judge, Scores
 from scalelong.train.scores.real_images import read_real_images
@@ -80,14 +80,7 @@ class Evaluation:
         if self._judge is None:
             self._judge = make_judge(config, config.evaluation, processes)
         model = averaged_network(run.ema, lambda: make_backbone(config.model, skip_scale=config.skip_scale))
-        settings = {
-            "null_condition": config.null_label,
-            "sampler": config.sample.sampler,
-            "steps": config.sample.steps,
-            "guidance": config.sample.guidance,
-            "guidance_interval": config.sample.guidance_interval,
-            "seed": config.seed,
-        }
+        settings = {"null_condition": config.null_label, **settings_of(config)}
         autocast, count = AUTOCAST.get(config.precision), config.evaluation.num_images
         scores = score_samples(self._judge, model, config, settings, count, processes, autocast)
         values = {name: getattr(scores, field) for field, name in ROW_NAMES.items()} if scores is not None else {}

@@ -8,6 +8,7 @@ Shapes: B batch, C channels, H height, W width.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -161,6 +162,18 @@ def spread_texts(source: LatentSource, num_images: int) -> Callable[[Sequence[in
 def texts_of(config: TrainConfig, source: SoundImages | LatentSource) -> LatentSource | None:
     """The source of a run, if its captions are what the model is conditioned on."""
     return source if source.holds == "latents" and config.context_shape is not None else None
+
+
+def settings_of(config: TrainConfig) -> dict[str, Any]:
+    """Keyword arguments of ``generate`` that say how a run's own samples are drawn, in grids and in scores."""
+    sample = config.sample
+    return {
+        "sampler": sample.sampler,
+        "steps": sample.steps,
+        "guidance": sample.guidance,
+        "guidance_interval": sample.guidance_interval,
+        "seed": config.seed,
+    }
 
 
 def null_condition_of(config: TrainConfig, texts: LatentSource | None) -> int | Tensor | None:

@@ -17,6 +17,7 @@ from scalelong.train.sampling.generate import (
     default_conditions,
     generate,
     null_condition_of,
+    settings_of,
     texts_of,
 )
 from scalelong.train.write_whole import staged
@@ -44,11 +45,7 @@ def make_grid(run: Run) -> None:
         default_conditions(config, texts, sample.num_images),
         range(sample.num_images),
         null_condition=null_condition_of(config, texts),
-        sampler=sample.sampler,
-        steps=sample.steps,
-        guidance=sample.guidance,
-        guidance_interval=sample.guidance_interval,
-        seed=config.seed,
+        **settings_of(config),
         autocast=AUTOCAST.get(config.precision),
         to_pictures=processes.agree(lambda: to_pictures(config)),
         processes=processes,
