@@ -2,7 +2,8 @@
 
     python -m scalelong.bench.objectives [--total-images N] [--num-images M] [--only prediction=flow ...]
 
-Each value of prediction, weighting, times and schedule is one run with the others at their default. Runs stand in
+Each value of prediction, weighting, times and schedule is one run with the others at their default; the run of all
+defaults stands once, under prediction, not once for each of the four. Runs stand in
 ``--runs`` (runs/objectives) and are trained ``--jobs`` (2) at a time, each a process of one thread; a run that is there
 goes on, and one that has its row is passed over, so that the same command resumes. Rows go to ``--out``.
 """
@@ -84,6 +85,12 @@ class Row(Trial):
     torch: str
 
 
+def is_the_recipe_itself(trial: Trial) -> bool:
+    """Whether the value is the one that the recipe has anyway."""
+    section, _, name = trial.varied.partition(".")
+    return getattr(getattr(RECIPES[trial.recipe], section), name) == trial.value
+
+
 def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] = ()) -> list[Trial]:
     """All of them, or those named, as "prediction=flow".
 
@@ -92,6 +99,7 @@ def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] 
     """
     how: Any = {"recipe": recipe, "total_images": total_images, "num_images": num_images}
     known = [Trial(varied=varied, value=value, **how) for varied, values in VARIED.items() for value in values]
+    known = [trial for trial in known if trial.varied == "objective.prediction" or not is_the_recipe_itself(trial)]
     names = [str(trial) for trial in known]
     unknown = [name for name in only if name not in names]
     if unknown:

@@ -23,7 +23,7 @@ def row(trial: Trial) -> Row:
 
 def test_each_value_has_a_run_that_the_command_line_takes():
     wanted = trials("digits-uvit", 640, 100)
-    assert len(wanted) == 17
+    assert len(wanted) == 17 - 3  # the recipe as it is has a value of each of the four, and is trained once
     for trial in wanted:
         (module, *flags), _ = trial.commands(Path("runs/x"))
         config = parse_train_arguments(flags)
