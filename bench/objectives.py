@@ -11,8 +11,6 @@ goes on, and one that has its row is passed over, so that the same command resum
 import argparse
 import csv
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,6 +21,7 @@ from typing import Any, get_args
 
 import torch
 
+from scalelong.bench.modules import run_module
 from scalelong.bench.record import RESULTS, commit, device_name
 from scalelong.train.config import ScheduleName
 from scalelong.train.objective_config import PredictionName, TimesName, WeightingName
@@ -112,12 +111,8 @@ def train_and_score(trial: Trial, run: Path) -> Row:
     Raises:
         RuntimeError: a command failed; says what it printed.
     """
-    for module, *arguments in trial.commands(run):
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-m", module, *arguments]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command[1:])}: {(done.stderr or done.stdout).strip()}")
+    for arguments in trial.commands(run):
+        run_module(arguments)
     return row_of(trial, run)
 
 

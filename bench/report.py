@@ -2,7 +2,8 @@
 
 In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of ``bench/results/lab/NAME/cells.csv``;
 ``<!-- lab NAME TABLE COLUMN, COLUMN -->`` has some of its columns alone. What stands between them is written here and
-nowhere else: no figure is typed by hand. ``<!-- recipes -->`` stands for the table of published recipes.
+nowhere else: no figure is typed by hand. ``<!-- trained NAME -->`` is the same for ``bench/results/trained/NAME.csv``,
+and ``<!-- recipes -->`` for the table of published recipes.
 """
 
 import re
@@ -13,6 +14,8 @@ from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
+from scalelong.bench.trained import TABLES, read_lines
+from scalelong.bench.trained import where as sources
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
@@ -20,17 +23,19 @@ from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "docs" / "results.md")
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", *TABLES)))
+TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_TABLE = re.compile(r"(<!-- recipes -->\n).*?(<!-- end -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rebuilt(text: str, results: Path = RESULTS) -> str:
+def rebuilt(text: str, results: Path = RESULTS, trained: Path = RESULTS.parent / "trained") -> str:
     """A document with every marked table made anew.
 
     Raises:
         UserError: a mark that names no experiment, table or column.
     """
+    text = TRAINED.sub(lambda mark: f"{mark[1]}\n{trained_section(trained, mark[2])}\n\n{mark[3]}", text)
     text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
     return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table())}\n\n{mark[2]}", text)
 
@@ -66,6 +71,18 @@ def section(results: Path, name: str, key: str, columns: str | None) -> str:
         raise UserError(f"the experiment {name} has no table {key!r}; it has {', '.join(tables)}")
     table = tables[key] if columns is None else chosen(tables[key], [column.strip() for column in columns.split(",")])
     return f"{markdown_table(table)}\n\n{command}: {where(rows)}. {table.note}"
+
+
+def trained_section(folder: Path, name: str) -> str:
+    """The same of a training that is no grid."""
+    if name not in TABLES:
+        raise UserError(f"no table of trainings {name!r}; there are {', '.join(TABLES)}")
+    module, make_table = TABLES[name]
+    rows = read_lines(folder / f"{name}.csv")
+    if not rows:
+        return f"Not measured yet: `python -m {module}`."
+    table = make_table(rows)
+    return f"{markdown_table(table)}\n\n{table.note}. `python -m {module}`: {sources(rows)}."
 
 
 def chosen(table: Table, columns: list[str]) -> Table:

@@ -48,6 +48,49 @@ def test_a_marked_table_is_made_anew(tmp_path):
     assert report.rebuilt(made, tmp_path) != made
 
 
+def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
+    """Each of them, from rows that stand in another order than the table's."""
+    where = "2026-11-26,abc1234,a machine,2"
+    files = {
+        "objectives": "recipe,varied,value,total_images,num_images,accuracy_with_guidance,accuracy,"
+        "kernel_distance_with_guidance,kernel_distance,sampler,date,commit,device,torch\n"
+        f"digits-uvit,objective.times,edm,640,10,1,0.5,0.001,0.002,heun,{where}\n"
+        f"digits-uvit,objective.prediction,v,640,10,0.9,0.4,0.001,0.0025,heun,{where}\n",
+        "scores": "recipe,processes,images,checkpoint,features,kernel_distance,kernel_distance_error,precision,recall,"
+        "date,commit,device,torch\n"
+        + "".join(
+            f"r,{n},{name},pixels,{distance},0.001,0.5,0.25,{where}\n"
+            for n in (1, 2)
+            for name, distance in (
+                ("samples,640", 0.02),
+                ("samples,1280", 0.01),
+                ('"real, held out",', 0),
+                ("noise,", 0.5),
+            )
+        ),
+        "fine-tuning": "start,images_seen,label_accuracy,date,commit,device,torch\n"
+        f"from weights,640,0.75,{where}\nfrom weights,1280,1,{where}\nfrom nothing,1280,0.125,{where}\n",
+    }
+    said = {
+        "objectives": "| `--objective.prediction v` | 90.0 % | 40.0 % | 1.0 | 2.5 |\n"
+        "| `--objective.times edm` | 100.0 % | 50.0 % | 1.0 | 2.0 |\n",
+        "scores": "| r | real, held out | 0.0 ± 1.0 | 0.0 ± 1.0 | 0.50 | 0.25 |\n"
+        "| r | samples, after 1,280 images | 10.0 ± 1.0 | 10.0 ± 1.0 | 0.50 | 0.25 |\n"
+        "| r | samples, after 640 images | 20.0 ± 1.0 | 20.0 ± 1.0 | 0.50 | 0.25 |\n"
+        "| r | noise | 500.0 ± 1.0 | 500.0 ± 1.0 | 0.50 | 0.25 |\n",
+        "fine-tuning": "| 640 | 75.0 % | - |\n| 1,280 | 100.0 % | 12.5 % |\n",
+    }
+    for name, rows in files.items():
+        mark = f"<!-- trained {name} -->\n<!-- end -->"
+        assert f"Not measured yet: `python -m scalelong.bench.{name.replace('-', '_')}`" in report.rebuilt(
+            mark, trained=tmp_path
+        )
+        (tmp_path / f"{name}.csv").write_text(rows)
+        made = report.rebuilt(mark, trained=tmp_path)
+        assert said[name] in made + "\n"
+        assert "commit abc1234, a machine, 2026-11-26." in made
+
+
 def test_what_was_not_measured_names_its_command(tmp_path):
     made = report.rebuilt("<!-- lab clipping stability -->\n<!-- end -->", tmp_path)
     assert "Not measured yet: `python -m scalelong.bench.lab.experiments clipping` (36 minutes" in made

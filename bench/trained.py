@@ -1,0 +1,84 @@
+"""The tables that documents have of bench/results/trained: what trainings of minutes came to.
+
+Each gives a ``Table`` whose note names the command, commit, machine and date; None where there are no rows yet.
+"""
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scalelong.bench.lab.summary import Table, Value
+from scalelong.bench.objectives import VARIED
+
+Line = dict[str, str]
+
+
+def objectives(rows: Sequence[Line]) -> Table:
+    """What each value of a flag comes to, in the order of the flags."""
+    order = [(flag, value) for flag, values in VARIED.items() for value in values]
+    lines: list[list[Value]] = []
+    for row in sorted(rows, key=lambda row: order.index((row["varied"], row["value"]))):
+        accuracies = [f"{100 * float(row[name]):.1f} %" for name in ("accuracy_with_guidance", "accuracy")]
+        distances = [f"{1000 * float(row[name]):.1f}" for name in ("kernel_distance_with_guidance", "kernel_distance")]
+        lines.append([f"`--{row['varied']} {row['value']}`", *accuracies, *distances])
+    first = rows[0]
+    scored = f"{int(first['num_images']):,} samples each, {first['sampler']}; kernel distance times 1,000"
+    note = f"{first['recipe']}, {int(first['total_images']):,} images; {scored}"
+    distances = ("kernel distance, guided", "unguided")
+    return Table("objectives", "", note, ("", "label accuracy, guided", "unguided", *distances), lines)
+
+
+def scores(rows: Sequence[Line]) -> Table:
+    """Images in order of their expected distance, of each recipe, by one process and by two."""
+    order = ["real, held out", "samples", "noise"]
+    one = [row for row in rows if row["processes"] == "1"]
+    two = {(row["recipe"], row["images"], row["checkpoint"]): row for row in rows if row["processes"] == "2"}
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    lines: list[list[Value]] = []
+    for row in sorted(
+        one, key=lambda r: (recipes.index(r["recipe"]), order.index(r["images"]), -int(r["checkpoint"] or 0))
+    ):
+        at = f", after {int(row['checkpoint']):,} images" if row["checkpoint"] else ""
+        other = two[row["recipe"], row["images"], row["checkpoint"]]
+        distances = [
+            f"{1000 * float(r['kernel_distance']):.1f} ± {1000 * float(r['kernel_distance_error']):.1f}"
+            for r in (row, other)
+        ]
+        shares = [f"{float(row[name]):.2f}" for name in ("precision", "recall")]
+        lines.append([row["recipe"], row["images"] + at, *distances, *shares])
+    note = f"Kernel distance in `{rows[0]['features']}` to the training images, times 1,000, with its standard error"
+    header = ("recipe", "images", "kernel distance", "by two processes", "precision", "recall")
+    return Table("scores", "", note, header, lines)
+
+
+def fine_tuning(rows: Sequence[Line]) -> Table:
+    """Label accuracy over images, a column for each start."""
+    starts = list(dict.fromkeys(row["start"] for row in rows))
+    at = {(row["start"], int(row["images_seen"])): f"{100 * float(row['label_accuracy']):.1f} %" for row in rows}
+    images = sorted({images for _, images in at})
+    lines: list[list[Value]] = [[f"{n:,}", *(at.get((start, n), "-") for start in starts)] for n in images]
+    return Table("fine-tuning", "", "Label accuracy of samples with guidance", ("images", *starts), lines)
+
+
+TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], Table]]] = {
+    "objectives": ("scalelong.bench.objectives", objectives),
+    "scores": ("scalelong.bench.scores", scores),
+    "fine-tuning": ("scalelong.bench.fine_tuning", fine_tuning),
+}
+"""The name of a table and of its file, the module that makes the rows, and what makes a table of them."""
+
+
+def read_lines(path: Path) -> list[Line]:
+    """The rows of a file; none where there is none."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def where(rows: Sequence[Line]) -> str:
+    """From which commit, where and when."""
+    commits, devices, dates = (
+        ", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("commit", "device", "date")
+    )
+    return f"commit {commits}, {devices}, {dates}"
