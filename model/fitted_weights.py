@@ -2,9 +2,9 @@
 
 What is the same in both is taken bit for bit. Rows of the label embedding are taken by number; a null label, the last
 row, stays the last. Positions of a U-ViT are interpolated bicubically, those of its extra tokens taken by what they
-mean. Gates of another policy are made anew.
+mean; those of a DiT are the network's own. Gates of another policy are made anew.
 
-Shapes: T tokens (extras + patches), D width, S side of the grid of patches.
+Shapes: T tokens (extras + patches), D width, S side of the grid of patches, K labels, C channels.
 """
 
 import math
@@ -15,17 +15,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from scalelong.model.backbone_config import BackboneConfig
+from scalelong.model.dit_config import DiTConfig
 from scalelong.model.nearest_preset import differing_sizes, nearest_preset
 from scalelong.model.skip_scale import SkipScale, described
 from scalelong.model.unet_config import UNetConfig
 from scalelong.model.uvit_config import UViTConfig
 
-LABELS = "label_emb.weight"
+LABELS = ("label_emb.weight", "y_embedder.embedding_table.weight")
+"""The embedding of labels of a U-ViT or UNet, and of a DiT."""
 POSITIONS = "pos_embed"
 CONTEXT = "context_embed."
 GATES = ("se.", "skip_gates.")
-OUTPUT = ("out.2.weight", "out.2.bias")
-"""The last layer of a UNet, whose second half of channels is the variance where that is learned."""
+OUTPUTS = ("out.2", "final_layer.linear")
+"""The last layer of a UNet and of a DiT, whose second half of channels is the variance where that is learned."""
 MAY_DIFFER = frozenset(
     {
         *("img_size", "num_classes", "context_tokens", "out_channels", "dropout", "skip_position"),
@@ -103,9 +105,12 @@ def fit(
     if isinstance(config, UViTConfig):
         _fit_positions(fitting, weights.config, config)  # first, as labels and text tell of extra tokens
         _fit_context(fitting)
-    _fit_labels(fitting, weights.has_null_label, has_null_label)
-    if isinstance(config, UNetConfig):
-        _leave_variance(fitting)
+    else:
+        _leave_variance(fitting, config)
+    if isinstance(config, DiTConfig):
+        _compute_positions(fitting)
+    for labels in LABELS:
+        _fit_labels(fitting, labels, weights.has_null_label, has_null_label)
     same = [name for name, x in fresh.items() if name not in fitting.placed and name in fitting.given]
     same = [name for name in same if fitting.given[name].shape == fresh[name].shape]
     fitting.placed |= {name: fitting.given.pop(name) for name in same}
@@ -148,9 +153,8 @@ def _sizes(config: BackboneConfig) -> dict[str, object]:
 
 def _with_variance(config: BackboneConfig) -> int | None:
     """Channels out of the same network that learns the variance, where that is known to come second."""
-    return (
-        2 * config.in_channels if isinstance(config, UNetConfig) and config.channels_out == config.in_channels else None
-    )
+    comes_second = not isinstance(config, UViTConfig) and config.channels_out == config.in_channels
+    return 2 * config.in_channels if comes_second else None
 
 
 def _reorder_attention(fitting: _Fitting, before: BackboneConfig, config: BackboneConfig) -> None:
@@ -176,19 +180,19 @@ def _fit_gates(fitting: _Fitting) -> None:
         fitting.begin_anew(GATES, "gates of the skips")
 
 
-def _fit_labels(fitting: _Fitting, had_null: bool | None, has_null: bool) -> None:
-    if (LABELS in fitting.given) != (LABELS in fitting.fresh):
-        fitting.begin_anew(LABELS, "the embedding of labels")
-    if LABELS not in fitting.given:
+def _fit_labels(fitting: _Fitting, labels: str, had_null: bool | None, has_null: bool) -> None:
+    if (labels in fitting.given) != (labels in fitting.fresh):
+        fitting.begin_anew(labels, "the embedding of labels")
+    if labels not in fitting.given:
         return
-    before_KD, rows_KD = fitting.given[LABELS], fitting.fresh[LABELS].clone()
+    before_KD, rows_KD = fitting.given[labels], fitting.fresh[labels].clone()
     had_null = has_null if had_null is None else had_null
     if before_KD.shape[1:] != rows_KD.shape[1:] or (before_KD.shape == rows_KD.shape and had_null == has_null):
         return
     old, new = len(before_KD) - had_null, len(rows_KD) - has_null
     kept = min(old, new)
     rows_KD[:kept] = before_KD[:kept].to(rows_KD.dtype)
-    said = [f"rows 0 to {kept - 1} of {LABELS} are those of the same number"]
+    said = [f"rows 0 to {kept - 1} of {labels} are those of the same number"]
     if had_null and has_null:
         rows_KD[-1] = before_KD[-1].to(rows_KD.dtype)
         said.append("the null label's is the last")
@@ -196,8 +200,8 @@ def _fit_labels(fitting: _Fitting, had_null: bool | None, has_null: bool) -> Non
     said += [f"{made} {'row is' if made == 1 else 'rows are'} new"] if made else []
     left = old - kept + (had_null and not has_null)
     said += [f"{left} {'is' if left == 1 else 'are'} not used"] if left else []
-    fitting.placed[LABELS] = rows_KD
-    del fitting.given[LABELS]
+    fitting.placed[labels] = rows_KD
+    del fitting.given[labels]
     fitting.new.append(", ".join(said))
 
 
@@ -231,7 +235,7 @@ def _extras_in(state: Mapping[str, Tensor], num_tokens: int, config: UViTConfig)
     if f"{CONTEXT}weight" in state:
         left = num_tokens - 1
         num_texts = [n for n in (config.context_tokens, 77) if 0 < n < left and math.isqrt(left - n) ** 2 == left - n]
-    changes = {"num_classes": int(LABELS in state), "context_tokens": (num_texts or [0])[0]}
+    changes = {"num_classes": int(any(labels in state for labels in LABELS)), "context_tokens": (num_texts or [0])[0]}
     return replace(config, **changes).extras
 
 
@@ -241,15 +245,27 @@ def _fit_context(fitting: _Fitting) -> None:
         fitting.begin_anew(CONTEXT, "the projection of text")
 
 
-def _leave_variance(fitting: _Fitting) -> None:
-    """Of a UNet that learns the variance, the network that does not is the first half of the channels."""
-    for name in OUTPUT:
-        given, fresh = fitting.given.get(name), fitting.fresh[name]
-        if given is not None and given.shape == (2 * len(fresh), *fresh.shape[1:]):
-            fitting.placed[name] = given[: len(fresh)]
-            del fitting.given[name]
-    if OUTPUT[0] in fitting.placed:
-        fitting.unused.append(f"the variance, channels {len(fitting.fresh[OUTPUT[0]])} and up of out.2")
+def _compute_positions(fitting: _Fitting) -> None:
+    """Positions of a DiT are sines and cosines of the grid: where they are of another or none are given, its own."""
+    given, fresh_1TD = fitting.given.get(POSITIONS), fitting.fresh[POSITIONS]
+    if given is None or (given.shape != fresh_1TD.shape and given.shape[-1:] == fresh_1TD.shape[-1:]):
+        fitting.given.pop(POSITIONS, None)
+        fitting.placed[POSITIONS] = fresh_1TD
+
+
+def _leave_variance(fitting: _Fitting, config: BackboneConfig) -> None:
+    """Of a network that learns the variance, the one that does not is the first half of the channels."""
+    # The rows of a DiT's last layer are, pixel by pixel of a patch, the channels; a UNet's are the channels.
+    num_pixels = config.patch_size**2 if isinstance(config, DiTConfig) else 1
+    for name in (f"{layer}.{kind}" for layer in OUTPUTS for kind in ("weight", "bias")):
+        given, fresh = fitting.given.get(name), fitting.fresh.get(name)
+        if given is None or fresh is None or given.shape != (2 * len(fresh), *fresh.shape[1:]):
+            continue
+        num_channels = len(fresh) // num_pixels
+        fitting.placed[name] = given.unflatten(0, (num_pixels, -1))[:, :num_channels].flatten(0, 1)
+        del fitting.given[name]
+        if name.endswith("weight"):
+            fitting.unused.append(f"the variance, channels {num_channels} and up of {name.removesuffix('.weight')}")
 
 
 def _misfit(weights: Weights, config: BackboneConfig, fitting: _Fitting) -> str:

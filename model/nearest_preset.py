@@ -20,6 +20,10 @@ SIZES = (
     ("model_channels", "input_blocks.0.0.weight",    0),
     ("in_channels",    "input_blocks.0.0.weight",    1),
     ("out_channels",   "out.2.weight",               0),
+    ("patch_size",     "x_embedder.proj.weight",     2),
+    ("width",          "x_embedder.proj.weight",     0),
+    ("in_channels",    "x_embedder.proj.weight",     1),
+    ("MLP width",      "blocks.0.mlp.fc1.weight",    0),
 )
 # fmt: on
 """Dimensions of tensors that are sizes of a network."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from scalelong.model.backbone import Backbone
 from scalelong.model.backbone_config import BackboneConfig
+from scalelong.model.dit_config import DiTConfig
 from scalelong.model.fitted_weights import Weights, fit
 from scalelong.model.nearest_preset import nearest_preset
 from scalelong.model.presets import MODEL_PRESETS, UVIT_PRESETS
@@ -17,6 +18,7 @@ from scalelong.model.unet_config import UNetConfig
 from scalelong.model.uvit_config import UViTConfig
 
 UVIT = UViTConfig(img_size=8, patch_size=2, width=16, depth=2, num_heads=2, num_classes=6)
+DIT = DiTConfig(img_size=8, patch_size=2, width=16, depth=2, num_heads=2, num_classes=6, skip="plain")
 UNET = UNetConfig(img_size=8, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, num_groups=4, num_classes=6)
 
 
@@ -50,16 +52,16 @@ def changed(before: Backbone, state: dict[str, Tensor]) -> set[str]:
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("config", [UVIT, UNET], ids=lambda config: config.architecture)
+@pytest.mark.parametrize("config", [UVIT, UNET, DIT], ids=lambda config: config.architecture)
 @pytest.mark.parametrize("policy", [ConstantScale(), LearnedScale()], ids=lambda policy: policy.kind)
 def test_the_same_network_takes_every_bit(config, policy, known):
     before, after = made(config, policy), made(config, policy, seed=1)
     state, lines = fitted(before, after, known=known)
     assert changed(before, state) == set()
-    assert lines == [f"taken: {len(state)} tensors, {before.num_params():,} parameters"]
+    assert lines == [f"taken: {len(state)} tensors, {sum(x.numel() for x in state.values()):,} parameters"]
 
 
-@pytest.mark.parametrize("config", [UVIT, UNET], ids=lambda config: config.architecture)
+@pytest.mark.parametrize("config", [UVIT, UNET, DIT], ids=lambda config: config.architecture)
 @pytest.mark.parametrize(
     ("rows", "had_null", "has_null", "expected"),
     [
@@ -79,13 +81,14 @@ def test_the_same_network_takes_every_bit(config, policy, known):
 def test_labels_are_taken_by_number_and_the_null_label_stays_last(config, rows, had_null, has_null, expected):
     before, after = made(config), made(replace(config, num_classes=rows), seed=1)
     state, lines = fitted(before, after, had_null=had_null, has_null=has_null)
-    old, fresh = (network.state_dict()["label_emb.weight"] for network in (before, after))
-    for row, (number, found) in enumerate(zip(expected, state["label_emb.weight"], strict=True)):
+    labels = "y_embedder.embedding_table.weight" if config is DIT else "label_emb.weight"
+    old, fresh = (network.state_dict()[labels] for network in (before, after))
+    for row, (number, found) in enumerate(zip(expected, state[labels], strict=True)):
         assert torch.equal(found, fresh[row] if number is None else old[number])
-    assert changed(before, state) <= {"label_emb.weight"}
-    is_said = any("label_emb" in line for line in lines)
+    assert changed(before, state) <= {labels}
+    is_said = any(labels in line for line in lines)
     assert is_said == (rows != 6 or had_null not in (None, has_null))
-    assert any("new" in line and "label_emb" in line for line in lines) or None not in expected
+    assert any("new" in line and labels in line for line in lines) or None not in expected
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -158,14 +161,29 @@ def test_gates_over_other_tokens_are_new():
     assert changed(before, state) == {"pos_embed", *(name for name in state if name.startswith("se."))}
 
 
-def test_a_learned_variance_is_left_and_the_noise_predicted_as_before():
-    both, alone = made(replace(UNET, out_channels=6)), made(UNET, seed=1)
+@pytest.mark.parametrize("known", [True, False])
+def test_positions_of_a_dit_are_those_of_its_own_grid(known):
+    """Which a run's averages, parameters alone, do not hold either."""
+    before, after = made(DIT), made(replace(DIT, img_size=16), seed=1)
+    state, lines = fitted(before, after, known=known)
+    assert changed(before, state) == {"pos_embed"}
+    assert torch.equal(state["pos_embed"], after.state_dict()["pos_embed"])
+    assert lines[0].startswith("taken: ")
+    averages = Weights({name: x for name, x in before.state_dict().items() if name != "pos_embed"})
+    state, _ = fit(averages, DIT, before.skip_scale, made(DIT, seed=1).state_dict(), has_null_label=True)
+    assert changed(before, state) == set()
+
+
+@pytest.mark.parametrize("config", [UNET, DIT], ids=lambda config: config.architecture)
+def test_a_learned_variance_is_left_and_the_noise_predicted_as_before(config):
+    both, alone = made(replace(config, out_channels=6)), made(config, seed=1)
+    last = "out.2" if config is UNET else "final_layer.linear"
     for known in (True, False):
         state, lines = fitted(both, alone, known=known)
         alone.load_state_dict(state)
         x, t, y = torch.randn(2, 3, 8, 8), torch.tensor([3.0, 700.0]), torch.tensor([0, 5])
-        assert torch.equal(alone(x, t, y), both(x, t, y)[:, :3])
-        assert "not used: the variance, channels 3 and up of out.2" in lines
+        torch.testing.assert_close(alone(x, t, y), both(x, t, y)[:, :3])
+        assert f"not used: the variance, channels 3 and up of {last}" in lines
 
 
 def test_projections_of_a_unet_in_another_order_compute_the_same():
@@ -198,6 +216,11 @@ def test_half_precision_and_double_become_the_dtype_of_the_network():
         (UVIT, {"patch_size": 4}, ["patch_size 2 -> 4"]),
         (UVIT, {"num_heads": 4}, ["num_heads 2 -> 4"]),
         (UVIT, {"final_conv": False}, ["final_conv True -> False"]),
+        (DIT, {"width": 32}, ["width 16 -> 32"]),
+        (DIT, {"depth": 4}, ["depth 2 -> 4"]),
+        (DIT, {"patch_size": 4}, ["patch_size 2 -> 4"]),
+        (DIT, {"mlp_ratio": 2.0}, ["mlp_ratio 4.0 -> 2.0"]),
+        (DIT, {"skip": "none"}, ["skip plain -> none"]),
         (UNET, {"in_channels": 4}, ["in_channels 3 -> 4"]),
         (UNET, {"channel_mult": (1, 2, 2)}, ["channel_mult (1, 2) -> (1, 2, 2)"]),
         (UNET, {"num_head_channels": 4}, ["num_heads (1, 1) -> (2, 4)"]),
@@ -226,7 +249,7 @@ def test_weights_that_fit_nothing_name_the_nearest_architecture_and_preset():
         fit(other, UVIT, Unscaled(), made(UVIT).state_dict(), has_null_label=False)
 
 
-@pytest.mark.parametrize("name", ["digits-uvit", "digits-unet", "photos32-uvit", "photos32-unet"])
+@pytest.mark.parametrize("name", ["digits-uvit", "digits-unet", "photos32-uvit", "photos32-unet", "digits-dit"])
 def test_each_preset_is_nearest_to_itself(name):
     config = MODEL_PRESETS[name]
     with torch.device("meta"):
