@@ -101,7 +101,14 @@ def plain(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "parameters"), (3, "by file")]
+    ("stage", "offload"),
+    [
+        (1, "optimizer"),
+        (2, "optimizer"),
+        pytest.param(3, "optimizer", marks=pytest.mark.exhaustive),
+        (3, "parameters"),
+        (3, "by file"),
+    ],
 )
 def test_offloading_trains_saves_and_resumes_as_without(plain, tmp_path, stage, offload):
     config = small_config(tmp_path / "run", zero_stage=stage)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from samples import each_value_once
 from torch import nn
 
 pytest.importorskip("diffusers")
@@ -42,9 +43,7 @@ def assert_the_same(network: Any, other: Any) -> None:
     assert torch.equal(network(**inputs).sample, other(**inputs).sample)
 
 
-@each_policy
-@pytest.mark.parametrize("name", ["ddpm", "sd15"])
-@pytest.mark.parametrize("sharded", [False, True], ids=["whole", "sharded"])
+@each_value_once("options,name,sharded", POLICIES, ["ddpm", "sd15"], [False, True])
 def test_one_call_loads_the_function_that_was_saved(tmp_path, name, options, sharded):
     network = moved(patched_copy(make_network(name), **options))
     network.save_pretrained(tmp_path / "unet", max_shard_size="300KB" if sharded else "10GB")

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from samples import each_value_once
 
 pytest.importorskip("deepspeed")
 
@@ -159,9 +160,7 @@ def with_gradient(loss: torch.Tensor, factor: float) -> torch.Tensor:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("looks", [True, False], ids=["as on a CPU", "as on a GPU"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@pytest.mark.parametrize("first", [2, 8])
+@each_value_once("looks,stage,first", [True, False], [0, 1, 2, 3], [8, 2])
 def test_no_gradient_that_is_not_finite_passes_unnoticed(tmp_path, images, disturb, monkeypatch, stage, looks, first):
     """On a GPU nothing is looked at between two logs; here there is one look, after the eighth step."""
     monkeypatch.setattr(Run, "looks_at_each_step", looks)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from samples import each_value_once
 
 pytest.importorskip("deepspeed")
 
@@ -122,8 +123,7 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(tmp_path):
     assert {"64", "96"} <= left
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@each_value_once("precision,stage", ["bf16", "fp16"], [0, 2, 3])
 def test_mixed_precision_trains_and_resumes_exactly(tmp_path, precision, stage):
     once = small_config(tmp_path / "once", precision=precision, zero_stage=stage, total_images=4 * STEP)
     train(once)
