@@ -3,9 +3,10 @@
     python -m scalelong.bench.objectives [--total-images N] [--num-images M] [--only prediction=flow ...]
 
 Each value of prediction, weighting, times and schedule is one run with the others at their default; the run of all
-defaults stands once, under prediction, not once for each of the four. Runs stand in
-``--runs`` (runs/objectives) and are trained ``--jobs`` (2) at a time, each a process of one thread; a run that is there
-goes on, and one that has its row is passed over, so that the same command resumes. Rows go to ``--out``.
+defaults stands once, under prediction, not once for each of the four. What trains nothing by itself is trained again
+beside what it is made for. Runs stand in ``--runs`` (runs/objectives) and are trained ``--jobs`` (2) at a time, each a
+process of one thread; a run that is there goes on, and one that has its row is passed over, so that the same command
+resumes. Rows go to ``--out``.
 """
 
 import argparse
@@ -37,6 +38,11 @@ VARIED = {
 """Flags, and the values of each that are trained."""
 
 
+MADE_FOR = {("objective.weighting", "edm"): ("objective.times", "edm")}
+"""Values that are trained once more, beside the value of another flag that they are made for: EDM's weights of errors
+of the noise grow as sigma², and times that are spread evenly reach a sigma of 150."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trial:
     """A run that is wanted."""
@@ -44,16 +50,20 @@ class Trial:
     recipe: str
     varied: str
     value: str
+    beside: str = ""
+    """A value of another flag, as "objective.times=edm"; the others are at their default."""
     total_images: int
     num_images: int
     """Samples that are scored."""
 
     def __str__(self) -> str:
-        return f"{self.varied.partition('.')[2]}={self.value}"
+        given = [f"{self.varied}={self.value}", *([self.beside] if self.beside else [])]
+        return ",".join(flag.partition(".")[2] for flag in given)
 
     def commands(self, run: Path) -> list[list[str]]:
         """The modules and their arguments that train the run to its end from where it is, and score its samples."""
-        flags = [f"--{self.varied}", self.value, "--run", run, "--total-images", self.total_images]
+        beside = f"--{self.beside}".split("=") if self.beside else []
+        flags = [f"--{self.varied}", self.value, *beside, "--run", run, "--total-images", self.total_images]
         flags += ["--images-per-grid", 0, "--images-per-checkpoint", max(self.total_images // 4, 1)]
         commands = [
             ["scalelong.train", self.recipe, *flags],
@@ -98,6 +108,9 @@ def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] 
     """
     how: Any = {"recipe": recipe, "total_images": total_images, "num_images": num_images}
     known = [Trial(varied=varied, value=value, **how) for varied, values in VARIED.items() for value in values]
+    known += [
+        Trial(varied=varied, value=value, beside="=".join(other), **how) for (varied, value), other in MADE_FOR.items()
+    ]
     known = [trial for trial in known if trial.varied == "objective.prediction" or not is_the_recipe_itself(trial)]
     names = [str(trial) for trial in known]
     unknown = [name for name in only if name not in names]

@@ -17,10 +17,11 @@ def objectives(rows: Sequence[Line]) -> Table:
     """What each value of a flag comes to, in the order of the flags."""
     order = [(flag, value) for flag, values in VARIED.items() for value in values]
     lines: list[list[Value]] = []
-    for row in sorted(rows, key=lambda row: order.index((row["varied"], row["value"]))):
+    for row in sorted(rows, key=lambda row: (order.index((row["varied"], row["value"])), row["beside"])):
         accuracies = [f"{100 * float(row[name]):.1f} %" for name in ("accuracy_with_guidance", "accuracy")]
         distances = [f"{1000 * float(row[name]):.1f}" for name in ("kernel_distance_with_guidance", "kernel_distance")]
-        lines.append([f"`--{row['varied']} {row['value']}`", *accuracies, *distances])
+        beside = f" --{row['beside'].replace('=', ' ')}" if row["beside"] else ""
+        lines.append([f"`--{row['varied']} {row['value']}{beside}`", *accuracies, *distances])
     first = rows[0]
     scored = f"{int(first['num_images']):,} samples each, {first['sampler']}; kernel distance times 1,000"
     note = f"{first['recipe']}, {int(first['total_images']):,} images; {scored}"

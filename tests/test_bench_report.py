@@ -52,10 +52,10 @@ def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
     """Each of them, from rows that stand in another order than the table's."""
     where = "2026-11-26,abc1234,a machine,2"
     files = {
-        "objectives": "recipe,varied,value,total_images,num_images,accuracy_with_guidance,accuracy,"
+        "objectives": "recipe,varied,value,beside,total_images,num_images,accuracy_with_guidance,accuracy,"
         "kernel_distance_with_guidance,kernel_distance,sampler,date,commit,device,torch\n"
-        f"digits-uvit,objective.times,edm,640,10,1,0.5,0.001,0.002,heun,{where}\n"
-        f"digits-uvit,objective.prediction,v,640,10,0.9,0.4,0.001,0.0025,heun,{where}\n",
+        f"digits-uvit,objective.times,edm,,640,10,1,0.5,0.001,0.002,heun,{where}\n"
+        f"digits-uvit,objective.prediction,v,objective.times=edm,640,10,0.9,0.4,0.001,0.0025,heun,{where}\n",
         "scores": "recipe,processes,images,checkpoint,features,kernel_distance,kernel_distance_error,precision,recall,"
         "date,commit,device,torch\n"
         + "".join(
@@ -72,7 +72,7 @@ def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
         f"from weights,640,0.75,{where}\nfrom weights,1280,1,{where}\nfrom nothing,1280,0.125,{where}\n",
     }
     said = {
-        "objectives": "| `--objective.prediction v` | 90.0 % | 40.0 % | 1.0 | 2.5 |\n"
+        "objectives": "| `--objective.prediction v --objective.times edm` | 90.0 % | 40.0 % | 1.0 | 2.5 |\n"
         "| `--objective.times edm` | 100.0 % | 50.0 % | 1.0 | 2.0 |\n",
         "scores": "| r | real, held out | 0.0 ± 1.0 | 0.0 ± 1.0 | 0.50 | 0.25 |\n"
         "| r | samples, after 1,280 images | 10.0 ± 1.0 | 10.0 ± 1.0 | 0.50 | 0.25 |\n"
