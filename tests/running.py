@@ -19,6 +19,7 @@ SMALL = [
     *("--optimizer.warmup-images", "64"),
     *("--sample.num-images", "10"),
     *("--sample.steps", "3"),
+    *("--images-per-log", "0"),
 ]
 
 
@@ -29,6 +30,7 @@ def small_config(run: Path, **changes) -> TrainConfig:
         base,
         run=run,
         images_per_step=32,
+        images_per_log=0,
         model=replace(base.model, width=32, depth=2),
         optimizer=replace(base.optimizer, warmup_images=64),
         sample=replace(base.sample, num_images=10, steps=3),

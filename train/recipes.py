@@ -23,7 +23,7 @@ _DIGITS = TrainConfig(
     images_per_checkpoint=48_000,
     images_per_grid=48_000,
     images_per_average=4_800,
-    images_per_log=0,
+    images_per_log=640,
     images_per_validation=24_000,
     num_validation_images=256,
     label_drop=0.1,
@@ -39,7 +39,7 @@ _PHOTOS = TrainConfig(
     images_per_checkpoint=16_000,
     images_per_grid=16_000,
     images_per_average=1_600,
-    images_per_log=0,
+    images_per_log=320,
     # The image and not the noise: 48 numbers of noise do not come through a token of this width in so short a training.
     objective=ObjectiveConfig(prediction="x0", noise="cosine", weighting="min-snr"),
     model=UVIT_PRESETS["photos32-uvit"],
