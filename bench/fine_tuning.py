@@ -56,7 +56,11 @@ def config_of(work: Path, name: str, digits: range, images: int, init_from: Path
         images_per_grid=0,
         keep_checkpoints=NUM_POINTS + 1,
         model=replace(base.model, num_classes=len(digits) + 1),
-        optimizer=replace(base.optimizer, warmup_images=min(base.optimizer.warmup_images, images // NUM_POINTS)),
+        optimizer=replace(
+            base.optimizer,
+            warmup_images=min(base.optimizer.warmup_images, images // NUM_POINTS),
+            ema_rampup=0.05,  # or samples would show the other five digits for long
+        ),
         data=DataConfig(path=str(folder_of_digits(work / f"digits-{digits[0]}-to-{digits[-1]}", digits))),
     )
 

@@ -246,6 +246,7 @@ def test_a_misspelt_recipe_is_suggested():
         (["--label-drop", "1"], ["label_drop", "1.0", "[0, 1)"]),
         (["--optimizer.learning-rate", "0"], ["learning_rate", "0.0", "positive"]),
         (["--optimizer.ema-decay", "1"], ["ema_decay", "1.0", "[0, 1)"]),
+        (["--optimizer.ema-rampup", "2"], ["ema_rampup", "2.0", "[0, 1]"]),
         (["--sample.steps", "0"], ["steps", "0", "1 .. 1000"]),
         (["--sample.guidance", "-1"], ["guidance", "-1.0", "not negative"]),
         (["--label-drop", "0"], ["guidance", "label_drop"]),

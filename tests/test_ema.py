@@ -40,6 +40,21 @@ def test_the_exponent_of_a_width(std, exponent):
     assert exponent_of_std(std) == pytest.approx(exponent, abs=5e-3)
 
 
+def test_a_ramp_up_forgets_the_initial_weights(tmp_path):
+    """Half-lives of half the steps so far: 0.5, 1, 1.5 steps, and then the decay."""
+    config = small_config(tmp_path / "run", total_images=4 * 32, images_per_checkpoint=32, keep_checkpoints=6)
+    optimizer = replace(config.optimizer, ema_decay=0.6, ema_rampup=0.5)
+    assert train(replace(config, optimizer=optimizer)) == 0
+    weights, averages = (
+        [load_file(config.run / "checkpoints" / str(32 * n) / f"{name}.safetensors") for n in (1, 2, 3, 4)]
+        for name in ("model", "ema")
+    )
+    for step, decay in ((2, 0.5), (3, 0.6), (4, 0.6)):
+        for name, before in averages[step - 2].items():
+            expected = torch.lerp(before, weights[step - 1][name], 1 - decay)
+            torch.testing.assert_close(averages[step - 1][name], expected, rtol=1e-6, atol=1e-7)
+
+
 @pytest.mark.parametrize("std", [0.01, 0.05, 0.1, 0.25])
 def test_an_average_has_the_width_it_is_called_by(std):
     steps = np.arange(1, 5001)

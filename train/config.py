@@ -88,6 +88,9 @@ class OptimizerConfig:
     """How many times its running norm the gradient of each parameter may be (AdaGC; 1.05, say); 0: any number."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, per step."""
+    ema_rampup: float = 0.0
+    """The half-life of that average is at most this share of the steps so far (EDM's 0.05), so that short runs, and
+    those that start from weights, forget their beginning; 0: the decay from the first step on."""
     ema_stds: tuple[float, ...] = ()
     """Relative widths of further averages, kept to make one of any width later (ema_posthoc): 0.05 0.1, say."""
 
@@ -221,7 +224,7 @@ class TrainConfig:
         _check(self, ("label_drop",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
-        _check(self.optimizer, ("final_factor",), lambda v: 0 <= v <= 1, "in [0, 1]")
+        _check(self.optimizer, ("final_factor", "ema_rampup"), lambda v: 0 <= v <= 1, "in [0, 1]")
         not_negative = ("weight_decay", "warmup_images", "clip_grad_norm", "clip_z_score")
         not_negative += ("horizon_images", "decay_images", "stable_images")
         _check(self.optimizer, not_negative, lambda v: v >= 0, "not negative")

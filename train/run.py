@@ -105,7 +105,8 @@ def start_run(start: Start) -> Run:
         loss_weighting.load_state_dict(read_tensors(checkpoint, shards.LOSS_WEIGHTING))
     monitor = Monitor(model)
     engine = zero.make_engine(model, config, processes, start.plan.micro_batch, loss_weighting)
-    ema = Ema(engine, config.optimizer.ema_decay, config.optimizer.ema_stds)
+    o = config.optimizer
+    ema = Ema(engine, o.ema_decay, o.ema_stds, rampup=o.ema_rampup)
     state = None if checkpoint is None else restore(checkpoint, engine, ema)
     known = processes.from_main(read_bad_samples(config.run) if processes.is_main else None)
     threads = num_reader_threads(config, cores_per_process())

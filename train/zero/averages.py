@@ -93,11 +93,12 @@ class Ema:
     Args:
         engine: of DeepSpeed; its master weights are averaged in fp32.
         decay: of the average "ema", per step.
+        rampup: its half-life is at most this share of the steps so far (Karras et al., arXiv:2206.00364); 0: any.
         stds: relative widths of further averages, called "ema-<std>".
     """
 
-    def __init__(self, engine, decay: float, stds: Sequence[float] = ()):
-        self.engine, self.decay = engine, decay
+    def __init__(self, engine, decay: float, stds: Sequence[float] = (), *, rampup: float = 0.0):
+        self.engine, self.decay, self.rampup = engine, decay, rampup
         self.exponents = {name_of_std(std): exponent_of_std(std) for std in stds}
         weights = shards.master_shards(engine)
         self.averages = {name: [w.clone() for w in weights] for name in (FIXED_DECAY, *self.exponents)}
@@ -107,7 +108,8 @@ class Ema:
         """Takes in the weights after step number ``step`` (the first is 1)."""
         # Looked up anew each time: ZeRO may move its buffers.
         weights = shards.master_shards(self.engine)
-        torch._foreach_lerp_(self.averages[FIXED_DECAY], weights, 1 - self.decay)
+        decay = min(self.decay, 0.5 ** (1 / (self.rampup * step))) if self.rampup else self.decay
+        torch._foreach_lerp_(self.averages[FIXED_DECAY], weights, 1 - decay)
         for name, exponent in self.exponents.items():
             torch._foreach_lerp_(self.averages[name], weights, share_of_newest(exponent, step))
 
