@@ -22,6 +22,7 @@ from scalelong.train.commands.evaluate import EvaluateArguments, evaluate
 from scalelong.train.commands.export import write_export
 from scalelong.train.config import DataConfig, TrainConfig
 from scalelong.train.data.digits import digits_folder
+from scalelong.train.errors import run_command
 from scalelong.train.hosts.processes import join_if_several
 from scalelong.train.loop import train
 from scalelong.train.recipes import RECIPES
@@ -124,4 +125,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)
