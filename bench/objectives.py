@@ -36,11 +36,9 @@ VARIED = {
     "optimizer.schedule": get_args(ScheduleName),
 }
 """Flags, and the values of each that are trained."""
-
-
-MADE_FOR = {("objective.weighting", "edm"): ("objective.times", "edm")}
-"""Values that are trained once more, beside the value of another flag that they are made for: EDM's weights of errors
-of the noise grow as sigma², and times that are spread evenly reach a sigma of 150."""
+MADE_FOR = {("objective.weighting", "edm"): ("objective.prediction=v", "objective.times=edm")}
+"""Values that are trained again beside values of other flags: EDM's weights of errors of the noise are 1 + 4 sigma²,
+and times that are spread evenly reach a sigma of 150; of errors of v they are between 1 and 4."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +107,9 @@ def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] 
     how: Any = {"recipe": recipe, "total_images": total_images, "num_images": num_images}
     known = [Trial(varied=varied, value=value, **how) for varied, values in VARIED.items() for value in values]
     known += [
-        Trial(varied=varied, value=value, beside="=".join(other), **how) for (varied, value), other in MADE_FOR.items()
+        Trial(varied=varied, value=value, beside=other, **how)
+        for (varied, value), others in MADE_FOR.items()
+        for other in others
     ]
     known = [trial for trial in known if trial.varied == "objective.prediction" or not is_the_recipe_itself(trial)]
     names = [str(trial) for trial in known]
