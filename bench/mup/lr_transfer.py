@@ -23,7 +23,7 @@ from scalelong.train.write_whole import write_whole
 
 PRESETS = {"uvit": "digits-uvit", "dit": "digits-dit"}
 BATCH = 32
-DEFAULTS = {"widths": "64,128,256", "learning_rates": "2^-11..2^-5", "seeds": "2", "images": 12_800}
+DEFAULTS = {"widths": "64,128,256", "learning_rates": "2^-11..2^-5", "seeds": "2", "images": 6_400}
 QUICK = {"widths": "32,64", "learning_rates": "2^-8,2^-6", "seeds": "1", "images": 1_280}
 
 
@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--head-width", type=int, default=16, help="of each attention head (16)")
     made.add_argument("--learning-rates", metavar="LIST", help=f"a list, or octaves ({DEFAULTS['learning_rates']})")
     made.add_argument("--seeds", metavar="LIST", help="how many, or which: 0,3 (2)")
-    made.add_argument("--images", type=int, help=f"each run is trained on, {BATCH} a step (12,800)")
+    made.add_argument("--images", type=int, help=f"each run is trained on, {BATCH} a step (6,400)")
     made.add_argument("--out", type=Path, help="folder (runs/lr-transfer-MODEL)")
     made.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time (the cores)")
     made.add_argument("--quick", action="store_true", help="a small grid, to see it work")
