@@ -8,22 +8,29 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from scalelong.bench.lab.cells import Axis, Cell, make_cells, named_axis
+from scalelong.bench.lab.cells import Axis, Cell, Flags, make_cells, named_axis
 from scalelong.bench.lab.command import fixed_flags
 from scalelong.bench.lab.grid import run_grid, table_path
 from scalelong.bench.lab.report_page import WORDS, csv_of, markdown_table, where
 from scalelong.bench.lab.table import Row, read_table
-from scalelong.bench.mup.coord_check import PARAMETRIZATIONS, listed, widths_of
+from scalelong.bench.mup.coord_check import listed, widths_of
 from scalelong.bench.mup.transfer import losses_of, tables_of, verdicts_of
 from scalelong.train.errors import UserError, run_command, warn
 from scalelong.train.write_whole import write_whole
 
 PRESETS = {"uvit": "digits-uvit", "dit": "digits-dit"}
+PARAMETRIZATIONS: dict[str, Callable[[int, int], Flags]] = {
+    "standard": lambda width, base_width: (),
+    "fan-in": lambda width, base_width: ("--parametrization", "mup", "--base-width", str(width)),
+    "mup": lambda width, base_width: ("--parametrization", "mup", "--base-width", str(base_width)),
+}
+"""The flags of a width and a base width. "fan-in" begins as muP does and is the same at the base width, with one rate for
+all widths: muP whose base is the width itself. "standard" begins as published, a U-ViT with 0.02 at every width."""
 BATCH = 32
-DEFAULTS = {"widths": "64,128,256", "learning_rates": "2^-11..2^-5", "seeds": "2", "images": 6_400}
+DEFAULTS = {"widths": "64,128,256", "learning_rates": "2^-11..2^-5", "seeds": "2", "images": 12_800}
 QUICK = {"widths": "32,64", "learning_rates": "2^-8,2^-6", "seeds": "1", "images": 1_280}
 
 
@@ -54,13 +61,18 @@ def parser() -> argparse.ArgumentParser:
         "narrowest one's choice costs the wider ones. Flags of training may follow: they hold for all.",
     )
     made.add_argument("--model", choices=sorted(PRESETS), default="uvit", help="trained on digits (uvit)")
-    made.add_argument("--parametrizations", default="standard,mup", metavar="LIST", help="(standard,mup)")
+    made.add_argument(
+        "--parametrizations",
+        default="standard,mup",
+        metavar="LIST",
+        help="standard: as published; fan-in: begins as mup, one rate for all widths; mup (standard,mup)",
+    )
     made.add_argument("--widths", metavar="LIST", help=f"multiples of a head ({DEFAULTS['widths']})")
     made.add_argument("--base-width", type=int, help="of mup (the first of the widths)")
     made.add_argument("--head-width", type=int, default=16, help="of each attention head (16)")
     made.add_argument("--learning-rates", metavar="LIST", help=f"a list, or octaves ({DEFAULTS['learning_rates']})")
     made.add_argument("--seeds", metavar="LIST", help="how many, or which: 0,3 (2)")
-    made.add_argument("--images", type=int, help=f"each run is trained on, {BATCH} a step (6,400)")
+    made.add_argument("--images", type=int, help=f"each run is trained on, {BATCH} a step, without warm-up (12,800)")
     made.add_argument("--out", type=Path, help="folder (runs/lr-transfer-MODEL)")
     made.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="runs at a time (the cores)")
     made.add_argument("--quick", action="store_true", help="a small grid, to see it work")
@@ -83,19 +95,23 @@ def cells_of(arguments: argparse.Namespace, extra: tuple[str, ...]) -> list[Cell
         raise UserError(f"--images {images}: a step takes {BATCH}")
     widths = widths_of(arguments.widths)
     base_width = widths[0] if arguments.base_width is None else arguments.base_width
-    flags = {"standard": (), "mup": ("--parametrization", "mup", "--base-width", str(base_width))}
-    chosen = listed(arguments.parametrizations, PARAMETRIZATIONS, "--parametrizations")
-    axes: Sequence[Axis] = (
-        Axis("parametrization", {name: flags[name] for name in chosen}),
-        Axis("width", {str(width): width_flags(width, arguments.head_width) for width in widths}),
+    shared = (
         named_axis("learning-rates", preset, arguments.learning_rates),
         named_axis("seeds", preset, arguments.seeds),
     )
     fixed = (
-        *fixed_flags(images, images // 10),
+        *fixed_flags(images, warm_up=0),
         *("--images-per-step", str(BATCH), "--images-per-validation", str(images)),
     )
-    return make_cells(preset, axes, (*fixed, *extra))
+    cells: list[Cell] = []
+    for name in listed(arguments.parametrizations, tuple(PARAMETRIZATIONS), "--parametrizations"):
+        by_width = {
+            str(width): (*width_flags(width, arguments.head_width), *PARAMETRIZATIONS[name](width, base_width))
+            for width in widths
+        }
+        axes = (Axis("parametrization", {name: ()}), Axis("width", by_width), *shared)
+        cells += make_cells(preset, axes, (*fixed, *extra))
+    return cells
 
 
 def width_flags(width: int, head_width: int) -> tuple[str, ...]:

@@ -118,7 +118,7 @@ def _shown(loss: float) -> Value:
 def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
     """Whether what is hoped for of muP is there, of the narrowest network and the widest."""
     losses = losses_of(rows)
-    verdicts = [_wider(name, losses[name]) for name in ("mup", "standard") if name in losses]
+    verdicts = [_wider(name, losses[name]) for name in ("mup", "standard", "fan-in") if name in losses]
     if "mup" in losses:
         verdicts.append(_regret(losses["mup"]))
     return verdicts
@@ -131,7 +131,7 @@ def _wider(name: str, found: Losses) -> Verdict:
     known = narrow < wide and not math.isnan(ratio)
     if name == "mup":
         return Verdict(f"under muP wider is better at {FIXED_RATE}", text, ratio < 1 if known else None)
-    claim = f"in the standard parametrisation wider is worse at {FIXED_RATE}, by {LEAST_LOSS_OF_STANDARD} x or more"
+    claim = f"with one rate for all widths ({name}) wider is worse at {FIXED_RATE}, {LEAST_LOSS_OF_STANDARD} x or more"
     return Verdict(claim, text, ratio >= LEAST_LOSS_OF_STANDARD if known else None)
 
 
