@@ -124,9 +124,6 @@ def test_a_grid_that_cannot_be_is_one_line(tmp_path, line, message):
 @pytest.mark.exhaustive
 def test_a_small_grid_runs_and_goes_on(tmp_path, capsys):
     line = ["--widths", "32,64", "--learning-rates", "2^-7", "--seeds", "1", "--images", "320", "--out", str(tmp_path)]
-    for said in (
-        "4 cells: 0 in the table, 4 to run, 0 that cannot",
-        "4 cells: 4 in the table, 0 to run, 0 that cannot",
-    ):
+    for done in (0, 4):
         main(line)
-        assert said in capsys.readouterr().out
+        assert f"4 cells: {done} in the table, {4 - done} to run, 0 that cannot" in capsys.readouterr().out

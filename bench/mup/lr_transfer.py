@@ -27,8 +27,8 @@ PARAMETRIZATIONS: dict[str, Callable[[int, int], Flags]] = {
     "fan-in": lambda width, base_width: ("--parametrization", "mup", "--base-width", str(width)),
     "mup": lambda width, base_width: ("--parametrization", "mup", "--base-width", str(base_width)),
 }
-"""The flags of a width and a base width. "fan-in" begins as muP does and is the same at the base width, with one rate for
-all widths: muP whose base is the width itself. "standard" begins as published, a U-ViT with 0.02 at every width."""
+"""The flags of a width and a base width. "fan-in" begins as muP does and is the same at the base width, with one rate
+for all widths: muP whose base is the width itself. "standard" begins as published, a U-ViT with 0.02 at every width."""
 BATCH = 32
 DEFAULTS = {"widths": "64,128,256", "learning_rates": "2^-11..2^-5", "seeds": "2", "images": 12_800}
 QUICK = {"widths": "32,64", "learning_rates": "2^-8,2^-6", "seeds": "1", "images": 1_280}
