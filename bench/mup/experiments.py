@@ -17,7 +17,7 @@ from scalelong.bench.lab.summary import Table, Value
 from scalelong.bench.lab.table import read_table
 from scalelong.bench.mup.coordinates import BUGS, MODELS, Check, Curve, curves_of, networks
 from scalelong.bench.mup.lr_transfer import main as run_transfer
-from scalelong.bench.mup.transfer import tables_of
+from scalelong.bench.mup.transfer import FIXED_RATE, tables_of
 from scalelong.bench.record import commit, device_name
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.train.errors import UserError, run_command
@@ -30,22 +30,22 @@ HEADER = ("model", "parametrization", "skip scale", "worst size", "worst update"
 MADE_BY = ("date", "commit", "device")
 
 
+FIRST = f"--widths 64,256 --learning-rates {FIXED_RATE}"
+"""What a grid begins with, so that one that is cut short tells whether wider is better at that rate."""
+
+
 @dataclass(frozen=True)
 class Transfer:
     """A grid of ``scalelong lr-transfer``."""
 
     arguments: str
     estimate: str
-    """How long it takes on two cores."""
+    """How long it takes."""
 
 
 TRANSFERS: dict[str, Transfer] = {
-    "transfer-uvit": Transfer(
-        "--model uvit --parametrizations standard,fan-in,mup", "not timed as a whole: 126 runs of 12,800 images"
-    ),
-    "transfer-dit": Transfer(
-        "--model dit --parametrizations standard,fan-in,mup", "not timed as a whole: 126 runs of 12,800 images"
-    ),
+    f"transfer-{model}": Transfer(f"--model {model} --parametrizations standard,fan-in,mup", estimate)
+    for model, estimate in (("uvit", "126 runs, two at a time: ESTIMATE"), ("dit", "126 runs, two at a time: ESTIMATE"))
 }
 
 
@@ -56,7 +56,8 @@ def main() -> None:
         measure_coordinates()
     elif name in TRANSFERS:
         folder = RESULTS / name
-        run_transfer([*TRANSFERS[name].arguments.split(), "--out", str(folder), *flags])
+        for grid in (FIRST, ""):
+            run_transfer([*f"{TRANSFERS[name].arguments} {grid}".split(), "--out", str(folder), *flags])
         IMAGES.mkdir(parents=True, exist_ok=True)
         if (folder / "transfer.png").is_file():
             shutil.copyfile(folder / "transfer.png", IMAGES / f"{name}.png")

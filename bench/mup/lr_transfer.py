@@ -101,7 +101,7 @@ def cells_of(arguments: argparse.Namespace, extra: tuple[str, ...]) -> list[Cell
     )
     fixed = (
         *fixed_flags(images, warm_up=0),
-        *("--images-per-step", str(BATCH), "--images-per-validation", str(images)),
+        *("--images-per-step", str(BATCH), "--num-validation-images", "0"),
     )
     cells: list[Cell] = []
     for name in listed(arguments.parametrizations, tuple(PARAMETRIZATIONS), "--parametrizations"):
