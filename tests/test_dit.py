@@ -80,6 +80,12 @@ def test_the_largest_has_the_published_number_of_parameters():
     [*DIT_PRESETS.values(), NORMED, PROJECTED, replace(PLAIN, depth=5, skip="plain", mlp_ratio=2.5, num_classes=0)],
     ids=[*DIT_PRESETS, "layer-norm", "plain", "odd-depth"],
 )
+def test_the_output_is_no_view(config):
+    """A view could not be changed in place where gradients are wanted, and FSDP2 warns of one."""
+    assert not make_model(config)(*make_batch(config))._is_view()
+
+
+@each_form
 def test_flops_are_those_that_torch_counts(config):
     with torch.device("meta"):
         model, inputs = DiT(config), make_batch(config)
