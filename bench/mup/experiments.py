@@ -40,12 +40,15 @@ class Transfer:
 
     arguments: str
     estimate: str
-    """How long it takes."""
+    """How long it takes on two idle cores."""
 
 
 TRANSFERS: dict[str, Transfer] = {
-    f"transfer-{model}": Transfer(f"--model {model} --parametrizations standard,fan-in,mup", estimate)
-    for model, estimate in (("uvit", "126 runs, two at a time: ESTIMATE"), ("dit", "126 runs, two at a time: ESTIMATE"))
+    f"transfer-{model}": Transfer(f"--model {model} --parametrizations mup,fan-in,standard", estimate)
+    for model, estimate in (
+        ("uvit", "40 minutes: 126 runs of 12, 25 and 70 s by width, two at a time"),
+        ("dit", "60 minutes: 126 runs of 18, 40 and 100 s by width, two at a time"),
+    )
 }
 
 
