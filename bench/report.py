@@ -51,7 +51,10 @@ def mup_section(results: Path, name: str) -> str:
     if name not in tables:
         raise UserError(f"no table {name!r} of muP; there are {', '.join(tables)}")
     table, made_by = tables[name]
-    return f"{markdown_table(table)}\n\n{command}: {made_by}. {table.note}".rstrip()
+    text = f"{markdown_table(table)}\n\n{command}: {made_by}. {table.note}".rstrip()
+    if table.key == "transfer" and (experiments.IMAGES / f"{what}.png").is_file():
+        return f"![Loss against learning rate, a line a width; stars at the best](images/{what}.png)\n\n{text}"
+    return text
 
 
 def recipes_table() -> Table:

@@ -80,6 +80,8 @@ def test_slopes_and_kinds():
     shrinking, growing = (Curve("a", "update", 1, (1.0, 1.0), slope) for slope in (-0.9, 0.1))
     assert worst_of_kinds([shrinking, growing])["a", "update"] is growing
     assert worst_growth([growing, shrinking, Curve("a", "size", 1, (1.0, 1.0), -0.3)]) == 0.3
+    values = (1.0, float("inf"))
+    assert worst_growth([growing, Curve("a", "update", 1, values, slope_of((64, 256), values))]) == float("inf")
 
 
 def test_an_update_is_what_training_added_on_the_same_input():

@@ -48,8 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     check = check_of(arguments)
     cases = []
     for parametrization in listed(arguments.parametrization, PARAMETRIZATIONS, "--parametrization"):
-        for policy in policies_of(arguments):
-            case = run_case(arguments, check, parametrization, policy)
+        for name, policy in policies_of(arguments).items():
+            case = Case(parametrization, name, run_case(arguments, check, parametrization, policy))
             print(f"{describe(case)}\n", flush=True)
             cases.append(case)
     write_results(arguments.out, arguments.model, cases, check)
@@ -150,16 +150,15 @@ def policy_of(text: str) -> SkipScale:
         raise UserError(f"--skip-scale {text}: {error}") from error
 
 
-def run_case(arguments: argparse.Namespace, check: Check, parametrization: str, policy: str) -> Case:
+def run_case(arguments: argparse.Namespace, check: Check, parametrization: str, policy: SkipScale) -> list[Curve]:
     """
     Raises:
         UserError: a network that cannot be.
     """
     try:
         config = config_of(arguments, check, parametrization)
-        skip_scale = policies_of(arguments)[policy]
-        config.check_skip_scale(skip_scale)
-        return Case(parametrization, policy, curves_of(networks(config, skip_scale, arguments.bug), check))
+        config.check_skip_scale(policy)
+        return curves_of(networks(config, policy, arguments.bug), check)
     except ValueError as error:
         raise UserError(str(error)) from error
 

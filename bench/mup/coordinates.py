@@ -64,7 +64,9 @@ class Curve(NamedTuple):
 
     @property
     def growth(self) -> float:
-        """What the gate looks at."""
+        """What the gate looks at; infinite where values are not finite."""
+        if math.isnan(self.slope):
+            return math.inf
         return abs(self.slope) if self.measure == "size" else self.slope
 
 
