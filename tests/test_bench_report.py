@@ -91,7 +91,7 @@ def test_tables_of_mup_are_made_anew(tmp_path):
     made = report.rebuilt(marks, mup_results=tmp_path)
     assert "| uvit | mup, bug: qkv | none | +0.16 | +0.92 | blocks.0.attn.qkv |" in made
     assert "mup.experiments coordinates`: 2026-11-26, abc1234, a machine." in made
-    assert "| mup | 64 | 2^-7 | 0.25 | 0 | 0.25 |" in made
+    assert "| mup | 64 | 2^-7 | 0.25 | - | 0.25 |" in made
     assert "old" not in made
     assert report.rebuilt(made, mup_results=tmp_path) == made
 

@@ -80,6 +80,7 @@ def test_best_rates_and_regrets():
     assert lines["standard", "256"][:2] == ["2^-8", pytest.approx(0.16)]
     assert lines["standard", "256"][2] == math.inf
     assert losses.lines[1][2:] == [0.16, "diverged"]
+    assert math.isnan(losses_of([row for row in FOUND if "2^-7" in row.cell])["mup"].regret(256))
 
 
 def test_verdicts_are_plain_whichever_way_they_fall():

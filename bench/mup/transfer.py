@@ -64,7 +64,12 @@ class Losses:
         return float(self.medians(width)[self.names.index(rate)]) if rate in self.names else math.nan
 
     def regret(self, width: int) -> float:
-        """By which share the loss is above the width's own best, at the rate that is best for the narrowest network."""
+        """By which share the loss is above the width's own best, at the rate that is best for the narrowest network.
+
+        NaN where there was no choice of a rate.
+        """
+        if len(self.names) < 2:
+            return math.nan
         medians = self.medians(width)
         return float(medians[self.best(self.widths[0])] / medians[self.best(width)] - 1)
 
