@@ -3,7 +3,8 @@
 In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of ``bench/results/lab/NAME/cells.csv``;
 ``<!-- lab NAME TABLE COLUMN, COLUMN -->`` has some of its columns alone. What stands between them is written here and
 nowhere else: no figure is typed by hand. ``<!-- trained NAME -->`` is the same for ``bench/results/trained/NAME.csv``,
-and ``<!-- recipes -->`` for the table of published recipes.
+``<!-- mup coordinates -->`` and ``<!-- mup transfer-uvit transfer -->`` for tables of ``bench/results/mup``, and
+``<!-- recipes -->`` for the table of published recipes.
 """
 
 import re
@@ -14,6 +15,7 @@ from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
+from scalelong.bench.mup import experiments
 from scalelong.bench.trained import TABLES, read_lines
 from scalelong.bench.trained import where as sources
 from scalelong.train.errors import UserError, run_command
@@ -23,21 +25,47 @@ from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", *TABLES)))
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "mup", *TABLES)))
 TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_TABLE = re.compile(r"(<!-- recipes -->\n).*?(<!-- end -->)", re.DOTALL)
+MUP_TABLE = re.compile(r"(<!-- mup ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
-def rebuilt(text: str, results: Path = RESULTS, trained: Path = RESULTS.parent / "trained") -> str:
+def rebuilt(
+    text: str,
+    results: Path = RESULTS,
+    *,
+    trained: Path = RESULTS.parent / "trained",
+    mup_results: Path = experiments.RESULTS,
+) -> str:
     """A document with every marked table made anew.
 
     Raises:
         UserError: a mark that names no experiment, table or column.
     """
     text = TRAINED.sub(lambda mark: f"{mark[1]}\n{trained_section(trained, mark[2])}\n\n{mark[3]}", text)
+    text = MUP_TABLE.sub(lambda mark: f"{mark[1]}\n{mup_section(mup_results, mark[2])}\n\n{mark[3]}", text)
     text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
     return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table())}\n\n{mark[2]}", text)
+
+
+def mup_section(results: Path, name: str) -> str:
+    """A table of muP with the command, commit, machine and date of its rows; or the command that would make it."""
+    what = name.split()[0]
+    if what != experiments.COORDINATES and what not in experiments.TRANSFERS:
+        raise UserError(f"no experiment {what!r} of muP; there are coordinates, {', '.join(experiments.TRANSFERS)}")
+    command = f"`python -m scalelong.bench.mup.experiments {what}`"
+    tables = experiments.tables(results)
+    if not any(key.split()[0] == what for key in tables):
+        return f"Not measured yet: {command}."
+    if name not in tables:
+        raise UserError(f"no table {name!r} of muP; there are {', '.join(tables)}")
+    table, made_by = tables[name]
+    text = f"{markdown_table(table)}\n\n{command}: {made_by}. {table.note}".rstrip()
+    if table.key == "transfer" and (experiments.IMAGES / f"{what}.png").is_file():
+        return f"![Loss against learning rate, a line a width; stars at the best](images/{what}.png)\n\n{text}"
+    return text
 
 
 def recipes_table() -> Table:

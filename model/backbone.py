@@ -27,6 +27,8 @@ class ParameterGroup(NamedTuple):
     """Multiplies the run's learning rate."""
     weight_decay_factor: float = 1.0
     """Multiplies the run's weight decay."""
+    epsilon_factor: float = 1.0
+    """Multiplies Adam's epsilon."""
 
 
 class Backbone(nn.Module):
@@ -175,10 +177,10 @@ class Backbone(nn.Module):
         One group, in the order of ``parameters()``, where all are updated alike.
         """
         kinds = self.parameter_kinds()
-        groups: dict[tuple[float, float], list[str]] = {}
+        groups: dict[tuple[float, float, float], list[str]] = {}
         for name, _ in self.named_parameters():
             kind = kind_of(name, kinds)
-            groups.setdefault((kind.learning_rate, kind.weight_decay), []).append(name)
+            groups.setdefault((kind.learning_rate, kind.weight_decay, kind.epsilon), []).append(name)
         return [ParameterGroup(tuple(names), *factors) for factors, names in groups.items()]
 
     def after_step(self) -> Mapping[str, Callable[[Tensor], Tensor]]:

@@ -3,14 +3,16 @@
 Yang et al., arXiv:2203.03466, for diffusion transformers Zheng et al., arXiv:2505.15270. Each parameter is of a kind by
 which sides of it grow with the width; m is its fan-in over that of the same network at the base width.
 
-    kind     grows with width   begins as            learning rate   weight decay   output
-    hidden   inputs, outputs    N(0, 1 / fan-in)     η / m           λ m
-    input    outputs            N(0, 1 / fan-in)     η               λ
-    output   inputs             0                    η               λ              / m
-    others   one dimension      as without muP       η               λ
+    kind     grows with width   begins as            learning rate   weight decay   output   epsilon
+    hidden   inputs, outputs    N(0, 1 / fan-in)     η / m           λ m                     ε / m
+    input    outputs            N(0, 1 / fan-in)     η               λ                       ε / m
+    output   inputs             0                    η               λ              / m      ε / m
+    vector   its one side       as without muP       η               λ                       ε / m
+    others   nothing            as without muP       η               λ                       ε
 
 Heads keep their width, of which there are more, and so attention its scale. The multiplier of the output stands behind
-the layer's bias too, whose rate is therefore η m. Multipliers are plain numbers of the layers and the groups.
+the layer's bias too, whose rate is therefore η m. Gradients shrink as 1 / m, and so does Adam's epsilon beside them.
+Multipliers are plain numbers of the layers and the groups.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from scalelong.model.parameter_kinds import ParameterKind
+from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.model.skip_scale import SkipScale
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ def mup_kinds(network: "Backbone") -> tuple[ParameterKind, ...]:
     names_of: dict[ParameterKind, list[str]] = {}
     for name, kind in _kinds(network, base_shapes, wider_shapes):
         names_of.setdefault(kind, []).append(name)
-    own = (ParameterKind(" ".join(names), *_treatment(kind)) for kind, names in names_of.items())
+    own = (replace(kind, names=" ".join(names)) for kind, names in names_of.items())
     return *own, *network.kinds
 
 
@@ -49,24 +51,25 @@ def _kinds(
     network: "Backbone", base_shapes: Mapping[str, torch.Size], wider_shapes: Mapping[str, torch.Size]
 ) -> Iterator[tuple[str, ParameterKind]]:
     """The parameters that muP treats in a way of its own."""
-    for layer_name, layer in network.named_modules():
+    layers = {f"{name}.weight": layer for name, layer in network.named_modules()}
+    for name, parameter in network.named_parameters():
+        base_shape, wider_shape = base_shapes[name], wider_shapes[name]
+        if base_shape == wider_shape:
+            continue
+        layer = layers.get(name)
+        m = parameter.numel() / base_shape.numel()
         if not isinstance(layer, nn.Linear | nn.Conv2d):
-            continue
-        name = f"{layer_name}.weight"
-        (base_out, base_fan_in, *_), (wider_out, *_) = base_shapes[name], wider_shapes[name]
-        if base_shapes[name] == wider_shapes[name]:
-            continue
-        m = layer.weight.shape[1] / base_fan_in
-        if base_out == wider_out:
-            yield name, ParameterKind("", nn.init.zeros_, output=1 / m)
+            yield name, replace(kind_of(name, network.kinds), names="", epsilon=1 / m)
+        elif base_shape[0] == wider_shape[0]:
+            yield name, ParameterKind("", nn.init.zeros_, output=1 / m, epsilon=1 / m)
             if layer.bias is not None:
-                yield f"{layer_name}.bias", ParameterKind("", nn.init.zeros_, m, 1 / m, 1 / m)
+                bias = name.removesuffix("weight") + "bias"
+                yield bias, ParameterKind("", nn.init.zeros_, m, 1 / m, output=1 / m, epsilon=1 / m)
+        elif base_shape[1] == wider_shape[1]:
+            yield name, ParameterKind("", normal_by_fan_in, epsilon=1 / m)
         else:
-            yield name, ParameterKind("", normal_by_fan_in, 1 / m, m)
-
-
-def _treatment(kind: ParameterKind) -> tuple:
-    return kind.init, kind.learning_rate, kind.weight_decay, kind.output
+            m = parameter.shape[1] / base_shape[1]
+            yield name, ParameterKind("", normal_by_fan_in, 1 / m, m, epsilon=1 / m)
 
 
 def normal_by_fan_in(weight: Tensor) -> None:

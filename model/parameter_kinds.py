@@ -26,6 +26,8 @@ class ParameterKind:
     """Multiplies the run's weight decay."""
     output: float = 1.0
     """Multiplies what the layer of these parameters puts out."""
+    epsilon: float = 1.0
+    """Multiplies the epsilon that Adam adds to the root of the mean squared gradient."""
 
     def fits(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.names.split())

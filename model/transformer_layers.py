@@ -52,5 +52,5 @@ def unpatchify(patches_BTD: Tensor, side: int, patch_size: int, num_channels: in
     """(B, T, P P C), ``side`` rows of as many patches, to (B, C, H, W)."""
     P = patch_size
     x = patches_BTD.unflatten(2, (P, P, num_channels)).unflatten(1, (side, side))
-    # (B, side, side, P, P, C) -> (B, C, side, P, side, P)
-    return x.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+    # (B, side, side, P, P, C) -> (B, C, side, P, side, P), then one copy: a view of one could not be changed in place.
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], num_channels, side * P, side * P)

@@ -43,6 +43,7 @@ def plain_steps(model: GroupedUViT, last: int) -> dict[str, dict[str, Tensor]]:
             "params": [parameters[name] for name in group.names],
             "lr": LEARNING_RATE * group.learning_rate_factor,
             "weight_decay": WEIGHT_DECAY * group.weight_decay_factor,
+            "eps": 1e-8 * group.epsilon_factor,
         }
         for group in model.parameter_groups()
     ]

@@ -16,8 +16,8 @@ class GroupedUViT(UViT):
             [name for name in names if "blocks" in name and name.endswith("weight")],
             [name for name in names if "blocks" in name and not name.endswith("weight")],
         ]
-        factors = [(1.0, 1.0), (0.25, 4.0), (2.0, 0.0)]
-        return [ParameterGroup(tuple(kind), *both) for kind, both in zip(kinds, factors, strict=True)]
+        factors = [(1.0, 1.0), (0.25, 4.0, 1e5), (2.0, 0.0)]
+        return [ParameterGroup(tuple(kind), *these) for kind, these in zip(kinds, factors, strict=True)]
 
     def after_step(self):
         return {name: unit_rows for name, p in self.named_parameters() if "blocks" in name and p.ndim == 2}

@@ -25,6 +25,9 @@ ROWS = [
     )
     for depth in (4, 8)
 ]
+TRANSFERRED = [
+    replace(ROWS[0], cell="parametrization=mup width=64 learning-rate=2^-7 seed=0", state="finished", final_loss=0.25)
+]
 
 
 @pytest.mark.parametrize("path", report.DOCUMENTS, ids=lambda path: path.name)
@@ -118,3 +121,29 @@ def test_every_experiment_is_a_grid_that_can_be_planned(name, tmp_path):
             cells = cells_of(line[0], arguments, given, training_flags(rest))
             assert 20 <= len(cells) <= 200
             assert all(cell.config(tmp_path) for cell in cells[:: len(cells) // 4])
+
+
+def test_tables_of_mup_are_made_anew(tmp_path):
+    (tmp_path / "coordinates.csv").write_text(
+        "model,parametrization,skip scale,worst size,worst update,of the layer,date,commit,device\n"
+        'uvit,"mup, bug: qkv",none,+0.16,+0.92,blocks.0.attn.qkv,2026-11-26,abc1234,a machine\n'
+    )
+    (tmp_path / "transfer-uvit").mkdir()
+    write_table(tmp_path / "transfer-uvit" / "cells.csv", TRANSFERRED)
+    marks = "<!-- mup coordinates -->\n<!-- end -->\n<!-- mup transfer-uvit transfer -->\nold\n<!-- end -->\n"
+    made = report.rebuilt(marks, mup_results=tmp_path)
+    assert "| uvit | mup, bug: qkv | none | +0.16 | +0.92 | blocks.0.attn.qkv |" in made
+    assert "mup.experiments coordinates`: 2026-11-26, abc1234, a machine." in made
+    assert "| mup | 64 | 2^-7 | 0.25 | - | 0.25 |" in made
+    assert "old" not in made
+    assert report.rebuilt(made, mup_results=tmp_path) == made
+
+
+def test_tables_of_mup_that_are_not_there(tmp_path):
+    unmeasured = report.rebuilt("<!-- mup transfer-dit transfer -->\n<!-- end -->", mup_results=tmp_path)
+    assert "Not measured yet: `python -m scalelong.bench.mup.experiments transfer-dit`" in unmeasured
+    (tmp_path / "transfer-uvit").mkdir()
+    write_table(tmp_path / "transfer-uvit" / "cells.csv", TRANSFERRED)
+    for name in ("no", "transfer-uvit no"):
+        with pytest.raises(UserError, match="of muP; there are"):
+            report.rebuilt(f"<!-- mup {name} -->\n<!-- end -->", mup_results=tmp_path)

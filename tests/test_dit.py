@@ -75,6 +75,12 @@ def test_the_largest_has_the_published_number_of_parameters():
     assert model.num_params() + model.pos_embed.numel() == 675_129_632
 
 
+@each_form
+def test_the_output_is_no_view(config):
+    """A view could not be changed in place where gradients are wanted, and FSDP2 warns of one."""
+    assert not make_model(config)(*make_batch(config))._is_view()
+
+
 @pytest.mark.parametrize(
     "config",
     [*DIT_PRESETS.values(), NORMED, PROJECTED, replace(PLAIN, depth=5, skip="plain", mlp_ratio=2.5, num_classes=0)],

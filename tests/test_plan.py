@@ -10,6 +10,7 @@ pytest.importorskip("deepspeed")
 
 from running import run_on_ranks, small_config
 
+from scalelong.model.architectures import make_backbone
 from scalelong.train.commands.plan import find_need, largest_need, main, measure_network, sent_bytes
 from scalelong.train.config import TrainConfig
 from scalelong.train.config_json import config_to_dict
@@ -75,6 +76,19 @@ def test_the_command_prints_a_line_for_each_stage_and_what_to_take(capsys):
     assert [line.split()[:2] for line in lines[3:7]] == [[stage, "16"] for stage in "0123"]
     assert all(line.endswith("yes") for line in lines[3:7])
     assert lines[-1] == "take --zero-stage 0 --accumulation-steps 1"
+
+
+def test_a_plan_of_mup_tells_the_factors_of_each_group(capsys):
+    width = ["--model.width", "96", "--model.num-heads", "4", "--parametrization", "mup", "--base-width", "24"]
+    main(["digits-uvit", "--gpus-per-node", "1", "--optimizer.learning-rate", "0.004", *width])
+    lines = capsys.readouterr().out.splitlines()
+    first = lines.index("muP: base learning rate 0.004 at width 24; width 96, m = 4. output and epsilon are factors.")
+    rows = [line.split() for line in lines[first + 3 : lines.index("", first + 3)]]
+    hidden = next(row for row in rows if "attn.qkv.weight," in row)
+    assert hidden[:5] == ["0.001", "0.12", "1", "0.25", "22"]
+    readout = next(row for row in rows if row[-1] == "decoder_pred.weight")
+    assert readout[:5] == ["0.004", "0.03", "0.25", "0.25", "1"]
+    assert sum(int(row[4]) for row in rows) == len(list(make_backbone(RECIPES["digits-uvit"].model).named_parameters()))
 
 
 @pytest.mark.parametrize(

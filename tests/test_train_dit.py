@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -28,17 +29,22 @@ FLAGS = [
     *("--model.width", "32", "--model.depth", "4", "--images-per-step", str(STEP), "--optimizer.warmup-images", "32"),
     *("--sample.num-images", "10", "--sample.steps", "2"),
 ]
-FORMS, STAGES = ("layer-norm", "plain"), (0, 1, 2, 3)
+FORMS, STAGES, BASE_WIDTHS = ("layer-norm", "plain"), (0, 1, 2, 3), (0, 16)
 SAMPLE = {
-    ("layer-norm", "ls", 3),
-    ("plain", "cs", 2),
-    ("layer-norm", "inv-sqrt2", 1),
-    ("plain", "ls-separate", 0),
-    ("plain", "none", 1),
+    ("layer-norm", "ls", 3, 16),
+    ("plain", "cs", 2, 16),
+    ("layer-norm", "inv-sqrt2", 1, 16),
+    ("plain", "ls-separate", 0, 16),
+    ("plain", "none", 1, 0),
 }
+"""The last number is the base width of muP, or 0: the standard parametrisation."""
 
 
-def dit_config(run: Path, skip: str = "none", policy: str = "none", **changes) -> TrainConfig:
+def mup(base_width: int) -> dict[str, Any]:
+    return {"parametrization": "mup", "base_width": base_width} if base_width else {}
+
+
+def dit_config(run: Path, skip: str = "none", policy: str = "none", base_width: int = 0, **changes: Any) -> TrainConfig:
     """What FLAGS make of the preset."""
     base = RECIPES["digits-dit"]
     small = replace(
@@ -46,7 +52,7 @@ def dit_config(run: Path, skip: str = "none", policy: str = "none", **changes) -
         run=run,
         images_per_step=STEP,
         skip_scale=make_skip_scale(policy),
-        model=replace(base.model, width=32, depth=4, skip=skip),
+        model=replace(base.model, width=32, depth=4, skip=skip, **mup(base_width)),
         optimizer=replace(base.optimizer, warmup_images=32),
         sample=replace(base.sample, num_images=10, steps=2),
     )
@@ -62,26 +68,32 @@ def assert_same_run(left: Path, right: Path, images: int) -> None:
 
 
 def test_the_sample_has_each_policy_form_and_stage():
-    forms, policies, stages = (set(values) for values in zip(*SAMPLE, strict=True))
+    forms, policies, stages, base_widths = (set(values) for values in zip(*SAMPLE, strict=True))
     assert (forms, policies, stages) == (set(FORMS), set(SKIP_SCALE_NAMES), set(STAGES))
+    assert base_widths == set(BASE_WIDTHS)
+    assert {stage for _, _, stage, base_width in SAMPLE if base_width} == set(STAGES)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("skip", "policy", "stage"), [("none", "none", 2), *sorted(SAMPLE)])
-def test_resuming_is_exact(tmp_path, skip, policy, stage):
+@pytest.mark.parametrize(("skip", "policy", "stage", "base_width"), [("none", "none", 2, 0), *sorted(SAMPLE)])
+def test_resuming_is_exact(tmp_path, skip, policy, stage, base_width):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(dit_config(straight, skip, policy, zero_stage=stage, total_images=5 * STEP)) == 0
+    what = skip, policy, base_width
+    assert train(dit_config(straight, *what, zero_stage=stage, total_images=5 * STEP)) == 0
     for total in (2 * STEP, 5 * STEP):
-        assert train(dit_config(resumed, skip, policy, zero_stage=stage, total_images=total)) == 0
+        assert train(dit_config(resumed, *what, zero_stage=stage, total_images=total)) == 0
     assert_same_run(straight, resumed, 5 * STEP)
     num_skips = 0 if skip == "none" else 2
     assert sum(key.endswith("/scale") for key in log_rows(straight)[-1]) == num_skips
 
 
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("skip", "policy", "stage"), list(product(FORMS, SKIP_SCALE_NAMES, STAGES)))
-def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, skip, policy, stage):
+@pytest.mark.parametrize(
+    ("skip", "policy", "stage", "base_width"), list(product(FORMS, SKIP_SCALE_NAMES, STAGES, BASE_WIDTHS))
+)
+def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, skip, policy, stage, base_width):
     arguments = ["digits-dit", *FLAGS, "--model.skip", skip, "--skip-scale", policy, "--zero-stage", stage]
+    arguments += ["--parametrization", "mup", "--base-width", base_width] if base_width else []
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train_on_ranks(2, *arguments, "--run", straight, "--total-images", 50 * STEP)
     for steps in (20, 50):
@@ -94,11 +106,14 @@ def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, skip, po
 @pytest.mark.slow
 def test_a_run_is_exported_with_its_skips(tmp_path):
     run = tmp_path / "run"
-    assert train(dit_config(run, "layer-norm", "ls", total_images=2 * STEP)) == 0
+    assert train(dit_config(run, "layer-norm", "ls", 16, total_images=2 * STEP)) == 0
     export([str(run), "--out", str(tmp_path / "exported")])
     model = load_backbone(tmp_path / "exported")
     assert isinstance(model, DiT)
     assert (model.config.skip, model.skip_scale) == ("layer-norm", make_skip_scale("ls"))
+    assert model.parameter_groups() == DiT(model.config, skip_scale=model.skip_scale).parameter_groups()
+    assert {group.learning_rate_factor for group in model.parameter_groups()} == {1.0, 0.5, 2.0}
+    assert [hook.factor for hook in model.final_layer.linear._forward_hooks.values()] == [0.5]  # type: ignore[attr-defined]
     assert torch.equal(model.pos_embed, DiT(model.config).pos_embed)
     assert model(torch.randn(1, 1, 8, 8), torch.ones(1), torch.tensor([3])).isfinite().all()
 

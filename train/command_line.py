@@ -20,6 +20,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError, warn
 from scalelong.train.objective_config import NOISE_NAMES, check_sampler
 from scalelong.train.recipes import RECIPES
+from scalelong.train.run_folder import read_config
 from scalelong.train.usage import TRAIN_PROGRAM, usage
 
 T = TypeVar("T")
@@ -56,6 +57,8 @@ class RecipeArguments:
     """Short for model.parametrization, of a U-ViT or a DiT."""
     base_width: int | None = None
     """Short for model.base-width, of mup."""
+    base_run: Path | None = None
+    """A run of mup whose learning rate and base width this one takes: the narrow one that the rate was found by."""
     train: Annotated[TrainConfig, tyro.conf.arg(name="")]
     """The run."""
 
@@ -226,6 +229,8 @@ def _with_short_forms(parsed: RecipeArguments, *, given: set[str]) -> TrainConfi
             model = _with(model, "skip_position", parsed.skip_position, "--skip-position", long, given)
         elif parsed.skip_position != "before-norm":
             raise ValueError(f"no norm follows the skips of a {model.architecture}: no skip scale can stand after one")
+    if parsed.base_run is not None:
+        return _with_base_run(replace(config, skip_scale=policy, model=model), parsed, given)
     if parsed.parametrization is not None or parsed.base_width is not None:
         model = _with_parametrization(model, parsed, given)
     return replace(config, skip_scale=policy, model=model)
@@ -241,6 +246,51 @@ def _with_parametrization(model: BackboneConfig, parsed: RecipeArguments, given:
                 raise ValueError(f"--{flag} {value} and --model.{flag} {getattr(model, name)} disagree: give one")
             changes[name] = value
     return replace(model, **changes)
+
+
+def _with_base_run(config: TrainConfig, parsed: RecipeArguments, given: set[str]) -> TrainConfig:
+    """The learning rate of a run, unless one is given, and its base width; warns of what muP does not carry over.
+
+    Raises:
+        UserError: no run.
+        ValueError: a run of another architecture or without muP, or flags that say something else.
+    """
+    run, model = parsed.base_run, config.model
+    assert run is not None
+    base = read_config(run)
+    if type(base.model) is not type(model):
+        raise ValueError(f"--base-run {run} is of a {base.model.architecture}, this is a {model.architecture}")
+    if base.model.parametrization != "mup":
+        raise ValueError(f"--base-run {run} has no parametrization mup: its learning rate is that of its width alone")
+    chosen = model.parametrization if "--model.parametrization" in given else parsed.parametrization
+    if chosen not in (None, "mup"):
+        raise ValueError(f"--base-run {run} is of mup, --parametrization {chosen} is not: give one")
+    base_width = parsed.base_width or model.base_width
+    if base_width not in (0, base.model.base_width):
+        raise ValueError(f"--base-run {run} has the base width {base.model.base_width}, not {base_width}")
+    config = replace(config, model=replace(model, parametrization="mup", base_width=base.model.base_width))
+    if differences := _not_carried_over(base, config):
+        warn(f"muP carries a learning rate over the width alone, and {run} differs in {', '.join(differences)}")
+    if "--optimizer.learning-rate" in given:
+        return config
+    return replace(config, optimizer=replace(config.optimizer, learning_rate=base.optimizer.learning_rate))
+
+
+def _not_carried_over(base: TrainConfig, config: TrainConfig) -> list[str]:
+    """What of the network's shape, of the batch and of the skips' scale is another than in a base run."""
+
+    def shape(of: TrainConfig) -> dict[str, Any]:
+        values = {field.name.replace("_", "-"): getattr(of.model, field.name) for field in fields(of.model)}
+        head_width = values.pop("width") // values.pop("num-heads")
+        return {**values, "width of a head": head_width, "images-per-step": of.images_per_step}
+
+    before, now = shape(base), shape(config)
+    found = [f"{name} ({before[name]}, here {now[name]})" for name in before if before[name] != now[name]]
+    kappa, num_skips = getattr(base.skip_scale, "kappa", 1.0), getattr(config.model, "num_skips", 0)
+    if config.skip_scale == base.skip_scale and kappa != 1.0 and before["depth"] != now["depth"] and num_skips > 1:
+        same = kappa ** ((base.model.num_skips - 1) / (num_skips - 1))  # type: ignore[attr-defined]
+        found.append(f"the innermost skip (kappa {same:.3g} gives it the same factor)")
+    return found
 
 
 def _with(part: Any, field: str, value: Any, short: str, long: str, given: set[str]) -> Any:

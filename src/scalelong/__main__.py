@@ -16,6 +16,8 @@ COMMANDS = {
     "plan": ("scalelong.train.commands.plan", "memory, traffic and ZeRO stage of a recipe on given GPUs"),
     "export": ("scalelong.train.commands.export", "write a run's model as safetensors and JSON"),
     "lab": ("scalelong.bench.lab.command", "grids of runs: stability, sensitivity and speed of each skip scale"),
+    "coord-check": ("scalelong.bench.mup.coord_check", "whether a parametrisation keeps its sizes as the width grows"),
+    "lr-transfer": ("scalelong.bench.mup.lr_transfer", "grids over width and learning rate: whether a rate serves all"),
     "prepare": ("scalelong.train.commands.prepare", "make shards of images or of latents, with their indices"),
 }
 """Each command's module, whose ``main`` takes the arguments, and what it does. A module is imported when it is asked

@@ -7,11 +7,13 @@ DeepSpeed has estimators of its own, but for weights in 16 bits and 18 bytes of 
 and averages are sharded with the optimizer, so the sums are done here, for DeepSpeed 0.19.8 as ``engine`` sets it up.
 """
 
+import re
 import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -21,6 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.backbone import Backbone
+from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.train.command_line import RecipeArguments, choose_recipe, parse_recipe
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
@@ -92,6 +96,8 @@ def main(argv: list[str] | None = None) -> None:
     budget = USABLE_SHARE * arguments.gpu_memory * GB
     needs = [largest_need(arguments.train, stage, num_gpus, budget) for stage in STAGES]
     print(describe(name, arguments, needs))
+    if arguments.train.model.parametrization == "mup":
+        print(describe_mup(arguments.train))
     fitting = [need for need in needs if need.total <= budget]
     if not fitting:
         raise UserError("no stage fits, at one image at a time: take --recompute blocks, or more or larger GPUs")
@@ -215,7 +221,7 @@ def _drop_gradient(parameter: Tensor) -> None:
     parameter.grad = None
 
 
-def _make_model(config: TrainConfig) -> torch.nn.Module:
+def _make_model(config: TrainConfig) -> Backbone:
     # It draws until all values lie within bounds, and there are no values.
     with patch("torch.nn.init.trunc_normal_"):
         return make_backbone(config.model, skip_scale=config.skip_scale, recompute=config.recompute)
@@ -269,8 +275,7 @@ def describe(name: str, arguments: PlanArguments, needs: list[Need]) -> str:
         sizes = (need.weights, need.optimizer, need.averages, need.step, need.total, need.sent)
         fits = "yes" if need.total <= budget else "no"
         rows.append((str(need.stage), str(need.micro_batch), *(f"{size / GB:.3g}" for size in sizes), fits))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = aligned(rows)
     return "\n".join(
         [
             f"{name}: {measure_network(config).num_params:,} parameters, {config.precision}, "
@@ -284,3 +289,45 @@ def describe(name: str, arguments: PlanArguments, needs: list[Need]) -> str:
             f"sent: in a step, around a ring. fits: in {100 * USABLE_SHARE:.0f} % of the memory.",
         ]
     )
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """The lines of a table whose columns end flush."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows]
+
+
+def describe_mup(config: TrainConfig) -> str:
+    """The factors of muP, a line for each group of parameters that have the same."""
+    with FakeTensorMode():
+        network = _make_model(config)
+    kinds = network.parameter_kinds()
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name, _ in network.named_parameters():
+        groups.setdefault(_factors(kind_of(name, kinds)), []).append(name)
+    rate, decay = config.optimizer.learning_rate, config.optimizer.weight_decay
+    rows: list[tuple[str, ...]] = [("learning rate", "weight decay", "output", "epsilon", "parameters")]
+    rows += [
+        (f"{rate * factors[0]:.3g}", *(f"{x:.3g}" for x in (decay * factors[1], *factors[2:])), f"{len(names)}")
+        for factors, names in groups.items()
+    ]
+    named = ["", *(", ".join(dict.fromkeys(map(_without_numbers, names))) for names in groups.values())]
+    model: Any = config.model
+    return "\n".join(
+        [
+            "",
+            f"muP: base learning rate {rate:g} at width {model.base_width}; width {model.width}, "
+            f"m = {model.width / model.base_width:g}. output and epsilon are factors.",
+            "",
+            *(f"{line}  {names}".rstrip() for line, names in zip(aligned(rows), named, strict=True)),
+        ]
+    )
+
+
+def _factors(kind: ParameterKind) -> tuple[float, ...]:
+    return kind.learning_rate, kind.weight_decay, kind.output, kind.epsilon
+
+
+def _without_numbers(name: str) -> str:
+    """ "attn.qkv.weight" of "in_blocks.3.attn.qkv.weight"."""
+    return re.sub(r"^(in_blocks\.\d+|mid_block|out_blocks\.\d+|blocks\.\d+)\.", "", name)

@@ -14,6 +14,8 @@ from scalelong.train.zero.shards import LOSS_WEIGHTING, cut
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 LEARNING_RATE_FACTOR = "learning_rate_factor"
+EPSILON = 1e-8
+"""Of AdamW, times the factor of a group; PyTorch's own."""
 SCALER_COUNTS = ("growth_interval", "_growth_tracker")
 
 
@@ -85,6 +87,7 @@ def optimizer_groups(model: Backbone, weight_decay: float) -> list[dict[str, Any
         {
             "params": [parameters[name] for name in group.names],
             "weight_decay": weight_decay * group.weight_decay_factor,
+            "eps": EPSILON * group.epsilon_factor,
             LEARNING_RATE_FACTOR: group.learning_rate_factor,
         }
         for group in model.parameter_groups()
