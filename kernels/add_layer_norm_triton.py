@@ -28,6 +28,8 @@ from scalelong.kernels.triton_device import multiprocessors
 # What fills an H100 and keeps the walks of backward so long that their sums are a small share: not timed yet.
 FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4  # on a multiprocessor
 FORWARD_NUMBERS, BACKWARD_NUMBERS = 36, 24  # of a row, that a thread holds at most
+# The same where angles turn the features, which takes registers for the other half of each pair.
+FORWARD_NUMBERS_TURNED, BACKWARD_NUMBERS_TURNED = 24, 12
 MAX_WARPS = 16
 PARAMS_ROWS, PARAMS_COLS = 64, 32
 # A quarter of a turn in parts: the first two have so few bits that small multiples of them are exact.
@@ -280,9 +282,8 @@ def _add_layer_norm_bwd_kernel(
             new_dz_sums = new_dz_sums + (dz_sums[k] + dz,)
             new_dz_xhat_sums = new_dz_xhat_sums + (dz_xhat_sums[k] + dz_xhat,)
             if SUMS_ANGLES:  # dz of the other half times z of this one
-                OTHER: tl.constexpr = (k + NUM_PIECES // 2) % NUM_PIECES
-                product = _turned(dys, OTHER, turns, NUM_PIECES, True) * (xhat * factors[k] + constants[k])
-                new_dangle_sums = new_dangle_sums + (dangle_sums[k] + product,)
+                other = _turned(dys, (k + NUM_PIECES // 2) % NUM_PIECES, turns, NUM_PIECES, True)
+                new_dangle_sums = new_dangle_sums + (dangle_sums[k] + other * (xhat * factors[k] + constants[k]),)
         dz_sums, dz_xhat_sums, dangle_sums = new_dz_sums, new_dz_xhat_sums, new_dangle_sums
         if dx_ptr is not None or dbranch_ptr is not None or branch_ptr is not None:
             dnorm_mean, dnorm_xhat_mean = (tl.sum(dnorm_sum, 1) / D)[:, None], (tl.sum(dnorm_xhat_sum, 1) / D)[:, None]
@@ -419,7 +420,10 @@ def choose_tiling(
     direction: str, itemsize: int, B: int, T: int, D: int, num_multiprocessors: int, *, turns: bool = False
 ) -> Tiling:
     """``itemsize``: bytes of the narrowest large tensor, of which a thread loads up to 16 at once."""
-    numbers = FORWARD_NUMBERS if direction == "forward" else BACKWARD_NUMBERS
+    if turns:
+        numbers = FORWARD_NUMBERS_TURNED if direction == "forward" else BACKWARD_NUMBERS_TURNED
+    else:
+        numbers = FORWARD_NUMBERS if direction == "forward" else BACKWARD_NUMBERS
     programs = num_multiprocessors * (FORWARD_PROGRAMS if direction == "forward" else BACKWARD_PROGRAMS)
     span = D // 2 if turns else D
     vector = math.gcd(16 // itemsize, span)

@@ -508,7 +508,7 @@ def test_arguments_that_do_not_fit_are_named(arguments, options, message):
 def test_the_native_entry_points_check_what_they_are_given():
     op = torch.ops.scalelong_native.add_layer_norm_forward.default
     x, y, statistics = torch.randn(3, 8), torch.empty(3, 8), [torch.empty(3), torch.empty(3)]
-    nothing = [None] * 7
+    nothing = [None] * 6
     for wrong, message in (
         ((None, y[:2], *statistics, x, None, *nothing, 1, 1e-5), "y has 16 elements instead of 24"),
         ((None, y, *statistics, x, None, torch.ones(7), *nothing[1:], 1, 1e-5), "weight has 7 elements"),
@@ -518,6 +518,8 @@ def test_the_native_entry_points_check_what_they_are_given():
         ((None, y.half(), *statistics, x.bfloat16(), None, *nothing, 1, 1e-5), "no kernel for these dtypes"),
         ((None, y.T.contiguous().T, *statistics, x, None, *nothing, 1, 1e-5), "y is no contiguous"),
         ((None, y, *statistics, x, None, *nothing, 2, 1e-5), "3 rows do not divide"),
+        ((None, y[:, 1:].clone(), *statistics, x[:, 1:].clone(), None, *nothing[:5], y[0], 1, 1e-5), "turn pairs"),
+        ((None, y, *statistics, x, None, *nothing[:5], torch.ones(3), 1, 1e-5), "angle has 3 elements instead of 4"),
     ):
         with pytest.raises(RuntimeError, match=message):
             op(*wrong)

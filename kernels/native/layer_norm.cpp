@@ -49,7 +49,7 @@ float* floats(const MaybeTensor& x, int64_t size, const char* name) {
 }
 
 struct Parameters {
-  const Optional&weight, &bias, &gain, &shift, &gate, &cosine, &sine;
+  const Optional&weight, &bias, &gain, &shift, &gate, &angle;
 };
 
 // num_samples is 1 where nothing belongs to a sample.
@@ -72,11 +72,8 @@ AddLayerNorm describe(const Tensor& x, int64_t num_samples, const Parameters& pa
   norm.gain = floats(parameters.gain, size, "gain");
   norm.shift = floats(parameters.shift, size, "shift");
   norm.gate = floats(parameters.gate, size, "gate");
-  STD_TORCH_CHECK(parameters.cosine.has_value() == parameters.sine.has_value() &&
-                      (!parameters.cosine.has_value() || norm.D % 2 == 0),
-                  "add_layer_norm: angles have a cosine and a sine, and turn pairs of features");
-  norm.cosine = floats(parameters.cosine, size / 2, "cosine");
-  norm.sine = floats(parameters.sine, size / 2, "sine");
+  STD_TORCH_CHECK(!parameters.angle.has_value() || norm.D % 2 == 0, "add_layer_norm: angles turn pairs of features");
+  norm.angle = floats(parameters.angle, size / 2, "angle");
   norm.mean = floats(mean, num_rows, "mean");
   norm.rstd = floats(rstd, num_rows, "rstd");
   return norm;
@@ -98,8 +95,8 @@ void each_block(const AddLayerNorm& norm, AddLayerNormKernels::Rows rows) {
 
 void add_layer_norm_forward(Optional stream, Tensor y, Tensor mean, Tensor rstd, Tensor x, Optional branch,
                             Optional weight, Optional bias, Optional gain, Optional shift, Optional gate,
-                            Optional cosine, Optional sine, int64_t num_samples, double eps) {
-  AddLayerNorm norm = describe(x, num_samples, {weight, bias, gain, shift, gate, cosine, sine}, mean, rstd);
+                            Optional angle, int64_t num_samples, double eps) {
+  AddLayerNorm norm = describe(x, num_samples, {weight, bias, gain, shift, gate, angle}, mean, rstd);
   const Type type = type_of(x), y_type = type_of(y), branch_type = branch.has_value() ? type_of(*branch) : type;
   STD_TORCH_CHECK(branch.has_value() == stream.has_value(), "add_layer_norm: a branch makes a stream");
   STD_TORCH_CHECK(!stream.has_value() || type_of(*stream) == type, "add_layer_norm: the stream has the dtype of x");
@@ -113,9 +110,8 @@ void add_layer_norm_forward(Optional stream, Tensor y, Tensor mean, Tensor rstd,
 void add_layer_norm_backward(Optional dx, Optional dbranch, Optional dweight, Optional dbias, Optional dgain,
                              Optional dshift, Optional dgate, Optional dangle, Optional dstream, Tensor dy,
                              Tensor stream, Tensor mean, Tensor rstd, Optional branch, Optional weight, Optional bias,
-                             Optional gain, Optional shift, Optional gate, Optional cosine, Optional sine,
-                             int64_t num_samples) {
-  AddLayerNorm norm = describe(stream, num_samples, {weight, bias, gain, shift, gate, cosine, sine}, mean, rstd);
+                             Optional gain, Optional shift, Optional gate, Optional angle, int64_t num_samples) {
+  AddLayerNorm norm = describe(stream, num_samples, {weight, bias, gain, shift, gate, angle}, mean, rstd);
   const int64_t size = norm.B * norm.D;
   const Type type = type_of(stream), branch_type = dbranch.has_value()  ? type_of(*dbranch)
                                                    : branch.has_value() ? type_of(*branch)
@@ -134,7 +130,7 @@ void add_layer_norm_backward(Optional dx, Optional dbranch, Optional dweight, Op
   norm.dbias = floats(dbias, norm.D, "dbias");
   norm.dgain = floats(dgain, size, "dgain");
   norm.dshift = floats(dshift, size, "dshift");
-  STD_TORCH_CHECK(!dangle.has_value() || cosine.has_value(), "add_layer_norm: there are no angles");
+  STD_TORCH_CHECK(!dangle.has_value() || angle.has_value(), "add_layer_norm: there are no angles");
   norm.dgate = floats(dgate, size, "dgate");
   norm.dangle = floats(dangle, size / 2, "dangle");
   const bool has_sums = norm.dweight || norm.dbias || norm.dgain || norm.dshift || norm.dgate || norm.dangle;
@@ -153,13 +149,13 @@ void add_layer_norm_backward(Optional dx, Optional dbranch, Optional dweight, Op
 STABLE_TORCH_LIBRARY_FRAGMENT(scalelong_native, library) {
   library.def(
       "add_layer_norm_forward(Tensor(a!)? stream, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd, Tensor x, "
-      "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate, Tensor? cosine, "
-      "Tensor? sine, int num_samples, float eps) -> ()");
+      "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate, Tensor? angle, "
+      "int num_samples, float eps) -> ()");
   library.def(
       "add_layer_norm_backward(Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dweight, Tensor(d!)? dbias, "
       "Tensor(e!)? dgain, Tensor(f!)? dshift, Tensor(g!)? dgate, Tensor(h!)? dangle, Tensor? dstream, Tensor dy, "
       "Tensor stream, Tensor mean, Tensor rstd, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, "
-      "Tensor? shift, Tensor? gate, Tensor? cosine, Tensor? sine, int num_samples) -> ()");
+      "Tensor? shift, Tensor? gate, Tensor? angle, int num_samples) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalelong_native, CPU, library) {

@@ -19,7 +19,7 @@ struct AddLayerNorm {
   const void *x, *branch;  // forward; backward reads branch for the gradient of the gate alone. Null where there is none
   const float *weight, *bias;         // (D), or null for 1 and 0
   const float *gain, *shift, *gate;   // (B, D), or null for 0, 0 and 1
-  const float *cosine, *sine;         // (B, D / 2) of the angles, or null
+  const float* angle;                 // (B, D / 2), or null
   void *stream, *y;                   // null stream: there is no branch, and x is the stream
   float *mean, *rstd;                 // (B, T)
 
@@ -35,7 +35,7 @@ struct AddLayerNorm {
 constexpr int64_t NUM_SUMS = 4;
 constexpr int64_t ROWS_TOGETHER = 4;  // in backward, for which the sums are loaded and stored once
 
-constexpr int64_t SCRATCH_ROWS = 2 + ROWS_TOGETHER;
+constexpr int64_t SCRATCH_ROWS = 3 + ROWS_TOGETHER;
 
 struct AddLayerNormKernels {
   // ``scratch`` has room for SCRATCH_ROWS * D floats.

@@ -103,13 +103,40 @@ inline void fill_coefficients(const AddLayerNorm& norm, int64_t b, float* a, flo
   }
 }
 
-// What turns the pairs (i, i + D / 2) of a sample's rows; null where nothing does.
-struct Turns {
-  const float *cosine, *sine;
+struct CosineAndSine {
+  Floats cosine, sine;
 };
 
-inline Turns turns_of(const AddLayerNorm& norm, int64_t b) {
-  return norm.cosine ? Turns{norm.cosine + b * (norm.D / 2), norm.sine + b * (norm.D / 2)} : Turns{};
+// Of radians, within 1e-7 up to some ten thousands; exact of 0. Taylor's series over an eighth of a turn, after the
+// nearest number of quarters; the first two parts of a quarter have so few bits that small multiples are exact.
+INLINED inline CosineAndSine cosine_and_sine(Floats angle) {
+  const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
+  const Floats shifted = angle * float(2 / 3.14159265358979324) + magic, quarters = shifted - magic;
+  const float high = 201.0f / (1 << 7), middle = 2029.0f / (1 << 22);
+  const float low = float(3.14159265358979324 / 2 - 201.0 / (1 << 7) - 2029.0 / (1 << 22));
+  const Floats r = ((angle - quarters * high) - quarters * middle) - quarters * low, square = r * r;
+  const Floats tail_of_cosine = -1.0f / 2 + square * (1.0f / 24 + square * (-1.0f / 720 + square * (1.0f / 40320)));
+  const Floats tail_of_sine = -1.0f / 6 + square * (1.0f / 120 + square * (-1.0f / 5040 + square * (1.0f / 362880)));
+  const Floats cosine = 1.0f + square * tail_of_cosine, sine = r + r * square * tail_of_sine;
+  const Ints quarter = (Ints)shifted, is_odd = (quarter & 1) != 0;
+  const Floats first = is_odd ? sine : cosine, second = is_odd ? cosine : sine;
+  return {((quarter + 1) & 2) != 0 ? -first : first, (quarter & 2) != 0 ? -second : second};
+}
+
+// What turns the pairs (i, i + D / 2) of a sample's rows; null where nothing does.
+struct Turns {
+  float *cosine, *sine;
+};
+
+inline Turns fill_turns(const AddLayerNorm& norm, int64_t b, float* turns) {
+  if (!norm.angle) return {};
+  const int64_t half = norm.D / 2;
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const CosineAndSine found = cosine_and_sine(get(norm.angle + b * half, d, size));
+    put(turns, d, size, found.cosine);
+    put(turns + half, d, size, found.sine);
+  });
+  return {turns, turns + half};
 }
 
 // --- forward ---------------------------------------------------------------------------------------------------------
@@ -176,19 +203,22 @@ INLINED inline void write_y(const F& xhat, const float* a, const float* c, Turns
 template <class X, class Branch, class Y, bool STREAM>
 void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
-  float *a = scratch, *c = scratch + D;
+  float *a = scratch, *c = scratch + D, *room = scratch + 3 * D;
+  Turns turns{};
   for (int64_t unit = begin, b = -1; unit < end; ++unit) {
     const Rows rows = rows_of(norm, unit);
-    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
+    if (b != rows.b) {
+      fill_coefficients(norm, b = rows.b, a, c);
+      turns = fill_turns(norm, b, scratch + 2 * D);
+    }
     const float* gate = norm.gate ? norm.gate + b * D : nullptr;
-    const Turns turns = turns_of(norm, b);
     for (int64_t row = rows.first; row < rows.last; ++row) {
       const X* x = (const X*)norm.x + row * D;
       const Branch* branch = norm.branch ? (const Branch*)norm.branch + row * D : nullptr;
       X* stream = branch ? (X*)norm.stream + row * D : nullptr;
       const float* found = in_cache<STREAM>(branch ? stream : x);
-      const float* kept = found ? found : scratch + 2 * D;
-      const double sum = add<STREAM>(x, branch, gate, stream, found ? nullptr : scratch + 2 * D, D);
+      const float* kept = found ? found : room;
+      const double sum = add<STREAM>(x, branch, gate, stream, found ? nullptr : room, D);
       const Moments moments = moments_of(kept, sum, D);
       const double rstd = 1.0 / __builtin_sqrt(moments.variance + norm.eps);
       const float mean = float(moments.mean), factor = float(rstd);
@@ -211,7 +241,7 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
 
 template <class X, class Branch, class Y>
 void forward(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
-  const int64_t together = norm.cosine ? norm.D / 2 : norm.D;  // of y, each half of which is a row by itself
+  const int64_t together = norm.angle ? norm.D / 2 : norm.D;  // of y, each half of which is a row by itself
   const bool streams = norm.streams && can_stream((const X*)norm.stream, norm.D) && can_stream((const Y*)norm.y, together);
   (streams ? forward_rows<X, Branch, Y, true> : forward_rows<X, Branch, Y, false>)(norm, begin, end, scratch);
 }
@@ -222,38 +252,6 @@ void forward(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratc
 struct Means {
   float dz, dz_xhat;
 };
-
-// Fills ``dz`` with NUM rows of dy turned back. The angles' gradients sum up dz2 z1 - dz1 z2 with z = xhat * a + c: what
-// dy has at right angles to y, which turning both does not change.
-template <bool STREAM, int NUM, class X, class Y>
-INLINED inline void turn_back(const AddLayerNorm& norm, int64_t row, const float* a, const float* c, Turns turns,
-                              float* dangle_sums, float* dz) {
-  const int64_t D = norm.D, half = D / 2;
-  const X* stream = (const X*)norm.x + row * D;
-  const Y* dy = (const Y*)norm.dy + row * D;
-  const float *mean = norm.mean + row, *rstd = norm.rstd + row;
-  each_vector(half, [&](int64_t d, int64_t size) INLINED {
-    const Floats cosine = get(turns.cosine, d, size), sine = get(turns.sine, d, size);
-    Floats dangle = dangle_sums ? get(dangle_sums, d, size) : Floats{};
-    for (int r = 0; r < NUM; ++r) {
-      if constexpr (STREAM) {
-        prefetch<1>(dy + (NUM + r) * D + d);
-        prefetch<1>(dy + (NUM + r) * D + half + d);
-      }
-      const Floats first = get(dy + r * D, d, size), second = get(dy + r * D, half + d, size);
-      const Floats dz1 = first * cosine + second * sine, dz2 = second * cosine - first * sine;
-      put(dz + r * D, d, size, dz1);
-      put(dz + r * D, half + d, size, dz2);
-      if (dangle_sums) {
-        const Floats xhat1 = (get(stream + r * D, d, size) - mean[r]) * rstd[r];
-        const Floats xhat2 = (get(stream + r * D, half + d, size) - mean[r]) * rstd[r];
-        dangle += dz2 * (xhat1 * get(a, d, size) + get(c, d, size));
-        dangle -= dz1 * (xhat2 * get(a, half + d, size) + get(c, half + d, size));
-      }
-    }
-    if (dangle_sums) put(dangle_sums, d, size, dangle);
-  });
-}
 
 template <bool STREAM, int NUM, class X, class Y>
 INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const Y* dy, const float* a, float* sums,
@@ -279,6 +277,58 @@ INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const Y* dy,
       put(sums, d, size, dy_sum);
       put(sums + D, d, size, dy_xhat_sum);
     }
+  });
+  for (int r = 0; r < NUM; ++r) {
+    means[r] = {float(sum_of_lanes(dz_sums[r]) / double(D)), float(sum_of_lanes(dz_xhat_sums[r]) / double(D))};
+  }
+}
+
+// The same of rows that were turned: dy is turned back, into ``dz``. The angles' gradients sum up dz2 z1 - dz1 z2 with
+// z = xhat * a + c: what dy has at right angles to y, which turning both does not change.
+template <bool STREAM, int NUM, class X, class Y>
+INLINED inline void sum_turned_rows(const AddLayerNorm& norm, int64_t row, Turns turns, const float* a, const float* c,
+                                    float* sums, float* dangle_sums, float* dz, Means* means) {
+  const int64_t D = norm.D, half = D / 2;
+  const X* stream = (const X*)norm.x + row * D;
+  const X* dstream = norm.dstream ? (const X*)norm.dstream + row * D : nullptr;
+  const Y* dy = (const Y*)norm.dy + row * D;
+  const float *mean = norm.mean + row, *rstd = norm.rstd + row;
+  Floats dz_sums[NUM] = {}, dz_xhat_sums[NUM] = {};
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const Floats cosine = get(turns.cosine, d, size), sine = get(turns.sine, d, size);
+    const Floats a1 = get(a, d, size), a2 = get(a, half + d, size), c1 = get(c, d, size), c2 = get(c, half + d, size);
+    Floats sum1{}, sum2{}, xhat_sum1{}, xhat_sum2{}, dangle{};
+    for (int r = 0; r < NUM; ++r) {
+      if (STREAM && dstream) {
+        prefetch<1>(dstream + r * D + d);
+        prefetch<1>(dstream + r * D + half + d);
+      }
+      if constexpr (STREAM) {
+        prefetch<1>(dy + (NUM + r) * D + d);
+        prefetch<1>(dy + (NUM + r) * D + half + d);
+      }
+      const Floats dy1 = get(dy + r * D, d, size), dy2 = get(dy + r * D, half + d, size);
+      const Floats dz1 = dy1 * cosine + dy2 * sine, dz2 = dy2 * cosine - dy1 * sine;
+      put(dz + r * D, d, size, dz1);
+      put(dz + r * D, half + d, size, dz2);
+      const Floats xhat1 = (get(stream + r * D, d, size) - mean[r]) * rstd[r];
+      const Floats xhat2 = (get(stream + r * D, half + d, size) - mean[r]) * rstd[r];
+      const Floats dz_xhat1 = dz1 * xhat1, dz_xhat2 = dz2 * xhat2;
+      dz_sums[r] += dz1 * a1 + dz2 * a2;
+      dz_xhat_sums[r] += dz_xhat1 * a1 + dz_xhat2 * a2;
+      sum1 += dz1;
+      sum2 += dz2;
+      xhat_sum1 += dz_xhat1;
+      xhat_sum2 += dz_xhat2;
+      dangle += dz2 * (xhat1 * a1 + c1) - dz1 * (xhat2 * a2 + c2);
+    }
+    if (sums) {
+      put(sums, d, size, get(sums, d, size) + sum1);
+      put(sums, half + d, size, get(sums, half + d, size) + sum2);
+      put(sums + D, d, size, get(sums + D, d, size) + xhat_sum1);
+      put(sums + D, half + d, size, get(sums + D, half + d, size) + xhat_sum2);
+    }
+    if (dangle_sums) put(dangle_sums, d, size, get(dangle_sums, d, size) + dangle);
   });
   for (int r = 0; r < NUM; ++r) {
     means[r] = {float(sum_of_lanes(dz_sums[r]) / double(D)), float(sum_of_lanes(dz_xhat_sums[r]) / double(D))};
@@ -312,32 +362,38 @@ INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const Y* dy
 template <class X, class Branch, class Y, bool STREAM>
 void backward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
-  float *a = scratch, *c = scratch + D, *dz = scratch + 2 * D;
+  float *a = scratch, *c = scratch + D, *dz = scratch + 3 * D;
+  Turns turns{};
   const int64_t num_sums = norm.dangle ? NUM_SUMS : NUM_SUMS - 1;
   const bool sums_parameters = norm.dweight || norm.dbias || norm.dgain || norm.dshift;
   const bool writes = norm.dx || norm.dbranch || norm.dgate;
   for (int64_t unit = begin, b = -1; unit < end; ++unit) {
     const Rows rows = rows_of(norm, unit);
-    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
+    if (b != rows.b) {
+      fill_coefficients(norm, b = rows.b, a, c);
+      turns = fill_turns(norm, b, scratch + 2 * D);
+    }
     const float* gate = norm.gate ? norm.gate + b * D : nullptr;
-    const Turns turns = turns_of(norm, b);
     float* sums = norm.sums ? norm.sums + unit * NUM_SUMS * D : nullptr;
     if (sums) memset(sums, 0, num_sums * D * sizeof(float));
     float *dy_sums = sums_parameters ? sums : nullptr, *dgate_sums = norm.dgate ? sums + 2 * D : nullptr;
     float* dangle_sums = norm.dangle ? sums + 3 * D : nullptr;
     int64_t row = rows.first;
-    const auto finish = [&]<int NUM, class T>(const T* dy) INLINED {
-      Means means[NUM];
-      sum_rows<STREAM, NUM, X>(norm, row, dy, a, dy_sums, means);
+    const auto write = [&]<int NUM, class T>(const T* dy, const Means(&means)[NUM]) INLINED {
       for (int r = 0; writes && r < NUM; ++r) {
         write_row<STREAM, NUM, X, Branch>(norm, row + r, dy + r * D, a, gate, dgate_sums, means[r]);
       }
       row += NUM;
     };
     const auto run = [&]<int NUM>() INLINED {
-      if (!turns.cosine) return finish.template operator()<NUM>((const Y*)norm.dy + row * D);
-      turn_back<STREAM, NUM, X, Y>(norm, row, a, c, turns, dangle_sums, dz);
-      finish.template operator()<NUM>((const float*)dz);
+      Means means[NUM];
+      if (turns.cosine) {
+        sum_turned_rows<STREAM, NUM, X, Y>(norm, row, turns, a, c, dy_sums, dangle_sums, dz, means);
+        return write((const float*)dz, means);
+      }
+      const Y* dy = (const Y*)norm.dy + row * D;
+      sum_rows<STREAM, NUM, X>(norm, row, dy, a, dy_sums, means);
+      write(dy, means);
     };
     while (row + ROWS_TOGETHER <= rows.last) run.template operator()<ROWS_TOGETHER>();
     while (row < rows.last) run.template operator()<1>();
