@@ -222,7 +222,7 @@ def test_the_page_is_one_file_with_sortable_tables_and_plots(tmp_path):
     facts = Facts("A <lab>", "scalelong lab digits-uvit", {"depth=3": "depth must be even"})
     page = write_report(tmp_path, GOOD, facts).read_text()
     assert "A &lt;lab&gt;" in page
-    assert len(re.findall(r'<img [^>]*src="data:image/svg', page)) == 4
+    assert len(re.findall(r'<img [^>]*src="data:image/svg', page)) == 5
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.index("verdicts") < page.index("<table>")
     assert "depth must be even" in page
