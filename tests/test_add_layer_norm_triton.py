@@ -98,6 +98,9 @@ def test_memory_decides_and_not_instructions(shape, kind):
     forward, backward, *small = launches_of(shape, dtypes, told)
     # Gain, shift and gate are loaded once a program, which walks through few rows where samples are small.
     budgets = (28, 6 * BACKWARD_PER_PASS) if told else (4 * FORWARD_PER_PASS, 4 * BACKWARD_PER_PASS)
+    bytes_under_way = BYTES_UNDER_WAY
+    if "angle" in told:  # all that memory leaves, and half the loads: registers hold the other half of each pair
+        budgets, bytes_under_way = (4 * 12, 6 * 12), BYTES_UNDER_WAY // 2
     for launch, budget in zip((forward, backward), budgets, strict=True):
         code = machine_code(launch.compile(90), 90)
         constants = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
@@ -107,7 +110,7 @@ def test_memory_decides_and_not_instructions(shape, kind):
         assert 32 * issued / math.prod(shape) <= budget, name
         assert code.widths("load")[16] >= 2 * constants["NUM_PIECES"], name
         row_bytes = 2 * 2 * shape[-1]  # two inputs, two bytes
-        assert code.num_programs_on_an_sm * constants["ROWS"] * row_bytes >= BYTES_UNDER_WAY, name
+        assert code.num_programs_on_an_sm * constants["ROWS"] * row_bytes >= bytes_under_way, name
     assert len(small) == 1
 
 
