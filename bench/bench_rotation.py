@@ -25,13 +25,13 @@ SHAPES = ((128, 256, 1152), (256, 256, 384)) if ON_GPU else ((16, 64, 384), (4, 
 STEP_DTYPE = torch.bfloat16 if ON_GPU else torch.float32
 
 
-def norm_step(how: str, B: int, T: int, D: int) -> Callable[[], object]:
+def norm_step(how: str, B: int, T: int, D: int) -> Callable[[], None]:
     """Forward with backward; both outputs have a gradient, as in a block."""
     tensors = (*torch.randn(2, B, T, D), *torch.randn(2, B, D) / 10, torch.randn(B, D if how == "shift" else D // 2))
     leaves = [p.to(DEVICE, DTYPE).requires_grad_() for p in tensors]
     gradients = [p.to(DEVICE, DTYPE) for p in torch.randn(2, B, T, D)]
 
-    def step() -> object:
+    def step() -> None:
         x, branch, gain, gate, told = leaves
         norm = partial(add_layer_norm, x, branch, None, None, gain=gain, gate=gate)
         if how == "composed":
@@ -39,7 +39,7 @@ def norm_step(how: str, B: int, T: int, D: int) -> Callable[[], object]:
             y = rotated_ref(y, told)
         else:
             stream, y = norm(shift=told) if how == "shift" else norm(angle=told)
-        return torch.autograd.grad((stream, y), leaves, gradients)
+        torch.autograd.grad((stream, y), leaves, gradients)
 
     return step
 

@@ -47,8 +47,10 @@ def test_norms_of_blocks_are_those_of_their_features_and_gradients(recipe, recom
     features = model.features(*batch, blocks=names)
     model(*batch).square().sum().backward()
     pairs = [(p.detach(), p.grad) for p in model.parameters() if p.grad is not None]
-    norms = [torch.stack([pair[i].norm() for pair in pairs]) for i in (1, 0)]
-    monitor.record_gradients(*norms, torch.stack([(weight * gradient).sum() for weight, gradient in pairs]))
+    weight_norms, norms = (torch.stack([p.norm() for p in tensors]) for tensors in zip(*pairs, strict=True))
+    monitor.record_gradients(
+        norms, weight_norms, torch.stack([(weight * gradient).sum() for weight, gradient in pairs])
+    )
     found = monitor.take()
     parts: dict[str, list[torch.Tensor]] = {name: [] for name in [*names, "outside"]}
     for name, parameter in model.named_parameters():
