@@ -27,9 +27,8 @@ def backward(
 ) -> None:
     """Fills the gradients; those of the parameters are in fp32."""
     stream, branch, *parameters = inputs
-    weight, bias, gain, _, gate = map(_floats, parameters)
     torch.ops.scalelong_native.add_layer_norm_backward.default(
-        *(*gradients, dstream, dy, stream, mean, rstd, branch, weight, bias, gain, gate, inputs.num_samples)
+        *(*gradients, dstream, dy, stream, mean, rstd, branch, *map(_floats, parameters), inputs.num_samples)
     )
 
 

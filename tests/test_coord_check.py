@@ -40,7 +40,7 @@ def checked(model: str, policy: str = "none", bug: str | None = None, check: Che
     ("model", "policy"),
     [
         pytest.param(model, policy, marks=() if policy == sampled else pytest.mark.exhaustive)
-        for model, sampled in (("uvit", "ls"), ("dit", "cs"))
+        for model, sampled in (("uvit", "ls"), ("dit", "geometric"))
         for policy in SKIP_SCALE_NAMES
     ],
 )

@@ -8,7 +8,6 @@ namespace scalelong::SCALELONG_ISA {
 namespace {
 
 constexpr int TOGETHER = 4;        // vectors of a row in forward
-constexpr int ROWS_TOGETHER = 4;   // rows in backward, for which the sums are loaded and stored once
 constexpr int64_t COLUMNS = 64;    // of the sums that are put together at a time
 
 // --- memory ----------------------------------------------------------------------------------------------------------
@@ -104,6 +103,42 @@ inline void fill_coefficients(const AddLayerNorm& norm, int64_t b, float* a, flo
   }
 }
 
+struct CosineAndSine {
+  Floats cosine, sine;
+};
+
+// Of radians, within 1e-7 up to some ten thousands; exact of 0. Taylor's series over an eighth of a turn, after the
+// nearest number of quarters; the first two parts of a quarter have so few bits that small multiples are exact.
+INLINED inline CosineAndSine cosine_and_sine(Floats angle) {
+  const float magic = 0x1.8p23f;  // leaves the nearest integer in the low bits
+  const Floats shifted = angle * float(2 / 3.14159265358979324) + magic, quarters = shifted - magic;
+  const float high = 201.0f / (1 << 7), middle = 2029.0f / (1 << 22);
+  const float low = float(3.14159265358979324 / 2 - 201.0 / (1 << 7) - 2029.0 / (1 << 22));
+  const Floats r = ((angle - quarters * high) - quarters * middle) - quarters * low, square = r * r;
+  const Floats tail_of_cosine = -1.0f / 2 + square * (1.0f / 24 + square * (-1.0f / 720 + square * (1.0f / 40320)));
+  const Floats tail_of_sine = -1.0f / 6 + square * (1.0f / 120 + square * (-1.0f / 5040 + square * (1.0f / 362880)));
+  const Floats cosine = 1.0f + square * tail_of_cosine, sine = r + r * square * tail_of_sine;
+  const Ints quarter = (Ints)shifted, is_odd = (quarter & 1) != 0;
+  const Floats first = is_odd ? sine : cosine, second = is_odd ? cosine : sine;
+  return {((quarter + 1) & 2) != 0 ? -first : first, (quarter & 2) != 0 ? -second : second};
+}
+
+// What turns the pairs (i, i + D / 2) of a sample's rows; null where nothing does.
+struct Turns {
+  float *cosine, *sine;
+};
+
+inline Turns fill_turns(const AddLayerNorm& norm, int64_t b, float* turns) {
+  if (!norm.angle) return {};
+  const int64_t half = norm.D / 2;
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const CosineAndSine found = cosine_and_sine(get(norm.angle + b * half, d, size));
+    put(turns, d, size, found.cosine);
+    put(turns + half, d, size, found.sine);
+  });
+  return {turns, turns + half};
+}
+
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 // Fills ``kept``, if it is given, with the stream in fp32, and the stream itself if there is a branch. Returns the sum over the row.
@@ -151,21 +186,39 @@ INLINED inline Moments moments_of(const float* row, double sum, int64_t D) {
   return {near + left, sum_of_all(squares) / double(D) - left * left};
 }
 
+// Writes y of a row, turned where there are angles, given xhat(d, size).
+template <bool STREAM, class Y, class F>
+INLINED inline void write_y(const F& xhat, const float* a, const float* c, Turns turns, Y* y, int64_t D) {
+  const auto z = [&](int64_t d, int64_t size) INLINED { return xhat(d, size) * get(a, d, size) + get(c, d, size); };
+  if (!turns.cosine) return each_vector(D, [&](int64_t d, int64_t size) INLINED { put<STREAM>(y, d, size, z(d, size)); });
+  const int64_t half = D / 2;
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const Floats first = z(d, size), second = z(half + d, size);
+    const Floats cosine = get(turns.cosine, d, size), sine = get(turns.sine, d, size);
+    put<STREAM>(y, d, size, first * cosine - second * sine);
+    put<STREAM>(y, half + d, size, second * cosine + first * sine);
+  });
+}
+
 template <class X, class Branch, class Y, bool STREAM>
 void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
-  float *a = scratch, *c = scratch + D;
+  float *a = scratch, *c = scratch + D, *room = scratch + 3 * D;
+  Turns turns{};
   for (int64_t unit = begin, b = -1; unit < end; ++unit) {
     const Rows rows = rows_of(norm, unit);
-    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
+    if (b != rows.b) {
+      fill_coefficients(norm, b = rows.b, a, c);
+      turns = fill_turns(norm, b, scratch + 2 * D);
+    }
     const float* gate = norm.gate ? norm.gate + b * D : nullptr;
     for (int64_t row = rows.first; row < rows.last; ++row) {
       const X* x = (const X*)norm.x + row * D;
       const Branch* branch = norm.branch ? (const Branch*)norm.branch + row * D : nullptr;
       X* stream = branch ? (X*)norm.stream + row * D : nullptr;
       const float* found = in_cache<STREAM>(branch ? stream : x);
-      const float* kept = found ? found : scratch + 2 * D;
-      const double sum = add<STREAM>(x, branch, gate, stream, found ? nullptr : scratch + 2 * D, D);
+      const float* kept = found ? found : room;
+      const double sum = add<STREAM>(x, branch, gate, stream, found ? nullptr : room, D);
       const Moments moments = moments_of(kept, sum, D);
       const double rstd = 1.0 / __builtin_sqrt(moments.variance + norm.eps);
       const float mean = float(moments.mean), factor = float(rstd);
@@ -173,15 +226,14 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
       norm.rstd[row] = factor;
       // What the mean loses by rounding goes into a constant, where it costs nothing.
       const float constant = float((mean - moments.mean) * rstd);
-      Y* y = (Y*)norm.y + row * D;
-      each_vector(D, [&](int64_t d, int64_t size) INLINED {
+      const auto xhat = [&](int64_t d, int64_t size) INLINED {
         if constexpr (STREAM) {  // the next row comes from memory, while this one is in the first cache
           prefetch<1>(x + D + d);
           if (branch) prefetch<1>(branch + D + d);
         }
-        const Floats xhat = (get(kept, d, size) - mean) * factor + constant;
-        put<STREAM>(y, d, size, xhat * get(a, d, size) + get(c, d, size));
-      });
+        return (get(kept, d, size) - mean) * factor + constant;
+      };
+      write_y<STREAM>(xhat, a, c, turns, (Y*)norm.y + row * D, D);
     }
   }
   if constexpr (STREAM) finish_streams();
@@ -189,7 +241,8 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
 
 template <class X, class Branch, class Y>
 void forward(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
-  const bool streams = norm.streams && can_stream((const X*)norm.stream, norm.D) && can_stream((const Y*)norm.y, norm.D);
+  const int64_t together = norm.angle ? norm.D / 2 : norm.D;  // of y, each half of which is a row by itself
+  const bool streams = norm.streams && can_stream((const X*)norm.stream, norm.D) && can_stream((const Y*)norm.y, together);
   (streams ? forward_rows<X, Branch, Y, true> : forward_rows<X, Branch, Y, false>)(norm, begin, end, scratch);
 }
 
@@ -201,11 +254,11 @@ struct Means {
 };
 
 template <bool STREAM, int NUM, class X, class Y>
-INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float* a, float* sums, Means* means) {
+INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const Y* dy, const float* a, float* sums,
+                             Means* means) {
   const int64_t D = norm.D;
   const X* stream = (const X*)norm.x + row * D;
   const X* dstream = norm.dstream ? (const X*)norm.dstream + row * D : nullptr;
-  const Y* dy = (const Y*)norm.dy + row * D;
   const float *mean = norm.mean + row, *rstd = norm.rstd + row;
   Floats dz_sums[NUM] = {}, dz_xhat_sums[NUM] = {};
   each_vector(D, [&](int64_t d, int64_t size) INLINED {
@@ -230,12 +283,63 @@ INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float*
   }
 }
 
+// The same of rows that were turned: dy is turned back, into ``dz``. The angles' gradients sum up dz2 z1 - dz1 z2 with
+// z = xhat * a + c: what dy has at right angles to y, which turning both does not change.
+template <bool STREAM, int NUM, class X, class Y>
+INLINED inline void sum_turned_rows(const AddLayerNorm& norm, int64_t row, Turns turns, const float* a, const float* c,
+                                    float* sums, float* dangle_sums, float* dz, Means* means) {
+  const int64_t D = norm.D, half = D / 2;
+  const X* stream = (const X*)norm.x + row * D;
+  const X* dstream = norm.dstream ? (const X*)norm.dstream + row * D : nullptr;
+  const Y* dy = (const Y*)norm.dy + row * D;
+  const float *mean = norm.mean + row, *rstd = norm.rstd + row;
+  Floats dz_sums[NUM] = {}, dz_xhat_sums[NUM] = {};
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const Floats cosine = get(turns.cosine, d, size), sine = get(turns.sine, d, size);
+    const Floats a1 = get(a, d, size), a2 = get(a, half + d, size), c1 = get(c, d, size), c2 = get(c, half + d, size);
+    Floats sum1{}, sum2{}, xhat_sum1{}, xhat_sum2{}, dangle{};
+    for (int r = 0; r < NUM; ++r) {
+      if (STREAM && dstream) {
+        prefetch<1>(dstream + r * D + d);
+        prefetch<1>(dstream + r * D + half + d);
+      }
+      if constexpr (STREAM) {
+        prefetch<1>(dy + (NUM + r) * D + d);
+        prefetch<1>(dy + (NUM + r) * D + half + d);
+      }
+      const Floats dy1 = get(dy + r * D, d, size), dy2 = get(dy + r * D, half + d, size);
+      const Floats dz1 = dy1 * cosine + dy2 * sine, dz2 = dy2 * cosine - dy1 * sine;
+      put(dz + r * D, d, size, dz1);
+      put(dz + r * D, half + d, size, dz2);
+      const Floats xhat1 = (get(stream + r * D, d, size) - mean[r]) * rstd[r];
+      const Floats xhat2 = (get(stream + r * D, half + d, size) - mean[r]) * rstd[r];
+      const Floats dz_xhat1 = dz1 * xhat1, dz_xhat2 = dz2 * xhat2;
+      dz_sums[r] += dz1 * a1 + dz2 * a2;
+      dz_xhat_sums[r] += dz_xhat1 * a1 + dz_xhat2 * a2;
+      sum1 += dz1;
+      sum2 += dz2;
+      xhat_sum1 += dz_xhat1;
+      xhat_sum2 += dz_xhat2;
+      dangle += dz2 * (xhat1 * a1 + c1) - dz1 * (xhat2 * a2 + c2);
+    }
+    if (sums) {
+      put(sums, d, size, get(sums, d, size) + sum1);
+      put(sums, half + d, size, get(sums, half + d, size) + sum2);
+      put(sums + D, d, size, get(sums + D, d, size) + xhat_sum1);
+      put(sums + D, half + d, size, get(sums + D, half + d, size) + xhat_sum2);
+    }
+    if (dangle_sums) put(dangle_sums, d, size, get(dangle_sums, d, size) + dangle);
+  });
+  for (int r = 0; r < NUM; ++r) {
+    means[r] = {float(sum_of_lanes(dz_sums[r]) / double(D)), float(sum_of_lanes(dz_xhat_sums[r]) / double(D))};
+  }
+}
+
 template <bool STREAM, int AHEAD, class X, class Branch, class Y>
-INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float* a, const float* gate, float* dgate_sums,
-                      Means means) {
+INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const Y* dy, const float* a, const float* gate,
+                      float* dgate_sums, Means means) {
   const int64_t D = norm.D, at = row * D;
   const X *stream = (const X*)norm.x + at, *dstream = norm.dstream ? (const X*)norm.dstream + at : nullptr;
-  const Y* dy = (const Y*)norm.dy + at;
   const Branch* branch = dgate_sums ? (const Branch*)norm.branch + at : nullptr;
   X* dx = norm.dx ? (X*)norm.dx + at : nullptr;
   Branch* dbranch = norm.dbranch ? (Branch*)norm.dbranch + at : nullptr;
@@ -258,24 +362,38 @@ INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float
 template <class X, class Branch, class Y, bool STREAM>
 void backward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
-  float *a = scratch, *unused = scratch + D;
+  float *a = scratch, *c = scratch + D, *dz = scratch + 3 * D;
+  Turns turns{};
+  const int64_t num_sums = norm.dangle ? NUM_SUMS : NUM_SUMS - 1;
   const bool sums_parameters = norm.dweight || norm.dbias || norm.dgain || norm.dshift;
   const bool writes = norm.dx || norm.dbranch || norm.dgate;
   for (int64_t unit = begin, b = -1; unit < end; ++unit) {
     const Rows rows = rows_of(norm, unit);
-    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, unused);
+    if (b != rows.b) {
+      fill_coefficients(norm, b = rows.b, a, c);
+      turns = fill_turns(norm, b, scratch + 2 * D);
+    }
     const float* gate = norm.gate ? norm.gate + b * D : nullptr;
     float* sums = norm.sums ? norm.sums + unit * NUM_SUMS * D : nullptr;
-    if (sums) memset(sums, 0, NUM_SUMS * D * sizeof(float));
+    if (sums) memset(sums, 0, num_sums * D * sizeof(float));
     float *dy_sums = sums_parameters ? sums : nullptr, *dgate_sums = norm.dgate ? sums + 2 * D : nullptr;
+    float* dangle_sums = norm.dangle ? sums + 3 * D : nullptr;
     int64_t row = rows.first;
-    const auto run = [&]<int NUM>() INLINED {
-      Means means[NUM];
-      sum_rows<STREAM, NUM, X, Y>(norm, row, a, dy_sums, means);
+    const auto write = [&]<int NUM, class T>(const T* dy, const Means(&means)[NUM]) INLINED {
       for (int r = 0; writes && r < NUM; ++r) {
-        write_row<STREAM, NUM, X, Branch, Y>(norm, row + r, a, gate, dgate_sums, means[r]);
+        write_row<STREAM, NUM, X, Branch>(norm, row + r, dy + r * D, a, gate, dgate_sums, means[r]);
       }
       row += NUM;
+    };
+    const auto run = [&]<int NUM>() INLINED {
+      Means means[NUM];
+      if (turns.cosine) {
+        sum_turned_rows<STREAM, NUM, X, Y>(norm, row, turns, a, c, dy_sums, dangle_sums, dz, means);
+        return write((const float*)dz, means);
+      }
+      const Y* dy = (const Y*)norm.dy + row * D;
+      sum_rows<STREAM, NUM, X>(norm, row, dy, a, dy_sums, means);
+      write(dy, means);
     };
     while (row + ROWS_TOGETHER <= rows.last) run.template operator()<ROWS_TOGETHER>();
     while (row < rows.last) run.template operator()<1>();
@@ -297,13 +415,18 @@ void parameters(const AddLayerNorm& norm, int64_t begin, int64_t end) {
     double dweight[COLUMNS] = {}, dbias[COLUMNS] = {};
     for (int64_t b = 0; b < norm.B; ++b) {
       double sums[NUM_SUMS][COLUMNS] = {};
+      const int64_t num_sums = norm.dangle ? NUM_SUMS : NUM_SUMS - 1;
       for (int64_t block = 0; block < norm.num_blocks; ++block) {
         const float* of_block = norm.sums + (b * norm.num_blocks + block) * NUM_SUMS * D + first;
-        for (int64_t k = 0; k < NUM_SUMS; ++k) {
+        for (int64_t k = 0; k < num_sums; ++k) {
           for (int64_t i = 0; i < size; ++i) sums[k][i] += of_block[k * D + i];
         }
       }
       const auto &dy = sums[0], &dy_xhat = sums[1];
+      const int64_t half = D / 2;
+      for (int64_t i = 0; norm.dangle && i < size && first + i < half; ++i) {
+        norm.dangle[b * half + first + i] = float(sums[3][i]);
+      }
       for (int64_t i = 0; i < size; ++i) {
         const int64_t d = first + i, at = b * D + d;
         const double factor = norm.gain ? 1.0 + norm.gain[at] : 1.0;
