@@ -35,6 +35,8 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
     skip: SkipForm = "none"
     """Long skips from the first half of the blocks to the second: none, as published; concatenated, normalised and
     projected, as Skip-DiT's; or concatenated and projected, as U-ViT's."""
+    magnitude_preserving: bool = False
+    """Layers that keep the magnitude of what passes, in the place of norms and biases (MaP-DiT)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -53,8 +55,21 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
             raise ValueError(f"skip must be one of {', '.join(SKIP_FORMS)}, got {self.skip!r}")
         if self.skip != "none" and self.depth < 2:
             raise ValueError(f"long skips need a depth of at least 2, got {self.depth}")
+        if self.magnitude_preserving:
+            self._check_without_norms()
         if self.parametrization == "mup":
             self.base_config()
+
+    def _check_without_norms(self) -> None:
+        if self.qk_norm:
+            raise ValueError(
+                "qk_norm and magnitude_preserving exclude each other: attention by cosines has its queries and keys "
+                "normalised already"
+            )
+        if self.skip == "layer-norm":
+            raise ValueError(
+                "skip layer-norm and magnitude_preserving exclude each other: there are no norms; take skip plain"
+            )
 
     @classmethod
     def network(cls) -> type["DiT"]:
@@ -64,6 +79,10 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
 
     def base_config(self) -> Self:
         return with_base_width(self)
+
+    @property
+    def preserves_magnitude(self) -> bool:
+        return self.magnitude_preserving
 
     @property
     def num_skips(self) -> int:
