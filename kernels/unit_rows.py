@@ -53,6 +53,7 @@ def _(weight: Tensor, _gain: float = 1.0) -> Backends:
 class _UnitRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, weight: Tensor, gain: float) -> Tensor:
+        weight = weight.contiguous()
         lengths = weight.new_full((len(weight), *[1] * (weight.dim() - 1)), gain)
         y, norms = torch.ops.aten._weight_norm_interface(weight, lengths, 0)
         ctx.save_for_backward(weight, lengths, norms)

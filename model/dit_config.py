@@ -105,4 +105,7 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
         """The input, both norms, queries, keys and values (3), what attention puts out, its projection, the stream
         between the halves of a block, the MLP's hidden layer and its output."""
         hidden = self.mlp_width / self.width
+        if self.magnitude_preserving:
+            # Modulated twice and gated twice, queries and keys normalised, and what attention puts out.
+            return BlockMemory(total=13 + hidden, products=(1.0, 3.0, hidden))
         return BlockMemory(total=10 + hidden, products=(1.0, 3.0, hidden))

@@ -11,6 +11,7 @@ which sides of it grow with the width; m is its fan-in over that of the same net
 
 Heads keep their width, of which there are more, and so attention its scale. The multiplier of the output stands behind
 the layer's bias too, whose rate is therefore η m. Multipliers are plain numbers of the layers and the groups.
+Magnitude-preserving layers (magnitude.py) begin as ever, those of a growing fan-in with the learning rate η / √m.
 """
 
 from collections.abc import Iterator, Mapping
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from scalelong.model.magnitude import UnitRows, normal_rows
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_scale import SkipScale
 
@@ -57,7 +59,11 @@ def _kinds(
         if base_shapes[name] == wider_shapes[name]:
             continue
         m = layer.weight.shape[1] / base_fan_in
-        if base_out == wider_out:
+        if isinstance(layer, UnitRows):
+            # Its rows have unit RMS and are divided by √fan-in, which leaves 1 / √m to the rate.
+            if m != 1:
+                yield name, ParameterKind("", normal_rows, m**-0.5)
+        elif base_out == wider_out:
             yield name, ParameterKind("", nn.init.zeros_, output=1 / m)
             if layer.bias is not None:
                 yield f"{layer_name}.bias", ParameterKind("", nn.init.zeros_, m, 1 / m, 1 / m)

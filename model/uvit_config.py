@@ -94,4 +94,7 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
         """Both norms, queries, keys and values (3), what attention puts out, its projection, the stream between the
         halves of a block, and the MLP's hidden layer."""
         hidden = self.mlp_width / self.width
+        if self.magnitude_preserving:
+            # No norms, but queries and keys are normalised, and so is what attention puts out.
+            return BlockMemory(total=9 + hidden, products=(1.0, 3.0, hidden))
         return BlockMemory(total=8 + hidden, products=(1.0, 3.0, hidden))

@@ -100,7 +100,7 @@ CASES = {
     "gelu_linear gelu": mlp("gelu"),
     "gelu_linear gelu-tanh": mlp("gelu-tanh"),
     "conv3x3": Case(conv3x3, conv3x3_ref, (IMAGE, (6, 4, 3, 3), (6,))),
-    "unit_rows": Case(unit_rows, unit_rows_ref, ((5, 4, 3),), lambda op, weight: op(weight, 0.7)),
+    "unit_rows": Case(unit_rows, unit_rows_ref, ((5, 4, 3),), lambda op, weight: op(weight, 0.7).cumsum(0)),
     "attention": attends(PACKED, None, None),
     "attention with scale and norms": attends(PACKED, 0.5, rms_norm),
     "cross-attention": attends(CROSSED, None, None),
