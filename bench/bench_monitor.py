@@ -1,8 +1,8 @@
 """What the instruments of a run cost: a training step with them, as on logging steps, against one without.
 
 Shapes are RECIPE B=batch. Both steps compute the gradient's norm, as every logged step does; "watched" has the norms of
-blocks and skips too, and what a row of the log takes. The note says what share that is of all steps at the default
-interval (``--images-per-log``).
+blocks and skips too, the weights' norms and cosines with their gradients, and what a row of the log takes. The note
+says what share that is of all steps at the default interval (``--images-per-log``).
 """
 
 import json
@@ -37,7 +37,9 @@ def test_monitor(benchmark, report, note, recipe):
         norms = torch.stack(torch._foreach_norm([p.grad for p in model.parameters() if p.grad is not None]))
         row = {"grad_norm": float(torch.linalg.vector_norm(norms))}
         if watches:
-            monitor.record_gradients(norms)
+            pairs = [(p.detach().flatten(), p.grad.flatten()) for p in model.parameters() if p.grad is not None]
+            weight_norms = torch.stack(torch._foreach_norm([weight for weight, _ in pairs]))
+            monitor.record_gradients(norms, weight_norms, torch.stack([torch.dot(*pair) for pair in pairs]))
             row |= monitor.take()
         json.dumps(row)
         trainer.optimizer.step()

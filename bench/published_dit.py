@@ -1,6 +1,7 @@
 """The DiT written plainly, as published (https://github.com/facebookresearch/DiT), over the parameters of ours.
 
 Norms, modulation, gates and gelu are an operation each; a skip is multiplied, concatenated, normalised and projected.
+Other modulations than the published one are written as plainly.
 """
 
 import copy
@@ -19,8 +20,16 @@ from scalelong.model.skip_scale import LongSkip
 from scalelong.model.transformer_layers import Attention
 
 
-def modulated(x_BTD: Tensor, shift_BD: Tensor, gain_BD: Tensor) -> Tensor:
-    return x_BTD * (1 + gain_BD.unsqueeze(1)) + shift_BD.unsqueeze(1)
+def modulated(x_BTD: Tensor, shift_BD: Tensor | None, gain_BD: Tensor | None, angle_BE: Tensor | None) -> Tensor:
+    if gain_BD is not None:
+        x_BTD = x_BTD * (1 + gain_BD.unsqueeze(1))
+    if shift_BD is not None:
+        x_BTD = x_BTD + shift_BD.unsqueeze(1)
+    if angle_BE is None:
+        return x_BTD
+    cos_B1E, sin_B1E = angle_BE.cos().unsqueeze(1), angle_BE.sin().unsqueeze(1)
+    first, second = x_BTD.chunk(2, dim=-1)
+    return torch.cat([first * cos_B1E - second * sin_B1E, first * sin_B1E + second * cos_B1E], dim=-1)
 
 
 class PublishedBlock(Block):
@@ -30,15 +39,17 @@ class PublishedBlock(Block):
             skip_BTD = skip.features if skip.scale is None else skip.scale * skip.features
             z_BTD = multiplied(torch.cat([x_BTD, skip_BTD], dim=-1), skip.common)
             x_BTD = self.skip_linear(z_BTD if self.skip_norm is None else self.skip_norm(z_BTD))
-        shift1, gain1, gate1, shift2, gain2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        x_BTD = x_BTD + gate1.unsqueeze(1) * self.attn(modulated(self.norm1(x_BTD), shift1, gain1))
-        y_BTD = self.mlp.fc1(modulated(self.norm2(x_BTD), shift2, gain2))
+        shift1, gain1, angle1, gate1, shift2, gain2, angle2, gate2 = self.told(c_BD)
+        assert gate1 is not None
+        assert gate2 is not None
+        x_BTD = x_BTD + gate1.unsqueeze(1) * self.attn(modulated(self.norm1(x_BTD), shift1, gain1, angle1))
+        y_BTD = self.mlp.fc1(modulated(self.norm2(x_BTD), shift2, gain2, angle2))
         return x_BTD + gate2.unsqueeze(1) * self.mlp.fc2(F.gelu(y_BTD, approximate="tanh"))
 
 
 class PublishedFinalLayer(FinalLayer):
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        return self.linear(modulated(self.norm_final(x_BTD), *self.adaLN_modulation(c_BD).chunk(2, dim=1)))
+        return self.linear(modulated(self.norm_final(x_BTD), *self.told(c_BD)[:3]))
 
 
 def as_published(model: DiT) -> DiT:

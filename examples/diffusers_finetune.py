@@ -37,7 +37,7 @@ class Arguments:
     resume: Path | None = None
     """The output folder of an earlier run, to go on from its end."""
     skip_scale: str = "cs"
-    """none, inv-sqrt2, cs, ls or ls-separate."""
+    """none, inv-sqrt2, cs, geometric, ls or ls-separate."""
     kappa: float = 0.7
     """Of cs."""
     steps: int = 500

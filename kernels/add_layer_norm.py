@@ -1,13 +1,14 @@
 """The residual sum of a transformer and the LayerNorm after it, in the adaptive form of DiT (arXiv:2212.09748).
 
 stream = x + gate * branch
-y = (normalised(stream) * weight + bias) * (1 + gain) + shift
+y = R(angle) ((normalised(stream) * weight + bias) * (1 + gain) + shift)
 
+R turns each pair of features (i, i + D / 2) by an angle of its own, as rotation modulation does (arXiv:2505.19122).
 Eager PyTorch reads the stream again for the norm, casts y for the next product in a pass of its own, and in backward
 adds the norm's gradient to the residual's in another. Here forward reads x and branch and writes stream and y, and
 backward reads the stream and both gradients and writes theirs; it recomputes from the stream and fp32 statistics.
 
-Shapes: B samples, T rows of each, D features of a row; without gain, shift and gate any leading dimensions.
+Shapes: B samples, T rows of each, D features of a row; without what belongs to samples any leading dimensions.
 """
 
 import math
@@ -39,14 +40,26 @@ def add_layer_norm_ref(
     gain: Tensor | None = None,
     shift: Tensor | None = None,
     gate: Tensor | None = None,
+    angle: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
     """The specification, in plain PyTorch; fp64 included."""
     stream = x
     if branch is not None:
         stream = (x + (branch if gate is None else _over_rows(gate, x) * branch)).to(x.dtype)
-    y = _normalised(Inputs(stream, None, weight, bias, gain, shift, None), eps)
+    y = _normalised(Inputs(stream, None, weight, bias, gain, shift, None, angle), eps)
     return stream, y.to(autocast_dtype(x))
+
+
+def rotated_ref(y: Tensor, angle: Tensor) -> Tensor:
+    """The specification of the rotation: y (B, ..., D) with each pair (i, i + D / 2) turned by its angle, (B, D / 2).
+
+    The rows of a sample share its angles; norms stay what they are, and ``-angle`` turns back (arXiv:2505.19122, eq. 6,
+    whose pairs lie side by side: the same but for the order of the features).
+    """
+    first, second = y.chunk(2, dim=-1)
+    cos, sin = _over_rows(angle.cos(), y), _over_rows(angle.sin(), y)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def add_layer_norm(
@@ -58,16 +71,19 @@ def add_layer_norm(
     gain: Tensor | None = None,
     shift: Tensor | None = None,
     gate: Tensor | None = None,
+    angle: Tensor | None = None,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """The new stream ``x + gate * branch`` and its LayerNorm, ``(norm * weight + bias) * (1 + gain) + shift``.
+    """The new stream ``x + gate * branch`` and its LayerNorm, ``(norm * weight + bias) * (1 + gain) + shift``, turned.
 
     Args:
-        x: (B, T, D), or (..., D) without gain, shift and gate; fp32, bf16 or fp16; fp64 runs the reference.
+        x: (B, T, D), or (..., D) without gain, shift, gate and angle; fp32, bf16 or fp16; fp64 runs the reference.
         branch: what is added to x, of its shape, and any floating dtype; None where there is nothing to add. The
             stream then is x; taking it from here still lets backward add the residual's gradient in the same pass.
         weight, bias: (D,) or None, each; any floating dtype.
         gain, shift, gate: (B, D) or None, each; any floating dtype.
+        angle: (B, D / 2) or None; any floating dtype. Turns each pair (i, i + D / 2) of what the norm puts out, by
+            radians, from the first of the pair to the second.
         eps: added to the variance.
 
     Returns:
@@ -78,11 +94,11 @@ def add_layer_norm(
     Raises:
         ValueError: arguments that do not fit, naming their shapes.
     """
-    inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
+    inputs = Inputs(x, branch, weight, bias, gain, shift, gate, angle)
     backend = backend_of(x)
     if backend == "reference":
         _check(inputs, eps)
-        return add_layer_norm_ref(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, eps=eps)
+        return add_layer_norm_ref(*inputs[:4], gain=gain, shift=shift, gate=gate, angle=angle, eps=eps)
     if is_traced():
         _check(inputs, eps)
         dtype, own_dtype, branch_dtype = _dtypes(inputs, autocast_dtype(x))
@@ -155,13 +171,15 @@ def _new_kind(inputs: Inputs, eps: float, backend: str, dtype: torch.dtype) -> _
 
 def _normalised(inputs: Inputs, eps: float) -> Tensor:
     """y in the dtype of the stream, which is ``inputs.x``."""
-    stream, _, *parameters, _ = inputs
-    weight, bias, gain, shift = (None if p is None else p.to(stream.dtype) for p in parameters)
+    stream, parameters = inputs.x, (*inputs[2:6], inputs.angle)
+    weight, bias, gain, shift, angle = (None if p is None else p.to(stream.dtype) for p in parameters)
     with without_autocast(stream):
         y = F.layer_norm(stream, stream.shape[-1:], weight, bias, eps)
     if gain is not None:
         y = y * (1 + _over_rows(gain, y))
-    return y if shift is None else y + _over_rows(shift, y)
+    if shift is not None:
+        y = y + _over_rows(shift, y)
+    return y if angle is None else rotated_ref(y, angle)
 
 
 def _over_rows(parameter: Tensor, x: Tensor) -> Tensor:
@@ -182,7 +200,7 @@ class _AddLayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dstream: Tensor | None, dy: Tensor | None) -> Any:  # type: ignore[override]
         *kept, mean, rstd = ctx.saved_tensors
-        kept, wanted, kind = Inputs(*kept), ctx.needs_input_grad[:7], ctx.kind
+        kept, wanted, kind = Inputs(*kept), ctx.needs_input_grad[:8], ctx.kind
         if torch.is_grad_enabled():  # with create_graph=True the reference, which is differentiable again
             return *_gradients_of_reference(dstream, dy, kept, kind.branch_dtype, kind.eps, wanted), None
         gradients = _backward(dstream, dy, kept, mean, rstd, kind.branch_dtype, kind.eps, wanted, kind.backend, kind)
@@ -262,17 +280,17 @@ def _gradients_of_reference(
     operator would be counted here too.
     """
     create_graph, needs_total = torch.is_grad_enabled(), wanted[0] or wanted[1] or wanted[6]
-    stream, branch, *_, gate = kept
+    stream, branch, gate = kept.x, kept.branch, kept.gate
     with torch.enable_grad():
         leaves = Inputs(*(None if p is None else p.view_as(p) if p.requires_grad else _leaf(p) for p in kept))  # type: ignore[arg-type]
-        needs = (needs_total, False, *wanted[2:6], False)
+        needs = (needs_total, False, *wanted[2:6], False, wanted[7])
         sought = [p for p, is_needed in zip(leaves, needs, strict=True) if is_needed and p is not None]
         found: list[Tensor | None] = [torch.zeros_like(p) for p in sought]
         if dy is not None and sought:
             y = _normalised(leaves, eps).to(dy.dtype)
             found = list(torch.autograd.grad(y, sought, dy, create_graph=create_graph))
     rest = iter(found)
-    total, _, *parameters, _ = (next(rest) if is_needed else None for is_needed in needs)
+    total, _, *parameters, _, dangle = (next(rest) if is_needed else None for is_needed in needs)
     if total is not None and dstream is not None:
         total = total + dstream
     dbranch = dgate = None
@@ -281,7 +299,7 @@ def _gradients_of_reference(
     if total is not None and wanted[6] and branch is not None and gate is not None:
         dgate = (branch * total).flatten(1, -2).sum(1) if stream.dim() > 2 else branch * total
         dgate = dgate.to(gate.dtype)
-    return Gradients(total if wanted[0] else None, dbranch, *parameters, dgate=dgate)
+    return Gradients(total if wanted[0] else None, dbranch, *parameters, dgate=dgate, dangle=dangle)
 
 
 def _leaf(p: Tensor) -> Tensor:
@@ -327,7 +345,7 @@ def _empty_gradients(
     return Gradients(dx, dbranch, *parameters)
 
 
-_ARGUMENTS = "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate"
+_ARGUMENTS = "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate, Tensor? angle"
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides)
 torch.library.define(
     "scalelong::add_layer_norm",
@@ -337,7 +355,7 @@ torch.library.define(
 torch.library.define(
     "scalelong::add_layer_norm_backward",
     f"(Tensor? dstream, Tensor? dy, Tensor stream, {_ARGUMENTS}, Tensor mean, Tensor rstd, ScalarType? branch_dtype, "
-    "float eps, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "float eps, bool[] wanted) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
 
@@ -351,22 +369,22 @@ def _(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
 
 
 @torch.library.register_fake("scalelong::add_layer_norm")
-def _(x, branch, weight, bias, gain, shift, gate, eps, dtype):
-    inputs = Inputs(x, branch, weight, bias, gain, shift, gate)
+def _(x, branch, weight, bias, gain, shift, gate, angle, eps, dtype):
+    inputs = Inputs(x, branch, weight, bias, gain, shift, gate, angle)
     return none_as_empty(_empty_outputs(inputs, dtype), x)
 
 
 @torch.library.impl("scalelong::add_layer_norm_backward", "default")
 def _(dstream: Tensor | None, dy: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    kept, (mean, rstd, branch_dtype, eps, wanted) = Inputs(*arguments[:7]), arguments[7:]
+    kept, (mean, rstd, branch_dtype, eps, wanted) = Inputs(*arguments[:8]), arguments[8:]
     backend = backend_of(kept.x)
     gradients = _backward(dstream, dy, kept, mean, rstd, branch_dtype, eps, tuple(wanted), backend)
     return none_as_empty(gradients, kept.x)
 
 
 @torch.library.register_fake("scalelong::add_layer_norm_backward")
-def _(dstream, dy, stream, branch, weight, bias, gain, shift, gate, mean, rstd, branch_dtype, eps, wanted):
-    kept = Inputs(stream, branch, weight, bias, gain, shift, gate)
+def _(dstream, dy, stream, branch, weight, bias, gain, shift, gate, angle, mean, rstd, branch_dtype, eps, wanted):
+    kept = Inputs(stream, branch, weight, bias, gain, shift, gate, angle)
     return none_as_empty(_empty_gradients(kept, branch_dtype, wanted, None), stream)
 
 
@@ -384,9 +402,9 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 def _backward_of_operator(ctx: Any, dstream: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     *kept, mean, rstd = ctx.saved_tensors
     dstream = None if ctx.branch_dtype is None else dstream
-    wanted = ctx.needs_input_grad[:7]
+    wanted = ctx.needs_input_grad[:8]
     if not any(wanted) or (dstream is None and dy is None):
-        return (None,) * 9
+        return (None,) * 10
     found = torch.ops.scalelong.add_layer_norm_backward(
         dstream, dy, *kept, mean, rstd, ctx.branch_dtype, ctx.eps, list(wanted)
     )
@@ -429,7 +447,7 @@ torch.library.register_autograd(
 
 
 def _check(inputs: Inputs, eps: float) -> None:
-    x, branch, *_, gate = inputs
+    x, branch, gate = inputs.x, inputs.branch, inputs.gate
     if x.dim() < 1 or not x.is_floating_point():
         raise ValueError(f"add_layer_norm: needs a floating x of (..., D), got {described(x)}")
     if branch is None and gate is not None:
@@ -437,7 +455,10 @@ def _check(inputs: Inputs, eps: float) -> None:
     shape = x.shape
     of_row = shape[-1:]
     of_sample = (*shape[:1], *of_row) if len(shape) > 1 else None
-    expected = (shape, of_row, of_row, of_sample, of_sample, of_sample)
+    if inputs.angle is not None and shape[-1] % 2:
+        raise ValueError(f"add_layer_norm: angle turns pairs of features, of which x {tuple(shape)} has an odd number")
+    of_pairs = None if of_sample is None else (*shape[:1], shape[-1] // 2)
+    expected = (shape, of_row, of_row, of_sample, of_sample, of_sample, of_pairs)
     for name, p, wanted in zip(Inputs._fields[1:], inputs[1:], expected, strict=True):
         if p is not None and (p.shape != wanted or p.device != x.device or not p.is_floating_point()):
             if p.shape != wanted:

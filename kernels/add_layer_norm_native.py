@@ -10,9 +10,9 @@ from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 
 def forward(inputs: Inputs, eps: float, outputs: Outputs, kind: Hashable = None) -> None:
     """Fills the outputs."""
-    x, branch, *parameters = inputs
+    x, branch, *parameters, angle = inputs
     torch.ops.scalelong_native.add_layer_norm_forward.default(
-        *outputs, x, branch, *map(_floats, parameters), inputs.num_samples, eps
+        *outputs, x, branch, *map(_floats, parameters), *_turns(angle), inputs.num_samples, eps
     )
 
 
@@ -26,11 +26,17 @@ def backward(
     kind: Hashable = None,
 ) -> None:
     """Fills the gradients; those of the parameters are in fp32."""
-    stream, branch, *parameters = inputs
-    weight, bias, gain, _, gate = map(_floats, parameters)
+    stream, branch, *parameters, angle = inputs
     torch.ops.scalelong_native.add_layer_norm_backward.default(
-        *(*gradients, dstream, dy, stream, mean, rstd, branch, weight, bias, gain, gate, inputs.num_samples)
+        *(*gradients, dstream, dy, stream, mean, rstd, branch, *map(_floats, parameters)),
+        *(*_turns(angle), inputs.num_samples),
     )
+
+
+def _turns(angle: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Cosines and sines of the angles."""
+    angle = _floats(angle)
+    return (None, None) if angle is None else (angle.cos(), angle.sin())
 
 
 def _floats(parameter: Tensor | None) -> Tensor | None:

@@ -15,11 +15,12 @@ class Inputs(NamedTuple):
     gain: Tensor | None  # (B, D)
     shift: Tensor | None  # (B, D)
     gate: Tensor | None  # (B, D)
+    angle: Tensor | None  # (B, D / 2)
 
     @property
     def num_samples(self) -> int:
-        """Whose rows share gain, shift and gate; 1 where there are none."""
-        return self.x.shape[0] if any(p is not None for p in (self.gain, self.shift, self.gate)) else 1
+        """Whose rows share gain, shift, gate and angle; 1 where there are none."""
+        return self.x.shape[0] if any(p is not None for p in self[4:]) else 1
 
 
 class Outputs(NamedTuple):
@@ -39,3 +40,4 @@ class Gradients(NamedTuple):
     dgain: Tensor | None
     dshift: Tensor | None
     dgate: Tensor | None
+    dangle: Tensor | None

@@ -1,9 +1,10 @@
 """The Triton kernels of ``add_layer_norm`` (add_layer_norm.py says what it computes) and what launches them.
 
 A program walks through rows of one sample, a few rows at a time, each held by one warp or a few: (ROWS, D) numbers, as
-NUM_PIECES tiles of (ROWS, PIECE), so that widths that are no power of two are padded by one piece at most. What belongs
-to the features (weight, bias, gain, shift, gate) is loaded once a program, and the sums over its rows of backward are
-written once a program; small kernels put them together in a fixed order.
+NUM_PIECES tiles of (ROWS, PIECE), so that widths that are no power of two are padded by one piece at most. Where angles
+turn the features, whose pairs lie half a row apart, each half of a row is cut into tiles by itself: SPAN is D / 2 then,
+and D elsewhere. What belongs to the features (weight, bias, gain, shift, gate, angle) is loaded once a program, and the
+sums over its rows of backward are written once a program; small kernels put them together in a fixed order.
 
 B samples of T rows of D features, M = B * T rows in all.
 """
@@ -29,6 +30,11 @@ FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 8, 4  # on a multiprocessor
 FORWARD_NUMBERS, BACKWARD_NUMBERS = 36, 24  # of a row, that a thread holds at most
 MAX_WARPS = 16
 PARAMS_ROWS, PARAMS_COLS = 64, 32
+# A quarter of a turn in parts: the first two have so few bits that small multiples of them are exact.
+QUARTERS_OF_RADIAN = tl.constexpr(2 / math.pi)
+QUARTER_HIGH = tl.constexpr(201 / 2**7)
+QUARTER_MIDDLE = tl.constexpr(2029 / 2**22)
+QUARTER_LOW = tl.constexpr(math.pi / 2 - 201 / 2**7 - 2029 / 2**22)
 
 
 class Vectors(NamedTuple):
@@ -39,36 +45,112 @@ class Vectors(NamedTuple):
     gain: Any  # (B, D) or None
     shift: Any  # (B, D) or None
     gate: Any  # (B, D) or None
+    angle: Any  # (B, D / 2) or None
     gain_stride: Any  # from sample to sample
     shift_stride: Any
     gate_stride: Any
+    angle_stride: Any
+
+
+@triton.constexpr_function
+def _first(k, SPAN, PIECE):
+    """The feature that piece k begins with."""
+    pieces = -(-SPAN // PIECE)
+    return k // pieces * SPAN + k % pieces * PIECE
+
+
+@triton.constexpr_function
+def _size(k, SPAN, PIECE):
+    """How many features piece k has."""
+    return min(PIECE, SPAN - k % -(-SPAN // PIECE) * PIECE)
 
 
 @triton.jit
-def _mask(inside, k: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr):
+def _mask(inside, k: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr):
     """Of piece k, given which rows exist."""
-    if (k + 1) * PIECE <= D:
+    if _size(k, SPAN, PIECE) == PIECE:
         return inside[:, None]
     else:
-        return inside[:, None] & (k * PIECE + tl.arange(0, PIECE) < D)[None, :]
+        return inside[:, None] & (tl.arange(0, PIECE) < _size(k, SPAN, PIECE))[None, :]
 
 
 @triton.jit
-def _offsets(k: tl.constexpr, D: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr):
-    return (tl.arange(0, ROWS) * D)[:, None] + (k * PIECE + tl.arange(0, PIECE))[None, :]
+def _offsets(k: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.constexpr, PIECE: tl.constexpr):
+    return (tl.arange(0, ROWS) * D)[:, None] + (_first(k, SPAN, PIECE) + tl.arange(0, PIECE))[None, :]
 
 
 @triton.jit
-def _vector(ptr, k: tl.constexpr, D: tl.constexpr, PIECE: tl.constexpr, MISSING: tl.constexpr):
+def _vector(ptr, k: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr, MISSING: tl.constexpr):
     """Piece k of a vector over the features, (1, PIECE) in fp32."""
     if ptr is None:
         return tl.full((1, PIECE), MISSING, tl.float32)
     else:
-        d = k * PIECE + tl.arange(0, PIECE)[None, :]
-        if (k + 1) * PIECE <= D:
-            return tl.load(ptr + d).to(tl.float32)
+        d = tl.arange(0, PIECE)[None, :]
+        if _size(k, SPAN, PIECE) == PIECE:
+            return tl.load(ptr + _first(k, SPAN, PIECE) + d).to(tl.float32)
         else:
-            return tl.load(ptr + d, mask=d < D, other=0.0).to(tl.float32)
+            mask = d < _size(k, SPAN, PIECE)
+            return tl.load(ptr + _first(k, SPAN, PIECE) + d, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _of_sample(vectors, b):
+    """The vectors of one sample."""
+    gain, shift, gate, angle = vectors.gain, vectors.shift, vectors.gate, vectors.angle
+    if gain is not None:
+        gain += b * vectors.gain_stride
+    if shift is not None:
+        shift += b * vectors.shift_stride
+    if gate is not None:
+        gate += b * vectors.gate_stride
+    if angle is not None:
+        angle += b * vectors.angle_stride
+    return gain, shift, gate, angle
+
+
+@triton.jit
+def _cosine_and_sine(angle):
+    """Of radians in fp32, up to some ten thousands; without CUDA's branch for larger ones, which takes a stack."""
+    quarters = tl.floor(angle * QUARTERS_OF_RADIAN + 0.5)
+    r = ((angle - quarters * QUARTER_HIGH) - quarters * QUARTER_MIDDLE) - quarters * QUARTER_LOW
+    square = r * r
+    # Taylor's, within 3e-8 over an eighth of a turn.
+    cosine = 1.0 + square * (-1 / 2 + square * (1 / 24 + square * (-1 / 720 + square * (1 / 40320))))
+    sine = r + r * square * (-1 / 6 + square * (1 / 120 + square * (-1 / 5040 + square * (1 / 362880))))
+    quarter = quarters.to(tl.int32)
+    is_odd = (quarter & 1) != 0
+    first, second = tl.where(is_odd, sine, cosine), tl.where(is_odd, cosine, sine)
+    return tl.where(((quarter + 1) & 2) != 0, -first, first), tl.where((quarter & 2) != 0, -second, second)
+
+
+@triton.jit
+def _turns(angle_ptr, SPAN: tl.constexpr, PIECE: tl.constexpr, NUM_PIECES: tl.constexpr):
+    """Cosines and sines of the angles, in pieces of half a row; None without angles."""
+    if angle_ptr is None:
+        return None, None
+    else:
+        cosines, sines = (), ()
+        for k in tl.static_range(NUM_PIECES // 2):
+            angle = _vector(angle_ptr, k, SPAN, PIECE, 0.0)
+            cosine, sine = _cosine_and_sine(angle)
+            cosines, sines = cosines + (cosine,), sines + (sine,)
+        return cosines, sines
+
+
+@triton.jit
+def _turned(tiles, k: tl.constexpr, turns, NUM_PIECES: tl.constexpr, BACK: tl.constexpr):
+    """Piece k of a row, in fp32, turned by the angles or turned back; as it is without angles."""
+    cosines, sines = turns
+    x = tiles[k].to(tl.float32)
+    if cosines is None:
+        return x
+    else:
+        HALF: tl.constexpr = NUM_PIECES // 2
+        other = tiles[(k + HALF) % NUM_PIECES].to(tl.float32)
+        if (k < HALF) == BACK:
+            return x * cosines[k % HALF] + other * sines[k % HALF]
+        else:
+            return x * cosines[k % HALF] - other * sines[k % HALF]
 
 
 @triton.jit
@@ -92,31 +174,27 @@ def _add_layer_norm_fwd_kernel(
     rows_per_program,
     eps,
     D: tl.constexpr,
+    SPAN: tl.constexpr,
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     NUM_PIECES: tl.constexpr,
 ):
     b, first, last = _place(T, rows_per_program)
-    gain_ptr, shift_ptr, gate_ptr = vectors.gain, vectors.shift, vectors.gate
-    if gain_ptr is not None:
-        gain_ptr += b * vectors.gain_stride
-    if shift_ptr is not None:
-        shift_ptr += b * vectors.shift_stride
-    if gate_ptr is not None:
-        gate_ptr += b * vectors.gate_stride
+    gain_ptr, shift_ptr, gate_ptr, angle_ptr = _of_sample(vectors, b)
     factors, constants, gates = (), (), ()
     for k in tl.static_range(NUM_PIECES):
-        gain = 1.0 + _vector(gain_ptr, k, D, PIECE, 0.0)
-        factors = factors + (_vector(vectors.weight, k, D, PIECE, 1.0) * gain,)
-        constants = constants + (_vector(vectors.bias, k, D, PIECE, 0.0) * gain + _vector(shift_ptr, k, D, PIECE, 0.0),)
-        gates = gates + (_vector(gate_ptr, k, D, PIECE, 1.0),)
+        gain, shift = 1.0 + _vector(gain_ptr, k, SPAN, PIECE, 0.0), _vector(shift_ptr, k, SPAN, PIECE, 0.0)
+        factors = factors + (_vector(vectors.weight, k, SPAN, PIECE, 1.0) * gain,)
+        constants = constants + (_vector(vectors.bias, k, SPAN, PIECE, 0.0) * gain + shift,)
+        gates = gates + (_vector(gate_ptr, k, SPAN, PIECE, 1.0),)
+    turns = _turns(angle_ptr, SPAN, PIECE, NUM_PIECES)
     for t in range(first, last, ROWS):
         row = b * T + t
         inside = tl.arange(0, ROWS) < last - t
         stream = ()
         total = tl.zeros((ROWS, PIECE), tl.float32)
         for k in tl.static_range(NUM_PIECES):
-            mask, offsets = _mask(inside, k, D, PIECE), _offsets(k, D, ROWS, PIECE)
+            mask, offsets = _mask(inside, k, SPAN, PIECE), _offsets(k, D, SPAN, ROWS, PIECE)
             s = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
             if branch_ptr is not None:
                 added = tl.load(branch_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -129,16 +207,19 @@ def _add_layer_norm_fwd_kernel(
         distances, squares = tl.zeros((ROWS, PIECE), tl.float32), tl.zeros((ROWS, PIECE), tl.float32)
         for k in tl.static_range(NUM_PIECES):
             distance = stream[k] - near[:, None]
-            if (k + 1) * PIECE > D:
-                distance = tl.where(_mask(inside, k, D, PIECE), distance, 0.0)
+            if _size(k, SPAN, PIECE) < PIECE:
+                distance = tl.where(_mask(inside, k, SPAN, PIECE), distance, 0.0)
             distances += distance
             squares += distance * distance
         left = tl.sum(distances, 1) / D  # the error of a mean far from zero
         rstd = 1.0 / tl.sqrt_rn(tl.maximum(tl.sum(squares, 1) / D - left * left, 0.0) + eps)
+        modulated = ()
         for k in tl.static_range(NUM_PIECES):
             xhat = ((stream[k] - near[:, None]) - left[:, None]) * rstd[:, None]
-            y = (xhat * factors[k] + constants[k]).to(y_ptr.dtype.element_ty)
-            tl.store(y_ptr + row * D + _offsets(k, D, ROWS, PIECE), y, mask=_mask(inside, k, D, PIECE))
+            modulated = modulated + (xhat * factors[k] + constants[k],)
+        for k in tl.static_range(NUM_PIECES):
+            y = _turned(modulated, k, turns, NUM_PIECES, False).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + row * D + _offsets(k, D, SPAN, ROWS, PIECE), y, mask=_mask(inside, k, SPAN, PIECE))
         tl.store(mean_ptr + row + tl.arange(0, ROWS), near + left, mask=inside)
         tl.store(rstd_ptr + row + tl.arange(0, ROWS), rstd, mask=inside)
 
@@ -154,60 +235,69 @@ def _add_layer_norm_bwd_kernel(
     rstd_ptr,  # (M,)
     dx_ptr,  # (M, D) or None
     dbranch_ptr,  # (M, D) or None
-    sums_ptr,  # (programs, NUM_SUMS, D), of dy, dy * xhat and, with branch, branch * dx; or None
+    sums_ptr,  # (programs, NUM_SUMS, D), of dz, dz * xhat, with branch of branch * dx, and for the angles; or None
     T,
     rows_per_program,
     D: tl.constexpr,
+    SPAN: tl.constexpr,
+    SUMS_ANGLES: tl.constexpr,
     ROWS: tl.constexpr,
     PIECE: tl.constexpr,
     NUM_PIECES: tl.constexpr,
 ):
     b, first, last = _place(T, rows_per_program)
-    gain_ptr, gate_ptr = vectors.gain, vectors.gate
-    if gain_ptr is not None:
-        gain_ptr += b * vectors.gain_stride
-    if gate_ptr is not None:
-        gate_ptr += b * vectors.gate_stride
-    factors, dy_sums, dy_xhat_sums, dgate_sums = (), (), (), ()
+    gain_ptr, shift_ptr, gate_ptr, angle_ptr = _of_sample(vectors, b)
+    factors, constants, dz_sums, dz_xhat_sums, dgate_sums, dangle_sums = (), (), (), (), (), ()
     for k in tl.static_range(NUM_PIECES):
-        gain = 1.0 + _vector(gain_ptr, k, D, PIECE, 0.0)
-        factors = factors + (_vector(vectors.weight, k, D, PIECE, 1.0) * gain,)
-        dy_sums = dy_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
-        dy_xhat_sums = dy_xhat_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
+        gain = 1.0 + _vector(gain_ptr, k, SPAN, PIECE, 0.0)
+        factors = factors + (_vector(vectors.weight, k, SPAN, PIECE, 1.0) * gain,)
+        dz_sums = dz_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
+        dz_xhat_sums = dz_xhat_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
         dgate_sums = dgate_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
+        if SUMS_ANGLES:
+            shift = _vector(shift_ptr, k, SPAN, PIECE, 0.0)
+            constants = constants + (_vector(vectors.bias, k, SPAN, PIECE, 0.0) * gain + shift,)
+            dangle_sums = dangle_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
+    turns = _turns(angle_ptr, SPAN, PIECE, NUM_PIECES)
     for t in range(first, last, ROWS):
         row = b * T + t
         inside = tl.arange(0, ROWS) < last - t
         mean = tl.load(mean_ptr + row + tl.arange(0, ROWS), mask=inside, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + row + tl.arange(0, ROWS), mask=inside, other=0.0)[:, None]
         streams, dys = (), ()
-        dz_sum, dz_xhat_sum = tl.zeros((ROWS, PIECE), tl.float32), tl.zeros((ROWS, PIECE), tl.float32)
-        new_dy_sums, new_dy_xhat_sums = (), ()
         for k in tl.static_range(NUM_PIECES):
-            mask, offsets = _mask(inside, k, D, PIECE), _offsets(k, D, ROWS, PIECE)
+            mask, offsets = _mask(inside, k, SPAN, PIECE), _offsets(k, D, SPAN, ROWS, PIECE)
             stream = tl.load(stream_ptr + row * D + offsets, mask=mask, other=0.0)
             dy = tl.load(dy_ptr + row * D + offsets, mask=mask, other=0.0)
             streams, dys = streams + (stream,), dys + (dy,)  # 16 bits wide until they are needed again
-            xhat, dy = (stream.to(tl.float32) - mean) * rstd, dy.to(tl.float32)
-            dy_xhat = dy * xhat
-            dz_sum += dy * factors[k]
-            dz_xhat_sum += dy_xhat * factors[k]
-            new_dy_sums = new_dy_sums + (dy_sums[k] + dy,)
-            new_dy_xhat_sums = new_dy_xhat_sums + (dy_xhat_sums[k] + dy_xhat,)
-        dy_sums, dy_xhat_sums = new_dy_sums, new_dy_xhat_sums
+        dnorm_sum, dnorm_xhat_sum = tl.zeros((ROWS, PIECE), tl.float32), tl.zeros((ROWS, PIECE), tl.float32)
+        new_dz_sums, new_dz_xhat_sums, new_dangle_sums = (), (), ()
+        for k in tl.static_range(NUM_PIECES):
+            xhat, dz = (streams[k].to(tl.float32) - mean) * rstd, _turned(dys, k, turns, NUM_PIECES, True)
+            dz_xhat = dz * xhat
+            dnorm_sum += dz * factors[k]
+            dnorm_xhat_sum += dz_xhat * factors[k]
+            new_dz_sums = new_dz_sums + (dz_sums[k] + dz,)
+            new_dz_xhat_sums = new_dz_xhat_sums + (dz_xhat_sums[k] + dz_xhat,)
+            if SUMS_ANGLES:  # dz of the other half times z of this one
+                OTHER: tl.constexpr = (k + NUM_PIECES // 2) % NUM_PIECES
+                product = _turned(dys, OTHER, turns, NUM_PIECES, True) * (xhat * factors[k] + constants[k])
+                new_dangle_sums = new_dangle_sums + (dangle_sums[k] + product,)
+        dz_sums, dz_xhat_sums, dangle_sums = new_dz_sums, new_dz_xhat_sums, new_dangle_sums
         if dx_ptr is not None or dbranch_ptr is not None or branch_ptr is not None:
-            dz_mean, dz_xhat_mean = (tl.sum(dz_sum, 1) / D)[:, None], (tl.sum(dz_xhat_sum, 1) / D)[:, None]
+            dnorm_mean, dnorm_xhat_mean = (tl.sum(dnorm_sum, 1) / D)[:, None], (tl.sum(dnorm_xhat_sum, 1) / D)[:, None]
             new_dgate_sums = ()
             for k in tl.static_range(NUM_PIECES):
-                mask, offsets = _mask(inside, k, D, PIECE), _offsets(k, D, ROWS, PIECE)
+                mask, offsets = _mask(inside, k, SPAN, PIECE), _offsets(k, D, SPAN, ROWS, PIECE)
                 xhat = (streams[k].to(tl.float32) - mean) * rstd
-                gradient = (dys[k].to(tl.float32) * factors[k] - dz_mean - xhat * dz_xhat_mean) * rstd
+                dnorm = _turned(dys, k, turns, NUM_PIECES, True) * factors[k]
+                gradient = (dnorm - dnorm_mean - xhat * dnorm_xhat_mean) * rstd
                 if dstream_ptr is not None:
                     gradient += tl.load(dstream_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
                 if dx_ptr is not None:
                     tl.store(dx_ptr + row * D + offsets, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
                 if dbranch_ptr is not None:
-                    dbranch = gradient * _vector(gate_ptr, k, D, PIECE, 1.0)
+                    dbranch = gradient * _vector(gate_ptr, k, SPAN, PIECE, 1.0)
                     tl.store(dbranch_ptr + row * D + offsets, dbranch.to(dbranch_ptr.dtype.element_ty), mask=mask)
                 if branch_ptr is not None:
                     branch = tl.load(branch_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
@@ -215,14 +305,16 @@ def _add_layer_norm_bwd_kernel(
             if branch_ptr is not None:
                 dgate_sums = new_dgate_sums
     if sums_ptr is not None:
-        NUM_SUMS: tl.constexpr = 2 if branch_ptr is None else 3
+        NUM_SUMS: tl.constexpr = (2 if branch_ptr is None else 3) + SUMS_ANGLES
         sums_ptr += tl.program_id(0).to(tl.int64) * NUM_SUMS * D
         for k in tl.static_range(NUM_PIECES):
-            d = k * PIECE + tl.arange(0, PIECE)
-            tl.store(sums_ptr + d, tl.sum(dy_sums[k], 0), mask=d < D)
-            tl.store(sums_ptr + D + d, tl.sum(dy_xhat_sums[k], 0), mask=d < D)
+            d, exists = _first(k, SPAN, PIECE) + tl.arange(0, PIECE), tl.arange(0, PIECE) < _size(k, SPAN, PIECE)
+            tl.store(sums_ptr + d, tl.sum(dz_sums[k], 0), mask=exists)
+            tl.store(sums_ptr + D + d, tl.sum(dz_xhat_sums[k], 0), mask=exists)
             if branch_ptr is not None:
-                tl.store(sums_ptr + 2 * D + d, tl.sum(dgate_sums[k], 0), mask=d < D)
+                tl.store(sums_ptr + 2 * D + d, tl.sum(dgate_sums[k], 0), mask=exists)
+            if SUMS_ANGLES:
+                tl.store(sums_ptr + (NUM_SUMS - 1) * D + d, tl.sum(dangle_sums[k], 0), mask=exists)
 
 
 @triton.jit(do_not_specialize=("num_programs", "num_chunks"))
@@ -265,6 +357,7 @@ def _add_layer_norm_bwd_samples_kernel(
     dgain_ptr,  # (B, D) or None
     dshift_ptr,  # (B, D) or None
     dgate_ptr,  # (B, D) or None
+    dangle_ptr,  # (B, D / 2) or None
     num_chunks,
     D: tl.constexpr,
     NUM_SUMS: tl.constexpr,
@@ -283,6 +376,15 @@ def _add_layer_norm_bwd_samples_kernel(
         if dgate_ptr is not None:
             dgate += tl.sum(tl.load(pointers + 2 * D, mask=mask, other=0.0), 0)
     exists = d < D
+    if dangle_ptr is not None:  # the first half of its sums less the second
+        dangle, HALF = tl.zeros((COLS,), tl.float32), D // 2
+        for first in range(0, num_chunks, ROWS):
+            chunk = first + tl.arange(0, ROWS)[:, None].to(tl.int64)
+            mask = (chunk < num_chunks) & (d < HALF)[None, :]
+            pointers = sums_ptr + chunk * NUM_SUMS * D + (NUM_SUMS - 1) * D + d[None, :]
+            dangle += tl.sum(tl.load(pointers, mask=mask, other=0.0), 0)
+            dangle -= tl.sum(tl.load(pointers + HALF, mask=mask, other=0.0), 0)
+        tl.store(dangle_ptr + b * HALF + d, dangle, mask=d < HALF)
     if dgain_ptr is not None:
         dgain = dy_xhat
         if vectors.weight is not None:
@@ -305,18 +407,22 @@ class Tiling(NamedTuple):
     num_warps: int
     rows_per_program: int
     num_chunks: int  # programs of a sample
+    span: int  # features that are cut into tiles by themselves
 
     @property
     def constants(self) -> dict[str, int]:
-        return {"ROWS": self.rows, "PIECE": self.piece, "NUM_PIECES": self.num_pieces}
+        return {"SPAN": self.span, "ROWS": self.rows, "PIECE": self.piece, "NUM_PIECES": self.num_pieces}
 
 
 @cache
-def choose_tiling(direction: str, itemsize: int, B: int, T: int, D: int, num_multiprocessors: int) -> Tiling:
+def choose_tiling(
+    direction: str, itemsize: int, B: int, T: int, D: int, num_multiprocessors: int, *, turns: bool = False
+) -> Tiling:
     """``itemsize``: bytes of the narrowest large tensor, of which a thread loads up to 16 at once."""
     numbers = FORWARD_NUMBERS if direction == "forward" else BACKWARD_NUMBERS
     programs = num_multiprocessors * (FORWARD_PROGRAMS if direction == "forward" else BACKWARD_PROGRAMS)
-    vector = math.gcd(16 // itemsize, D)
+    span = D // 2 if turns else D
+    vector = math.gcd(16 // itemsize, span)
     warps_per_row = 1
     while warps_per_row < MAX_WARPS and numbers * 32 * warps_per_row < D:
         warps_per_row *= 2
@@ -324,7 +430,8 @@ def choose_tiling(direction: str, itemsize: int, B: int, T: int, D: int, num_mul
     rows, piece = num_warps // warps_per_row, 32 * warps_per_row * vector
     rows_per_program = min(_ceil_div(B * T, programs * rows), _ceil_div(T, rows)) * rows
     num_chunks = _ceil_div(T, rows_per_program)
-    return Tiling(rows, piece, _ceil_div(D, piece), num_warps, rows_per_program, num_chunks)
+    num_pieces = D // span * _ceil_div(span, piece)
+    return Tiling(rows, piece, num_pieces, num_warps, rows_per_program, num_chunks, span)
 
 
 def _ceil_div(a: int, b: int) -> int:
@@ -337,12 +444,12 @@ _plans: Kept[Plan] = Kept()
 class _Slots:
     """Where plans find the tensors of a call: first ``Inputs``, then these."""
 
-    X, BRANCH, WEIGHT, BIAS, GAIN, SHIFT, GATE = map(Slot, range(7))
-    MEAN, RSTD = Slot(7), Slot(8)
+    X, BRANCH, WEIGHT, BIAS, GAIN, SHIFT, GATE, ANGLE = map(Slot, range(8))
+    MEAN, RSTD = Slot(8), Slot(9)
     # Of a forward pass.
-    STREAM, Y = Slot(9), Slot(10)
+    STREAM, Y = Slot(10), Slot(11)
     # Of a backward pass.
-    DSTREAM, DY, DX, DBRANCH, DWEIGHT, DBIAS, DGAIN, DSHIFT, DGATE, SUMS = map(Slot, range(9, 19))
+    DSTREAM, DY, DX, DBRANCH, DWEIGHT, DBIAS, DGAIN, DSHIFT, DGATE, DANGLE, SUMS = map(Slot, range(10, 21))
 
 
 def forward(inputs: Inputs, eps: float, outputs: Outputs, kind: Hashable = None) -> None:
@@ -399,7 +506,8 @@ def _plan_forward(inputs: Inputs, eps: float, y: Tensor) -> Plan:
     x, branch, *_ = inputs
     B, T, D = _sizes(inputs)
     itemsize = min(p.element_size() for p in (x, branch, y) if p is not None)
-    tiling = choose_tiling("forward", itemsize, B, T, D, multiprocessors(x.get_device()))
+    turns = inputs.angle is not None
+    tiling = choose_tiling("forward", itemsize, B, T, D, multiprocessors(x.get_device()), turns=turns)
     statistics = (_Slots.MEAN, _Slots.RSTD)
     large = (_Slots.X, _Slots.BRANCH, _vectors(inputs), _Slots.STREAM, _Slots.Y)
     arguments = (*large, *statistics, T, tiling.rows_per_program, eps)
@@ -412,8 +520,10 @@ def _plan_backward(dstream: Tensor | None, dy: Tensor, inputs: Inputs, gradients
     _, dbranch, dweight, dbias, *of_samples = gradients
     B, T, D = _sizes(inputs)
     itemsize = min(p.element_size() for p in (dy, stream, dbranch, branch) if p is not None)
-    tiling = choose_tiling("backward", itemsize, B, T, D, multiprocessors(stream.get_device()))
-    num_programs, num_sums, num_columns = B * tiling.num_chunks, 2 if branch is None else 3, _ceil_div(D, PARAMS_COLS)
+    turns, sums_angles = inputs.angle is not None, gradients.dangle is not None
+    tiling = choose_tiling("backward", itemsize, B, T, D, multiprocessors(stream.get_device()), turns=turns)
+    num_programs, num_columns = B * tiling.num_chunks, _ceil_div(D, PARAMS_COLS)
+    num_sums = (2 if branch is None else 3) + sums_angles
     wants_all = dweight is not None or dbias is not None
     wants_samples = any(p is not None for p in of_samples)
     vectors, sums = _vectors(inputs), _Slots.SUMS if wants_all or wants_samples else None
@@ -421,14 +531,15 @@ def _plan_backward(dstream: Tensor | None, dy: Tensor, inputs: Inputs, gradients
         *(_Slots.DSTREAM, _Slots.DY, _Slots.X, _Slots.BRANCH, vectors, _Slots.MEAN, _Slots.RSTD),
         *(_Slots.DX, _Slots.DBRANCH, sums, T, tiling.rows_per_program),
     )
-    constants = {"D": D, **tiling.constants}
+    constants = {"D": D, "SUMS_ANGLES": sums_angles, **tiling.constants}
     launches = [Launch(_add_layer_norm_bwd_kernel, num_programs, arguments, constants, tiling.num_warps)]
     constants = {"D": D, "NUM_SUMS": num_sums, "ROWS": PARAMS_ROWS, "COLS": PARAMS_COLS}
     if wants_all:
         arguments = (sums, vectors, _Slots.DWEIGHT, _Slots.DBIAS, num_programs, tiling.num_chunks)
         launches.append(Launch(_add_layer_norm_bwd_params_kernel, num_columns, arguments, constants, 4))
     if wants_samples:
-        arguments = (sums, vectors, _Slots.DGAIN, _Slots.DSHIFT, _Slots.DGATE, tiling.num_chunks)
+        of_samples = (_Slots.DGAIN, _Slots.DSHIFT, _Slots.DGATE, _Slots.DANGLE)
+        arguments = (sums, vectors, *of_samples, tiling.num_chunks)
         launches.append(Launch(_add_layer_norm_bwd_samples_kernel, (num_columns, B), arguments, constants, 4))
     return Plan(launches, workspace=num_programs * num_sums * D if sums else 0)
 
@@ -441,4 +552,5 @@ def _sizes(inputs: Inputs) -> tuple[int, int, int]:
 
 def _vectors(inputs: Inputs) -> Vectors:
     strides = (0 if p is None else p.stride(0) for p in inputs[4:])
-    return Vectors(*(_Slots.WEIGHT, _Slots.BIAS, _Slots.GAIN, _Slots.SHIFT, _Slots.GATE), *strides)
+    of_samples = (_Slots.GAIN, _Slots.SHIFT, _Slots.GATE, _Slots.ANGLE)
+    return Vectors(*(_Slots.WEIGHT, _Slots.BIAS), *of_samples, *strides)

@@ -38,9 +38,9 @@ def load_adm_checkpoint(
         num_res_blocks, channel_mult, use_scale_shift_norm, resblock_updown, use_new_attention_order: as trained.
         attention_resolutions: where blocks attend, as downsampling factors: (2, 4, 8) for sides 32, 16, 8 of 64.
         num_head_channels: channels of an attention head; -1: ``num_heads`` of them, whatever their width.
-        skip_scale: "none", "inv-sqrt2", "cs", "ls" or "ls-separate". Public checkpoints were trained with "none";
-            gates that the tensors lack are made anew.
-        kappa: of "cs".
+        skip_scale: "none", "inv-sqrt2", "cs", "geometric", "ls" or "ls-separate". Public checkpoints were trained with
+            "none"; gates that the tensors lack are made anew.
+        kappa: of "cs" and "geometric".
         num_heads: where num_head_channels is -1.
 
     Returns:

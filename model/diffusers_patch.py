@@ -111,9 +111,9 @@ def patch_diffusers(
     Args:
         module: a UNet2DModel, a UNet2DConditionModel, or any module that holds their decoder blocks. Where it holds
             several networks of diffusers, the skips of each are counted by themselves.
-        skip_scale: "none", "inv-sqrt2", "cs", "ls", "ls-separate", or a policy. Left out, it is the policy that the
-            network was saved with, if its configuration has one, else "cs".
-        kappa: of "cs", if it is given by name; 0.5 if left out.
+        skip_scale: "none", "inv-sqrt2", "cs", "geometric", "ls", "ls-separate", or a policy. Left out, it is the policy
+            that the network was saved with, if its configuration has one, else "cs".
+        kappa: of "cs" and "geometric", if it is given by name; 0.5 if left out.
         position: whether the first norm of a decoder block reads the scaled skip, or what it yields of the skip is
             scaled; "before-norm" if left out.
         gates_from: a safetensors file, or a folder with some, of a module with learned gates; they replace new ones.

@@ -1,5 +1,6 @@
 """DiT: a diffusion transformer whose norms are told time and class (Peebles and Xie, arXiv:2212.09748), adaLN-Zero.
 
+What they are told may be rotations of pairs of features in the place of shifts, or of both (arXiv:2505.19122).
 The state dict is the published one, name for name (https://github.com/facebookresearch/DiT). Time is n - 1 in 0 .. 999
 under DDPM's schedule. Long skips are an option: each block of the second half takes in what one of the first put out,
 the innermost pair first, by U-ViT's projection (arXiv:2209.12152), or with a LayerNorm before it as Skip-DiT
@@ -20,6 +21,7 @@ from scalelong.model.backbone_config import Recompute
 from scalelong.model.dit_config import DiTConfig as DiTConfig
 from scalelong.model.linear_layers import SkipLinear, project_skip
 from scalelong.model.magnitude import mp_sum, normal_rows, unit_rms
+from scalelong.model.modulation import TOLD, Told, modulation, sizes_of, told
 from scalelong.model.mp_dit import MPBlock, MPFinalLayer, MPLabelEmbedder, MPTimeEmbedder
 from scalelong.model.mp_transformer import MPPatchEmbed
 from scalelong.model.norm_layers import AddLayerNorm, add_gated, add_norm
@@ -78,11 +80,6 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y_B)
 
 
-def modulation(width: int, num_parts: int) -> nn.Sequential:
-    """What tells a norm or a branch the condition: ``num_parts`` vectors of (B, D), side by side."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, num_parts * width))
-
-
 class Block(nn.Module):
     """A transformer block with adaptive norms and gated branches; it first takes in its long skip, if it has one."""
 
@@ -96,16 +93,22 @@ class Block(nn.Module):
         self.attn = Attention(width, config.num_heads, qkv_bias=True, qk_norm=config.qk_norm)
         self.norm2 = AddLayerNorm(width, eps=EPS, elementwise_affine=False)
         self.mlp = Mlp(width, config.mlp_width, act="gelu-tanh")
-        self.adaLN_modulation = modulation(width, 6)
+        self.parts = (*TOLD[config.modulation], "gate")
+        self.adaLN_modulation = modulation(width, 2 * self.parts)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, skip: LongSkip | None = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x_BTD = self._take_in(x_BTD, skip)
-        shift1, gain1, gate1, shift2, gain2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        x_BTD, y_BTD = add_norm(self.norm1, x_BTD, gain=gain1, shift=shift1)
-        x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD), gain=gain2, shift=shift2, gate=gate1)
+        shift1, gain1, angle1, gate1, shift2, gain2, angle2, gate2 = self.told(c_BD)
+        x_BTD, y_BTD = add_norm(self.norm1, x_BTD, gain=gain1, shift=shift1, angle=angle1)
+        x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD), gain=gain2, shift=shift2, gate=gate1, angle=angle2)
         return add_gated(x_BTD, self.mlp(y_BTD), gate2)
+
+    def told(self, c_BD: Tensor) -> tuple[Tensor | None, ...]:
+        """What attention's norm and branch are told, then what the MLP's are."""
+        width, halves = c_BD.shape[1], self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        return tuple(part for half_BE in halves for part in told(half_BE, width, self.parts))
 
     def _take_in(self, x_BTD: Tensor, skip: LongSkip) -> Tensor:
         assert self.skip_linear is not None
@@ -120,12 +123,16 @@ class FinalLayer(nn.Module):
         width = config.width
         self.norm_final = AddLayerNorm(width, eps=EPS, elementwise_affine=False)
         self.linear = nn.Linear(width, config.patch_size**2 * config.channels_out)
-        self.adaLN_modulation = modulation(width, 2)
+        self.parts = TOLD[config.modulation]
+        self.adaLN_modulation = modulation(width, self.parts)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        shift, gain = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        _, y_BTD = add_norm(self.norm_final, x_BTD, gain=gain, shift=shift)
+        shift, gain, angle, _ = self.told(c_BD)
+        _, y_BTD = add_norm(self.norm_final, x_BTD, gain=gain, shift=shift, angle=angle)
         return self.linear(y_BTD)
+
+    def told(self, c_BD: Tensor) -> Told:
+        return told(self.adaLN_modulation(c_BD), c_BD.shape[1], self.parts)
 
 
 class Parts(NamedTuple):
@@ -251,8 +258,9 @@ class DiT(Backbone):
         in_features += c.magnitude_preserving  # the constant that stands for a bias
         attention_macs = 4 * T * D * D + 2 * T * T * D
         mlp_macs = 2 * T * D * c.mlp_width
-        blocks = c.depth * (attention_macs + mlp_macs + 6 * D * D) + c.num_skips * 2 * T * D * D
-        ends = T * in_features * D + NUM_FREQUENCIES * D + D * D + 2 * D * D + T * D * out_features
+        told_macs = D * sum(sizes_of(D, TOLD[c.modulation]))  # of a norm
+        blocks = c.depth * (attention_macs + mlp_macs + 2 * (told_macs + D * D)) + c.num_skips * 2 * T * D * D
+        ends = T * in_features * D + NUM_FREQUENCIES * D + D * D + told_macs + T * D * out_features
         return 2 * batch_size * (blocks + ends)
 
 

@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 SkipForm = Literal["none", "layer-norm", "plain"]
 SKIP_FORMS: tuple[str, ...] = get_args(SkipForm)
+Modulation = Literal["adaln", "scale-rot", "rot", "scale"]
+MODULATIONS: tuple[str, ...] = get_args(Modulation)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +37,9 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
     skip: SkipForm = "none"
     """Long skips from the first half of the blocks to the second: none, as published; concatenated, normalised and
     projected, as Skip-DiT's; or concatenated and projected, as U-ViT's."""
+    modulation: Modulation = "adaln"
+    """What time and class do to the features that a norm puts out: scale and shift them, as published; scale them and
+    rotate pairs of them (arXiv:2505.19122); rotate them; or scale them. Each branch has its gate in all four."""
     magnitude_preserving: bool = False
     """Layers that keep the magnitude of what passes, in the place of norms and biases (MaP-DiT)."""
 
@@ -45,6 +50,10 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
             raise ValueError(f"img_size {self.img_size} is no multiple of patch_size {self.patch_size}")
         if self.width % self.num_heads:
             raise ValueError(f"width {self.width} is no multiple of num_heads {self.num_heads}")
+        if self.modulation not in MODULATIONS:
+            raise ValueError(f"modulation must be one of {', '.join(MODULATIONS)}, got {self.modulation!r}")
+        if self.width % 2 and self.modulation in ("scale-rot", "rot"):
+            raise ValueError(f"modulation {self.modulation} rotates pairs: width must be even, got {self.width}")
         if self.width % 4:
             raise ValueError(
                 f"width must be a multiple of 4 for sines and cosines of rows and columns, got {self.width}"

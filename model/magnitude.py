@@ -8,7 +8,7 @@ Shapes: B batch, T tokens, D width, F features, O outputs, * any dimensions; M(x
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -182,7 +182,7 @@ class MPFourier(nn.Module):
 
 
 class Gain(nn.Module):
-    """A learned number for each of ``num_parts`` equal parts of the last dimension, which begins as zero.
+    """A learned number for each of ``num_parts`` parts of the last dimension, which begins as zero.
 
     It begins modulations as the identity, and predictions as zero, where weights cannot be zero.
     """
@@ -191,12 +191,12 @@ class Gain(nn.Module):
         super().__init__()
         self.gain = nn.Parameter(torch.zeros(num_parts))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``gain * x`` in the dtype of x."""
-        gain, num_parts = self.gain.to(x.dtype), len(self.gain)
-        if num_parts == 1:
+    def forward(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """``gain * x`` in the dtype of x, where the parts are of these sizes; without them there is one."""
+        gain = self.gain.to(x.dtype)
+        if sizes is None:
             return gain * x
-        return (x.unflatten(-1, (num_parts, -1)) * gain[:, None]).flatten(-2)
+        return x * torch.cat([gain[n : n + 1].expand(size) for n, size in enumerate(sizes)])
 
 
 def normal_rows(weight: Tensor) -> None:

@@ -5,9 +5,12 @@ Branches join by ``mp_sum``; what modulates them begins as the identity by gains
 Shapes: B batch, T tokens, D width.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
+from scalelong.kernels.add_layer_norm import rotated_ref
 from scalelong.model.dit_config import DiTConfig
 from scalelong.model.linear_layers import project_skip
 from scalelong.model.magnitude import (
@@ -20,6 +23,7 @@ from scalelong.model.magnitude import (
     mp_silu,
     mp_sum,
 )
+from scalelong.model.modulation import TOLD, Told, sizes_of, told
 from scalelong.model.mp_transformer import MPAttention, MPMlp, MPReadout, MPSiLU
 from scalelong.model.skip_scale import LongSkip
 
@@ -47,21 +51,30 @@ class MPLabelEmbedder(nn.Module):
 
 
 class MPModulation(nn.Module):
-    """What tells a branch the condition: ``num_parts`` vectors of (B, D), side by side, each with a gain of its own."""
+    """What tells branches the condition: these parts of ``Told``, side by side, each with a gain of its own."""
 
-    def __init__(self, width: int, num_parts: int):
+    def __init__(self, width: int, parts: Sequence[str]):
         super().__init__()
-        self.linear = MPLinear(width, num_parts * width)
-        self.gain = Gain(num_parts)
+        self.sizes = sizes_of(width, parts)
+        self.linear = MPLinear(width, sum(self.sizes))
+        self.gain = Gain(len(parts))
 
     def forward(self, c_BD: Tensor) -> Tensor:
-        return self.gain(self.linear(mp_silu(c_BD)))
+        return self.gain(self.linear(mp_silu(c_BD)), self.sizes)
 
 
-def modulated(x_BTD: Tensor, gain_BD: Tensor, shift_BD: Tensor | None = None) -> Tensor:
-    """``x * (1 + gain) + shift``."""
-    factor_B1D = (1 + gain_BD).unsqueeze(1)
-    return x_BTD * factor_B1D if shift_BD is None else torch.addcmul(shift_BD.unsqueeze(1), x_BTD, factor_B1D)
+def modulated(x_BTD: Tensor, to: Told) -> Tensor:
+    """``R(angle) (x * (1 + gain) + shift)``."""
+    if to.gain is not None:
+        factor_B1D = (1 + to.gain).unsqueeze(1)
+        x_BTD = x_BTD * factor_B1D if to.shift is None else torch.addcmul(to.shift.unsqueeze(1), x_BTD, factor_B1D)
+    return x_BTD if to.angle is None else rotated_ref(x_BTD, to.angle)
+
+
+def gated(y_BTD: Tensor, to: Told) -> Tensor:
+    """``y * (1 + gate)``."""
+    assert to.gate is not None
+    return y_BTD * (1 + to.gate).unsqueeze(1)
 
 
 class MPBlock(nn.Module):
@@ -73,25 +86,27 @@ class MPBlock(nn.Module):
         self.skip_linear = MPSkipLinear(2 * width, width) if takes_skip else None
         self.attn = MPAttention(width, config.num_heads)
         self.mlp = MPMlp(width, config.mlp_width, act="gelu-tanh")
-        self.adaLN_modulation = MPModulation(width, 6)
+        self.parts = (*TOLD[config.modulation], "gate")
+        self.adaLN_modulation = MPModulation(width, 2 * self.parts)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, skip: LongSkip | None = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x_BTD = project_skip(self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
-        shift1, gain1, gate1, shift2, gain2, gate2 = self.adaLN_modulation(c_BD).chunk(6, dim=1)
-        y_BTD = modulated(self.attn(modulated(x_BTD, gain1, shift1)), gate1)
-        x_BTD = mp_sum(x_BTD, y_BTD, RESIDUAL_BALANCE)
-        y_BTD = modulated(self.mlp(modulated(x_BTD, gain2, shift2)), gate2)
-        return mp_sum(x_BTD, y_BTD, RESIDUAL_BALANCE)
+        to_attn, to_mlp = (
+            told(half_BE, c_BD.shape[1], self.parts) for half_BE in self.adaLN_modulation(c_BD).chunk(2, dim=1)
+        )
+        x_BTD = mp_sum(x_BTD, gated(self.attn(modulated(x_BTD, to_attn)), to_attn), RESIDUAL_BALANCE)
+        return mp_sum(x_BTD, gated(self.mlp(modulated(x_BTD, to_mlp)), to_mlp), RESIDUAL_BALANCE)
 
 
 class MPFinalLayer(nn.Module):
     def __init__(self, config: DiTConfig):
         super().__init__()
         self.linear = MPReadout(config.width, config.patch_size**2 * config.channels_out)
-        self.adaLN_modulation = MPModulation(config.width, 2)
+        self.parts = TOLD[config.modulation]
+        self.adaLN_modulation = MPModulation(config.width, self.parts)
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor) -> Tensor:
-        shift, gain = self.adaLN_modulation(c_BD).chunk(2, dim=1)
-        return self.linear(modulated(x_BTD, gain, shift))
+        to = told(self.adaLN_modulation(c_BD), c_BD.shape[1], self.parts)
+        return self.linear(modulated(x_BTD, to))

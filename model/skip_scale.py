@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, D width, C channels of the skip, * spatial dimensions
 """
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -151,6 +152,35 @@ class ConstantScale(SkipScale, kind="cs"):
 
 
 @dataclass(frozen=True)
+class Geometric(ConstantScale, kind="geometric"):
+    """kappa_i = kappa^(i-1) as CS, renormalised unless told otherwise: EDM2's mp_cat (arXiv:2312.02696, equation 103).
+
+    With widths N_a of the hidden stream and N_b of the skip, and t / (1 - t) = kappa_i √(N_b / N_a), the renormalised
+    ``common * cat([h, kappa_i * s])`` is ``mp_cat(h, s, t)``: it has the mean square 1 where both halves have. Without
+    ``renorm`` it is CS.
+
+    Raises:
+        ValueError: kappa outside (0, 1].
+    """
+
+    renorm: bool = True
+    """Whether the whole concatenation is multiplied by √((N_a + N_b) / (N_a + kappa_i² N_b)), which keeps its mean
+    square."""
+
+    def common_scale(
+        self, i: int, num_skips: int, shape: SkipShape, scale: "Tensor | float | None"
+    ) -> "Tensor | float | None":
+        assert isinstance(scale, float)
+        return magnitude_preserving(shape, scale) if self.renorm else None
+
+
+def magnitude_preserving(shape: SkipShape, scale: float) -> float:
+    """The factor of ``cat([h, scale * s])`` at which two halves of mean square 1 keep it."""
+    h, s = shape.stream_width, shape.width
+    return math.sqrt((h + s) / (h + scale**2 * s))
+
+
+@dataclass(frozen=True)
 class LearnedScale(SkipScale, kind="ls"):
     """LS: gates in (0, 1) from the skip itself, one for each token of a transformer, one for each channel of a UNet.
 
@@ -190,7 +220,7 @@ def make_skip_scale(kind: str, kappa: float | None = None, **values: Any) -> Ski
     """The policy of a command-line name, with these values of its fields.
 
     Args:
-        kappa: of a policy that has one ("cs"), ignored by others.
+        kappa: of a policy that has one ("cs", "geometric"), ignored by others.
 
     Raises:
         ValueError: an unknown name, a field that the policy does not have, or a value that it refuses.

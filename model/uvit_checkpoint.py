@@ -44,8 +44,8 @@ def load_uvit_checkpoint(
         img_size, patch_size: sides of the image (or latent) and of a patch, in pixels. With text they also tell
             how many of the tokens are text: those that are no patches.
         num_heads: attention heads, which the tensors do not tell.
-        skip_scale: "none", "inv-sqrt2", "cs", "ls" or "ls-separate": how the network was trained.
-        kappa: of "cs".
+        skip_scale: "none", "inv-sqrt2", "cs", "geometric", "ls" or "ls-separate": how the network was trained.
+        kappa: of "cs" and "geometric".
 
     Returns:
         The model in evaluation mode, on the CPU, in the most precise dtype of the tensors, sharing no memory with them.

@@ -11,6 +11,8 @@ from torch import Tensor
 from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ADAPTIVE = ("gain", "shift", "gate", "angle")
+"""What belongs to samples."""
 
 
 @dataclass
@@ -34,7 +36,8 @@ class Case:
             inputs["weight"] = torch.randn(self.shape[-1])
         if self.has_bias:
             inputs["bias"] = torch.randn(self.shape[-1])
-        inputs |= {name: torch.randn(self.shape[0], self.shape[-1]) for name in self.adaptive}
+        B, D = self.shape[0], self.shape[-1]
+        inputs |= {name: torch.randn(B, D // 2 if name == "angle" else D) for name in self.adaptive}
         return {name: p.to(self.device, p.dtype if name == "branch" else self.dtype) for name, p in inputs.items()}
 
     def call(self, inputs: Mapping[str, Tensor], *, ref: bool = False) -> tuple[Tensor, Tensor]:
@@ -69,4 +72,5 @@ def joined(leaves: Sequence[Tensor], has_branch: bool) -> dict[str, Tensor | Non
     adaptive = mixed.mean(1)
     inputs = {"x": mixed.tanh(), "branch": (x * mixed).sin() if has_branch else None}
     inputs |= {"weight": matrix[0] * x.mean(), "bias": matrix.sum(0), "gain": adaptive.sin(), "shift": adaptive.cos()}
+    inputs["angle"] = adaptive[:, 1::2]
     return inputs | ({"gate": adaptive} if has_branch else {})

@@ -1,12 +1,13 @@
 """The residual sum with its LayerNorm on a CPU: numbers, gradients, registration, and what it says to bad input."""
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from add_layer_norm_cases import DTYPES, Case, joined
+from add_layer_norm_cases import ADAPTIVE, DTYPES, Case, joined
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from instruction_sets import run_on
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref
+from scalelong.kernels.add_layer_norm import add_layer_norm, add_layer_norm_ref, rotated_ref
+from scalelong.kernels.add_layer_norm_tensors import Inputs
 from scalelong.kernels.backend import backend_of, use_backend
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,19 +29,20 @@ Gradients = tuple[Tensor, ...]
 def cases(draw) -> Case:
     is_adaptive = draw(st.booleans())
     has_branch = draw(st.booleans())
+    width = draw(st.integers(4, 90))
     return Case(
-        shape=(
-            *draw(st.lists(st.integers(1, 9), min_size=1 if is_adaptive else 0, max_size=3)),
-            draw(st.integers(4, 90)),
-        ),
+        shape=(*draw(st.lists(st.integers(1, 9), min_size=1 if is_adaptive else 0, max_size=3)), width),
         dtype=draw(st.sampled_from(DTYPES)),
         has_branch=has_branch,
         has_weight=draw(st.booleans()),
         has_bias=draw(st.booleans()),
         adaptive=tuple(
             name
-            for name in ("gain", "shift", "gate")
-            if is_adaptive and (has_branch or name != "gate") and draw(st.booleans())
+            for name in ADAPTIVE
+            if is_adaptive
+            and (has_branch or name != "gate")
+            and (width % 2 == 0 or name != "angle")
+            and draw(st.booleans())
         ),
         mean=draw(st.sampled_from([0.0, 3.0, -100.0])),
     )
@@ -57,8 +60,10 @@ def test_parity_over_drawn_cases(case, seed):
 @pytest.mark.parametrize(
     "shape", [(4, 257, 512), (2, 65, 1152), (1, 5, 8192), (2, 3, 8191), (1, 1, 5), (3, 33, 7), (70, 31, 64)], ids=str
 )
-@pytest.mark.parametrize("adaptive", [(), ("gain", "shift", "gate")], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("adaptive", [(), ADAPTIVE], ids=["plain", "adaptive"])
 def test_parity_at_widths_of_networks_and_odd_ones(shape, dtype, adaptive):
+    if shape[-1] % 2:
+        adaptive = adaptive[:3]  # no pairs to turn
     Case(shape=shape, dtype=dtype, adaptive=adaptive, has_weight=not adaptive, has_bias=not adaptive).assert_parity()
 
 
@@ -71,7 +76,7 @@ def test_a_row_of_one_number_is_its_own_mean():
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("adaptive", [(), ("gain", "shift", "gate")], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("adaptive", [(), ADAPTIVE], ids=["plain", "adaptive"])
 def test_a_stream_in_fp32_with_branches_and_outputs_in_16_bits(half, adaptive):
     Case(shape=(3, 33, 72), branch_dtype=half, autocast=half, adaptive=adaptive).assert_parity()
 
@@ -80,17 +85,43 @@ def test_a_stream_in_fp32_with_branches_and_outputs_in_16_bits(half, adaptive):
 def test_parity_on_each_instruction_set(isa):
     code = """
 import itertools, torch
-from add_layer_norm_cases import DTYPES, Case
+from add_layer_norm_cases import ADAPTIVE, DTYPES, Case
 torch.set_num_threads(1)
 means = {(3, 19, 77): 0.0, (2, 5, 96): 100.0, (2, 520, 1024): 0.0}
 for dtype, (shape, mean) in itertools.product(DTYPES, means.items()):
     torch.manual_seed(0)
-    Case(shape=shape, dtype=dtype, mean=mean, adaptive=("gain", "shift", "gate")).assert_parity()
+    Case(shape=shape, dtype=dtype, mean=mean, adaptive=ADAPTIVE[: 3 if shape[-1] % 2 else 4]).assert_parity()
     Case(shape=shape, dtype=dtype, mean=mean).assert_parity()
 for half in (torch.bfloat16, torch.float16):
-    Case(shape=(3, 19, 77), branch_dtype=half, autocast=half, adaptive=("gain", "gate")).assert_parity()
+    Case(shape=(3, 19, 78), branch_dtype=half, autocast=half, adaptive=("gain", "gate", "angle")).assert_parity()
 """
     run_on(isa, code)
+
+
+@each_dtype
+def test_turning_keeps_norms_and_turns_back(dtype):
+    """In radians, from the first half of the features to the second."""
+    turn = partial(add_layer_norm, branch=None, weight=None, bias=None)
+    x, angle = torch.randn(3, 9, 84).to(dtype), 3 * torch.randn(3, 42)
+    (_, y), (_, turned), (_, twice) = turn(x), turn(x, angle=angle), turn(x, angle=2 * angle)
+    tolerance = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    norms, before = (z.float().unflatten(-1, (2, 42)).norm(dim=-2) for z in (turned, y))
+    torch.testing.assert_close(norms, before, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(rotated_ref(turned.float(), -angle), y.float(), rtol=0, atol=4 * tolerance)
+    torch.testing.assert_close(rotated_ref(turned.float(), angle), twice.float(), rtol=0, atol=4 * tolerance)
+    quarter = turn(x, angle=torch.full((3, 42), math.pi / 2))[1]
+    first, second = y.chunk(2, dim=-1)
+    torch.testing.assert_close(quarter, torch.cat([-second, first], dim=-1), rtol=0, atol=tolerance)
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", [(3, 9, 84), (2, 520, 1024)], ids=str)
+def test_angles_of_zero_change_no_bit(shape, dtype):
+    """Also of what is written past the caches."""
+    case = Case(shape=shape, dtype=dtype, adaptive=ADAPTIVE)
+    inputs = case.inputs() | {"angle": torch.zeros(shape[0], shape[-1] // 2)}
+    turned, plain = case.call(inputs), case.call({name: p for name, p in inputs.items() if name != "angle"})
+    assert all(map(torch.equal, turned, plain))
 
 
 @each_dtype
@@ -128,8 +159,8 @@ def test_outputs_are_ordinary_tensors():
 
 def test_inputs_that_are_not_dense():
     whole = torch.randn(3, 5, 9, 16)
-    chunks = torch.randn(3, 48).chunk(3, dim=1)  # come out of one projection
-    case = Case(shape=(3, 9, 8), adaptive=("gain", "shift", "gate"))
+    chunks = torch.randn(3, 56).split([16, 16, 16, 8], dim=1)  # come out of one projection
+    case = Case(shape=(3, 9, 8), adaptive=ADAPTIVE)
     inputs = case.inputs() | {"x": whole[:, 1, :, ::2], "branch": whole[:, 2, :, 8:]}
     inputs |= {name: chunk[:, 1::2] for name, chunk in zip(case.adaptive, chunks, strict=True)}
     case.assert_parity(inputs)
@@ -152,7 +183,7 @@ def test_other_dtypes_beside_x_are_taken(name):
 
 
 @pytest.mark.parametrize("num_threads", [1, 2])
-@pytest.mark.parametrize("adaptive", [(), ("gain", "shift", "gate")], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("adaptive", [(), ADAPTIVE], ids=["plain", "adaptive"])
 def test_repetitions_give_the_same_bits(adaptive, num_threads):
     case = Case(shape=(3, 129, 80), adaptive=adaptive)
     inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
@@ -174,7 +205,7 @@ def test_repetitions_give_the_same_bits(adaptive, num_threads):
 def test_uninitialised_memory_reaches_nothing(dtype):
     torch.use_deterministic_algorithms(True)  # fills fresh memory with NaN
     try:
-        case = Case(shape=(3, 9, 37), dtype=dtype, adaptive=("gain", "shift", "gate"))
+        case = Case(shape=(3, 9, 38), dtype=dtype, adaptive=ADAPTIVE)
         inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
         stream, y = case.call(inputs)
         grads = torch.autograd.grad((stream * y).sum(), list(inputs.values()))
@@ -198,7 +229,7 @@ def test_nan_and_infinity_stay_in_their_row(dtype):
 
 def test_empty_batches_give_empty_outputs_and_zero_gradients():
     for shape, dtype in (((0, 5, 8), torch.float32), ((3, 0, 8), torch.bfloat16), ((0, 8), torch.float64)):
-        case = Case(shape=shape, dtype=dtype, adaptive=("gain", "shift", "gate"))
+        case = Case(shape=shape, dtype=dtype, adaptive=ADAPTIVE)
         inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
         stream, y = case.call(inputs)
         assert stream.shape == y.shape == shape
@@ -215,7 +246,7 @@ def kept_bytes(inputs: dict[str, Tensor], f: Callable[[], object]) -> int:
     return sum(p.untyped_storage().nbytes() for pointer, p in kept.items() if pointer not in own)
 
 
-@pytest.mark.parametrize("adaptive", [(), ("gain", "shift", "gate")], ids=["plain", "adaptive"])
+@pytest.mark.parametrize("adaptive", [(), ADAPTIVE], ids=["plain", "adaptive"])
 def test_backward_keeps_the_stream_and_next_to_nothing_else(adaptive):
     case = Case(shape=(2, 40, 512), adaptive=adaptive)
     inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
@@ -234,9 +265,9 @@ def test_branch_is_kept_only_where_the_gate_wants_a_gradient():
         assert (kept_bytes(others, lambda inputs=inputs: case.call(inputs)) > 1.5 * inputs["x"].nbytes) == wants
 
 
-@pytest.mark.parametrize("wanted", ["x", "branch", "weight", "bias", "gain", "shift", "gate"])
+@pytest.mark.parametrize("wanted", ["x", "branch", "weight", "bias", *ADAPTIVE])
 def test_a_single_gradient_is_that_of_all(wanted):
-    case = Case(shape=(2, 19, 40), adaptive=("gain", "shift", "gate"), branch_dtype=torch.bfloat16)
+    case = Case(shape=(2, 19, 40), adaptive=ADAPTIVE, branch_dtype=torch.bfloat16)
     inputs = case.inputs()
 
     def gradient(names: Sequence[str]) -> Tensor:
@@ -257,13 +288,13 @@ def test_frozen_parameters_cost_nothing(monkeypatch):
     inputs = {name: p.requires_grad_(name == "x") for name, p in case.inputs().items()}
     stream, y = case.call(inputs)
     (stream + y).sum().backward()
-    assert [grad is not None for grad in seen[0]] == [True, *[False] * 6]
+    assert [grad is not None for grad in seen[0]] == [True, *[False] * 7]
     assert all(p.grad is None for name, p in inputs.items() if name != "x")
 
 
 @pytest.mark.parametrize("used", ["stream", "y"])
 def test_one_output_may_go_unused(used):
-    case = Case(shape=(2, 9, 24), adaptive=("gain", "shift", "gate"))
+    case = Case(shape=(2, 9, 24), adaptive=ADAPTIVE)
 
     def gradients(ref: bool) -> Gradients:
         leaves = {name: p.detach().requires_grad_() for name, p in inputs.items()}
@@ -281,7 +312,7 @@ def test_one_output_may_go_unused(used):
 
 
 def test_the_reference_and_its_gradients_of_every_argument():
-    case = Case(shape=(2, 3, 5), dtype=torch.float64, adaptive=("gain", "shift", "gate"))
+    case = Case(shape=(2, 3, 6), dtype=torch.float64, adaptive=ADAPTIVE)
     inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
 
     def f(*values):
@@ -340,15 +371,15 @@ def test_the_reference_can_be_forced():
 
 @each_value_once(
     "adaptive, has_branch, branch_dtype",
-    ((), ("gain", "shift", "gate")),
+    ((), ADAPTIVE),
     (False, True),
     (torch.float32, torch.bfloat16),
 )
 def test_opcheck(adaptive, has_branch, branch_dtype):
-    adaptive = adaptive if has_branch else adaptive[:2]
+    adaptive = tuple(name for name in adaptive if has_branch or name != "gate")
     case = Case(shape=(2, 7, 12), adaptive=adaptive, has_branch=has_branch, branch_dtype=branch_dtype)
     inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
-    tensors = [inputs.get(name) for name in ("x", "branch", "weight", "bias", "gain", "shift", "gate")]
+    tensors = [inputs.get(name) for name in Inputs._fields]
     torch.library.opcheck(torch.ops.scalelong.add_layer_norm.default, (*tensors, 1e-5, branch_dtype))
     stream, y, mean, rstd = torch.ops.scalelong.add_layer_norm(*tensors, 1e-5, branch_dtype)
     kept = [None if p is None else p.detach().requires_grad_() for p in tensors]
@@ -360,12 +391,12 @@ def test_opcheck(adaptive, has_branch, branch_dtype):
 
 def test_statistics_are_not_differentiable():
     x = torch.randn(3, 8, requires_grad=True)
-    _, y, mean, rstd = torch.ops.scalelong.add_layer_norm(x, None, None, None, None, None, None, 1e-5, x.dtype)
+    _, y, mean, rstd = torch.ops.scalelong.add_layer_norm(x, *[None] * 7, 1e-5, x.dtype)
     assert (y.requires_grad, mean.requires_grad, rstd.requires_grad) == (True, False, False)
 
 
 @pytest.mark.slow
-@each_value_once("adaptive, has_branch", ((), ("gain", "shift", "gate")), (False, True))
+@each_value_once("adaptive, has_branch", ((), ADAPTIVE), (False, True))
 def test_a_compiled_model_gives_the_same_numbers(adaptive, has_branch):
     case = Case(shape=(2, 9, 24), adaptive=adaptive if has_branch else adaptive[:2], has_branch=has_branch)
     inputs = {name: p.requires_grad_() for name, p in case.inputs().items()}
@@ -458,6 +489,8 @@ X, W = torch.zeros(2, 5, 8), torch.ones(8)
         ((X, X, None, None), {"gain": W}, r"gain has shape \(8,\), but x \(2, 5, 8\) needs \(2, 8\)"),
         ((X, X, None, None), {"shift": torch.ones(3, 8)}, r"shift has shape \(3, 8\)"),
         ((X, X, None, None), {"gate": torch.ones(2, 1, 8)}, r"gate has shape \(2, 1, 8\)"),
+        ((X, X, None, None), {"angle": torch.ones(2, 8)}, r"angle has shape \(2, 8\), but x .* needs \(2, 4\)"),
+        ((X[..., 1:], X[..., 1:], None, None), {"angle": torch.ones(2, 3)}, r"pairs .* \(2, 5, 7\) has an odd number"),
         ((X, None, None, None), {"gate": torch.ones(2, 8)}, r"gate \(2, 8\) without a branch"),
         ((W, W, None, None), {"gain": torch.ones(1, 8)}, r"gain has shape \(1, 8\), but x \(8,\)"),
         ((X.long(), None, None, None), {}, r"needs a floating x of \(..., D\), got \(2, 5, 8\) int64"),
@@ -475,7 +508,7 @@ def test_arguments_that_do_not_fit_are_named(arguments, options, message):
 def test_the_native_entry_points_check_what_they_are_given():
     op = torch.ops.scalelong_native.add_layer_norm_forward.default
     x, y, statistics = torch.randn(3, 8), torch.empty(3, 8), [torch.empty(3), torch.empty(3)]
-    nothing = [None] * 5
+    nothing = [None] * 7
     for wrong, message in (
         ((None, y[:2], *statistics, x, None, *nothing, 1, 1e-5), "y has 16 elements instead of 24"),
         ((None, y, *statistics, x, None, torch.ones(7), *nothing[1:], 1, 1e-5), "weight has 7 elements"),

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from add_layer_norm_cases import ADAPTIVE
 from interpreting import run_interpreted
 from samples import each_value_once
 from torch import Tensor
@@ -52,9 +53,12 @@ def test_tilings_cover_every_row_and_feature(direction, itemsize):
 
 
 def launches_of(
-    shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], *, is_adaptive: bool = False
+    shape: tuple[int, ...], dtypes: tuple[torch.dtype, torch.dtype], told: tuple[str, ...] = ()
 ) -> list[Launch]:
-    """Forward, backward and what puts its sums together, for ``dtypes`` of the stream and of branch and y."""
+    """Forward, backward and what puts its sums together, for ``dtypes`` of the stream and of branch and y.
+
+    ``told``: gain, shift, gate and angle, as parts of one projection; without any, a norm with weight and bias.
+    """
     (B, T, D), (stream, half) = shape, dtypes
 
     def empty(*size: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -63,12 +67,14 @@ def launches_of(
     def rows(dtype: torch.dtype) -> Tensor:
         return empty(B, T, D, dtype=dtype)
 
-    affine = (None, None) if is_adaptive else (empty(D), empty(D))
-    adaptive = empty(B, 6 * D, dtype=half).chunk(6, 1)[:3] if is_adaptive else (None,) * 3
+    affine = (None, None) if told else (empty(D), empty(D))
+    parts = zip(ADAPTIVE, empty(B, 4 * D, dtype=half).chunk(4, 1), strict=True)
+    adaptive = {name: part[:, : D // 2] if name == "angle" else part for name, part in parts}
+    adaptive = [adaptive[name] if name in told else None for name in ADAPTIVE]
     inputs, statistics = Inputs(rows(stream), rows(half), *affine, *adaptive), (empty(B * T), empty(B * T))
     of_parameters = (None if p is None else empty(*p.shape) for p in inputs[2:])
-    dbranch = rows(half) if is_adaptive or half != stream else None
-    kept = inputs if is_adaptive else inputs._replace(branch=None)
+    dbranch = rows(half) if told or half != stream else None
+    kept = inputs if told else inputs._replace(branch=None)
     with recorded_launches() as launches, patch.object(add_layer_norm_triton, "_plans", Kept()):
         add_layer_norm_triton.forward(inputs, 1e-5, Outputs(rows(stream), rows(half), *statistics))
         gradients = Gradients(rows(stream), dbranch, *of_parameters)
@@ -77,17 +83,21 @@ def launches_of(
 
 
 BF16, FP32 = torch.bfloat16, torch.float32
+KINDS = (
+    *(((BF16, BF16), ()), ((FP32, BF16), ()), ((BF16, BF16), ADAPTIVE[:3])),
+    ((BF16, BF16), ("gain", "gate", "angle")),
+)
 
 
 @pytest.mark.slow
 @compiled_only
-@each_value_once("shape, kind", NETWORKS, (((BF16, BF16), False), ((FP32, BF16), False), ((BF16, BF16), True)))
+@each_value_once("shape, kind", NETWORKS, KINDS)
 def test_memory_decides_and_not_instructions(shape, kind):
     """Passes over rows of two bytes: forward four; backward four, and with a gate six."""
-    dtypes, is_adaptive = kind
-    forward, backward, *small = launches_of(shape, dtypes, is_adaptive=is_adaptive)
+    dtypes, told = kind
+    forward, backward, *small = launches_of(shape, dtypes, told)
     # Gain, shift and gate are loaded once a program, which walks through few rows where samples are small.
-    budgets = (28, 6 * BACKWARD_PER_PASS) if is_adaptive else (4 * FORWARD_PER_PASS, 4 * BACKWARD_PER_PASS)
+    budgets = (28, 6 * BACKWARD_PER_PASS) if told else (4 * FORWARD_PER_PASS, 4 * BACKWARD_PER_PASS)
     for launch, budget in zip((forward, backward), budgets, strict=True):
         code = machine_code(launch.compile(90), 90)
         constants = dict(zip(launch.kernel.arg_names, launch.arguments, strict=True))
@@ -107,7 +117,7 @@ def test_memory_decides_and_not_instructions(shape, kind):
 def test_odd_and_wide_rows_compile_and_spill_next_to_nothing(arch):
     for shape in ((3, 5, 77), (2, 9, 8192)):
         for dtypes in ((FP32, FP32), (FP32, torch.float16)):
-            for launch in launches_of(shape, dtypes, is_adaptive=shape[2] == 77):
+            for launch in launches_of(shape, dtypes, ADAPTIVE[:3] if shape[2] == 77 else ()):
                 assert spill_bytes(launch.compile(arch)) <= 32, launch.name
 
 

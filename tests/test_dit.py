@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from parity import assert_networks_within_budget
+from samples import each_value_once
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -13,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scalelong.bench.published_dit import as_published
 from scalelong.bench.timing import peak_bytes
-from scalelong.model.dit import DiT, DiTConfig, position_embedding
+from scalelong.model.dit import TOLD, DiT, DiTConfig, position_embedding
+from scalelong.model.dit_config import MODULATIONS
 from scalelong.model.presets import DIT_PRESETS
 from scalelong.model.recompute import kept_parts
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, Unscaled, make_skip_scale
@@ -40,6 +42,7 @@ PLAIN = DiTConfig(img_size=16, patch_size=2, width=64, depth=4, num_heads=4, num
 NORMED, PROJECTED = replace(PLAIN, skip="layer-norm"), replace(PLAIN, skip="plain")
 each_skip = pytest.mark.parametrize("config", [NORMED, PROJECTED], ids=lambda config: config.skip)
 each_form = pytest.mark.parametrize("config", [PLAIN, NORMED, PROJECTED], ids=lambda config: config.skip)
+each_modulation = pytest.mark.parametrize("modulation", MODULATIONS)
 each_mode = pytest.mark.parametrize("mode", SKIP_SCALE_NAMES)
 
 
@@ -77,8 +80,12 @@ def test_the_largest_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize(
     "config",
-    [*DIT_PRESETS.values(), NORMED, PROJECTED, replace(PLAIN, depth=5, skip="plain", mlp_ratio=2.5, num_classes=0)],
-    ids=[*DIT_PRESETS, "layer-norm", "plain", "odd-depth"],
+    [
+        *(*DIT_PRESETS.values(), NORMED, PROJECTED),
+        replace(PLAIN, depth=5, skip="plain", mlp_ratio=2.5, num_classes=0),
+        *(replace(PLAIN, modulation=modulation) for modulation in MODULATIONS[1:]),
+    ],
+    ids=[*DIT_PRESETS, "layer-norm", "plain", "odd-depth", *MODULATIONS[1:]],
 )
 def test_flops_are_those_that_torch_counts(config):
     with torch.device("meta"):
@@ -97,6 +104,26 @@ def test_flops_of_the_fused_operators_are_counted(config):
     assert counter.get_total_flops() == model.flops(batch_size=2)
 
 
+PARAMETERS = {"adaln": 32.850, "scale-rot": 31.007, "rot": 27.320, "scale": 29.163}
+"""Of DiT-S/4 on latents of 4 x 16 x 16 with 1,000 classes, in millions, as a magnitude-preserving network counts
+(arXiv:2505.19122): no biases, weights of a constant among the inputs, a scalar gain for each part of a modulation and
+for the output."""
+
+
+@each_modulation
+def test_parameters_of_each_modulation(modulation):
+    config = replace(DIT_PRESETS["imagenet256-dit-s4"], img_size=16, modulation=modulation)
+    assert (config.in_channels, config.channels_out, config.num_classes) == (4, 8, 1001)  # one row for the null label
+    with torch.device("meta"):
+        model = DiT(config)
+        published = DiT(replace(config, modulation="adaln"))
+    weights, num_parts = sum(p.numel() for p in model.parameters() if p.dim() > 1), len(TOLD[modulation])
+    gains = 2 * config.depth * (num_parts + 1) + num_parts + 1
+    assert f"{(weights + config.width + gains) / 1e6:.3f}" == f"{PARAMETERS[modulation]:.3f}"
+    saved = {"adaln": 0, "scale-rot": 1, "rot": 3, "scale": 2}[modulation] * (config.width + 1) * config.width // 2
+    assert published.num_params() - model.num_params() == (2 * config.depth + 1) * saved
+
+
 def test_positions_are_those_of_the_column_then_of_the_row():
     side, width = 3, 16
     omega = 1 / 10000 ** (np.arange(width // 4) / (width / 4))
@@ -106,12 +133,39 @@ def test_positions_are_those_of_the_column_then_of_the_row():
         np.testing.assert_allclose(found, np.concatenate(expected), atol=1e-7)
 
 
-@each_form
-def test_the_prediction_begins_as_zero_and_each_block_as_the_identity(config):
+@each_value_once("skip, modulation", ("none", "layer-norm", "plain"), MODULATIONS)
+def test_the_prediction_begins_as_zero_and_each_block_as_the_identity(skip, modulation):
+    config = replace(PLAIN, skip=skip, modulation=modulation)
     model, batch = DiT(config), make_batch()
     assert not model(*batch).any()
     first = model.features(*batch, blocks=[0])[0]
     torch.testing.assert_close(first, model.x_embedder(batch[0]) + model.pos_embed)
+
+
+@pytest.mark.parametrize(("turning", "other"), [("scale-rot", "scale"), ("rot", None)])
+@torch.no_grad()
+def test_at_zero_angles_the_network_is_the_one_without(turning, other):
+    """To the bit."""
+    model = make_model(replace(PLAIN, modulation=turning))
+    without = DiT(replace(PLAIN, modulation=other or "scale"))
+    state = dict(model.state_dict())
+    width, kept = PLAIN.width, ("gain", "gate")
+    for name, p in model.named_parameters():
+        if "adaLN_modulation" not in name:
+            continue
+        parts = (["gain"] if other else []) + ["angle"] + ([] if "final" in name else ["gate"])
+        sizes = [width // 2 if part == "angle" else width for part in parts]
+        halves = [dict(zip(parts, half.split(sizes), strict=True)) for half in p.chunk(1 if "final" in name else 2)]
+        for half in halves:
+            half["angle"].zero_()
+            half.setdefault("gain", torch.zeros(width, *p.shape[1:]))
+        order = [part for part in kept if part in halves[0]]
+        state[name] = torch.cat([half[part] for half in halves for part in order])
+    without.load_state_dict(state)
+    batch = make_batch()
+    assert torch.equal(model(*batch), without(*batch))
+    model.get_parameter("blocks.0.adaLN_modulation.1.bias").add_(0.1)
+    assert not torch.equal(model(*batch), without(*batch))
 
 
 @pytest.mark.parametrize("depth", [2, 3, 4, 5])
@@ -135,7 +189,7 @@ def test_skips_are_what_the_policy_scales(config, mode):
     unscaled.load_state_dict(model.state_dict(), strict=False)
     batch = make_batch()
     assert torch.equal(model(*batch), unscaled(*batch)) == (mode == "none")
-    if config.skip == "plain":
+    if config.skip == "plain" and mode != "geometric":  # which scales the stream too
         for network in (model, unscaled):
             for _, block in network.skip_blocks():
                 block.get_parameter("skip_linear.weight")[:, config.width :] = 0
@@ -168,7 +222,14 @@ def output_and_gradients(model: nn.Module, batch: tuple[Tensor, ...], dtype: tor
 
 
 @pytest.mark.parametrize(
-    ("config", "mode"), [(PLAIN, "none"), *((config, mode) for config in (NORMED, PROJECTED) for mode in ("cs", "ls"))]
+    ("config", "mode"),
+    [
+        *((PLAIN, "none"), (NORMED, "ls"), (PROJECTED, "cs"), (PROJECTED, "ls")),
+        (replace(PLAIN, modulation="rot"), "none"),
+        (replace(PROJECTED, modulation="scale"), "geometric"),
+        (replace(NORMED, modulation="scale-rot"), "cs"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else f"{value.skip}-{value.modulation}",
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_outputs_and_gradients_of_every_parameter_are_within_budget(dtype, config, mode):
@@ -194,10 +255,11 @@ def test_a_step_needs_less_memory_than_the_plain_network(config):
     assert mine < 0.85 * plain
 
 
-@each_form
+@each_value_once("skip, modulation", ("none", "layer-norm", "plain"), MODULATIONS)
 @torch.no_grad()
-def test_saved_models_come_back_the_same(tmp_path, config):
-    model = make_model(config, "none" if config is PLAIN else "ls")
+def test_saved_models_come_back_the_same(tmp_path, skip, modulation):
+    config = replace(PLAIN, skip=skip, modulation=modulation)
+    model = make_model(config, "none" if skip == "none" else "ls")
     model.save_pretrained(tmp_path)
     loaded = DiT.from_pretrained(tmp_path)
     assert (loaded.config, loaded.skip_scale, loaded.training) == (config, model.skip_scale, False)
@@ -244,6 +306,12 @@ def test_a_share_of_what_backward_reads_may_be_kept(share):
         ({"width": 62, "num_heads": 2}, "width must be a multiple of 4 .* got 62"),
         ({"depth": 0}, "depth must be at least 1, got 0"),
         ({"depth": 1, "skip": "plain"}, "long skips need a depth of at least 2, got 1"),
+        (
+            {"width": 63, "num_heads": 3, "modulation": "scale-rot"},
+            "scale-rot rotates pairs: width must be even, got 63",
+        ),
+        ({"width": 63, "num_heads": 3, "modulation": "rot"}, "modulation rot rotates pairs"),
+        ({"modulation": "turn"}, "modulation must be one of adaln, scale-rot, rot, scale, got 'turn'"),
         ({"skip": "add"}, "skip must be one of none, layer-norm, plain, got 'add'"),
         ({"context_tokens": 77}, "takes class labels, no text"),
     ],

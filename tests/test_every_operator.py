@@ -80,8 +80,8 @@ def rms_norm(weight: Tensor, x: Tensor) -> Tensor:
 
 
 def add_norm(op: Op, x: Tensor, branch: Tensor, weight: Tensor, bias: Tensor, *of_samples: Tensor) -> Tensor:
-    gain, shift, gate = of_samples
-    stream, y = op(x, branch, weight, bias, gain=gain, shift=shift, gate=gate)
+    gain, shift, gate, angle = of_samples
+    stream, y = op(x, branch, weight, bias, gain=gain, shift=shift, gate=gate, angle=angle)
     return stream + 2 * y
 
 
@@ -95,7 +95,7 @@ CASES = {
     ),
     "skip_conv1x1": Case(skip_conv1x1, skip_conv1x1_ref, (IMAGE, SKIP, (8,), (6, 12, 1, 1), (6,))),
     "add_layer_norm": Case(
-        add_layer_norm, add_layer_norm_ref, (TOKENS, TOKENS, (8,), (8,), (2, 8), (2, 8), (2, 8)), add_norm
+        add_layer_norm, add_layer_norm_ref, (TOKENS, TOKENS, (8,), (8,), (2, 8), (2, 8), (2, 8), (2, 4)), add_norm
     ),
     "gelu_linear gelu": mlp("gelu"),
     "gelu_linear gelu-tanh": mlp("gelu-tanh"),

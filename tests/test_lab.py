@@ -160,6 +160,8 @@ def results(**outcome: dict[float, list[float]]) -> list[Row]:
                         curve_loss=[1.0, (1 + min(loss, 1)) / 2, min(loss, 1.0)],
                         curve_gradient=[1.0, 2.0, 3.0],
                         curve_hidden=[1.0, 2.0, 3.0],
+                        curve_weights=[1.0, 1.5, 2.0],
+                        weight_norm=2.0,
                         gain_0_01=[1.0] * 5,
                         gain_0_1=[1.0] * 5,
                         gain_0_3=[1.0] * 5,
@@ -352,7 +354,15 @@ def test_what_a_log_amounts_to(tmp_path):
     rows = [
         {
             **{"images_seen": 32.0 * step, "step": step, "loss": 1 / step, "grad_norm": 1.0 + (step == 60)},
-            **{"images_per_second": 64.0, "skip/1/hidden_norm": 2.0},
+            **{
+                "images_per_second": 64.0,
+                "skip/1/hidden_norm": 2.0,
+                "block/0/magnitude": 0.5,
+                "block/1/magnitude": 1.5,
+            },
+            **{"block/0/weight_norm": 3.0 + (step == 100), "block/outside/weight_norm": 4.0},
+            **{"block/0/gradient_norm": 1.0, "block/outside/gradient_norm": 0.0},
+            **{"block/0/gradient_alignment": -0.5, "block/outside/gradient_alignment": 0.0},
         }
         for step in range(1, 101)
     ]
@@ -361,7 +371,10 @@ def test_what_a_log_amounts_to(tmp_path):
     assert (found["final_is"], found["seconds"], found["largest_gradient"]) == ("training", 50.0, 2.0)
     assert found["spikes_gradient"] == 1 / 80
     assert (found["spikes_loss"], found["oscillation"], found["hidden_norm"]) == (0, 0, 2.0)
-    assert len(found["curve_images"]) == 60
+    assert (found["magnitude"], found["weight_norm"]) == (1.5, 32**0.5)
+    assert found["weight_growth"] == pytest.approx(32**0.5 / 5)
+    assert found["gradient_alignment"] == pytest.approx(0.5 * 3 / 5)
+    assert len(found["curve_images"]) == len(found["curve_weights"]) == 60
     for row in rows[9::10]:
         row["validation_loss"] = row["loss"] + 1
     validated = measures_of(rows, config, Outcome(state="finished", images_seen=3200, step=100))

@@ -22,7 +22,7 @@ from scalelong.train.monitor import Monitor
 from scalelong.train.objective import make_objective
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
-from scalelong.train.zero.gradients import gradient_norms, scale_gradients
+from scalelong.train.zero.gradients import gradient_norms, gradients_against_weights, scale_gradients
 
 STEPS = 20
 
@@ -46,18 +46,32 @@ def test_norms_of_blocks_are_those_of_their_features_and_gradients(recipe, recom
     batch = batch_of(config)
     features = model.features(*batch, blocks=names)
     model(*batch).square().sum().backward()
-    monitor.record_gradients(torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]))
+    pairs = [(p.detach(), p.grad) for p in model.parameters() if p.grad is not None]
+    norms = [torch.stack([pair[i].norm() for pair in pairs]) for i in (1, 0)]
+    monitor.record_gradients(*norms, torch.stack([(weight * gradient).sum() for weight, gradient in pairs]))
     found = monitor.take()
-    gradients: dict[str, float] = dict.fromkeys([*names, "outside"], 0.0)
+    parts: dict[str, list[torch.Tensor]] = {name: [] for name in [*names, "outside"]}
     for name, parameter in model.named_parameters():
         block = next((block for block in names if name.startswith(block + ".")), "outside")
         assert parameter.grad is not None
-        gradients[block] += float(parameter.grad.square().sum())
+        parts[block].append(torch.stack([parameter.detach().flatten(), parameter.grad.flatten()]))
     for number, name in enumerate(names):
         expected = features[name].flatten(1).norm(dim=1).mean().item()
         assert found[f"block/{number}/feature_norm"] == pytest.approx(expected)
-        assert found[f"block/{number}/gradient_norm"] == pytest.approx(gradients[name] ** 0.5, rel=1e-4)
-    assert found["block/outside/gradient_norm"] == pytest.approx(gradients["outside"] ** 0.5, rel=1e-4)
+        assert found[f"block/{number}/magnitude"] == pytest.approx(features[name].square().mean().sqrt().item())
+    for number, name in [*enumerate(names), ("outside", "outside")]:
+        weight, gradient = torch.cat(parts[name], dim=1)
+        cosine = torch.cosine_similarity(weight, gradient, dim=0).item()
+        assert found[f"block/{number}/gradient_norm"] == pytest.approx(gradient.norm().item(), rel=1e-4)
+        assert found[f"block/{number}/weight_norm"] == pytest.approx(weight.norm().item(), rel=1e-4)
+        assert found[f"block/{number}/gradient_alignment"] == pytest.approx(cosine, abs=1e-4)
+
+
+def test_a_block_that_no_gradient_reaches_has_no_alignment():
+    model = make_backbone(RECIPES["digits-dit"].model)
+    monitor, zeros = Monitor(model), torch.zeros(len(list(model.parameters())))
+    monitor.record_gradients(zeros, zeros + 1, zeros)
+    assert monitor.take()["block/0/gradient_alignment"] == 0
 
 
 def test_the_spread_of_gates_is_that_of_their_factors():
@@ -74,6 +88,7 @@ def test_the_spread_of_gates_is_that_of_their_factors():
 
 
 def gradients_of(config, *, scales: bool = True) -> list[float]:
+    """Their norms, those of the weights, and the inner products of both."""
     engine = make_engine(config)
     generator = torch.Generator().manual_seed(1)
     images, noise = (torch.randn(BATCH, 1, 8, 8, generator=generator) for _ in range(2))
@@ -81,11 +96,11 @@ def gradients_of(config, *, scales: bool = True) -> list[float]:
         engine, images, noise, torch.rand(BATCH, generator=generator), torch.arange(BATCH)
     )
     engine.backward(loss)
-    norms = gradient_norms(engine)
+    norms, against_weights = gradient_norms(engine), gradients_against_weights(engine)
     if scales:
         scale_gradients(engine, [0.5] * len(norms))
         torch.testing.assert_close(gradient_norms(engine), norms / 2)
-    return norms.tolist()
+    return torch.cat([norms, *against_weights]).tolist()
 
 
 @pytest.mark.parametrize(
@@ -95,7 +110,7 @@ def test_norms_of_gradients_are_the_same_under_every_stage(stage, offload, tmp_p
     config = small_config(tmp_path / "run", images_per_step=BATCH)
     sharded = replace(config, zero_stage=stage, offload=offload)
     found = gradients_of(sharded, scales=offload == "none")
-    assert found == pytest.approx(gradients_of(config), rel=1e-5)
+    assert found == pytest.approx(gradients_of(config), rel=1e-5, abs=1e-7)
 
 
 @pytest.mark.slow
@@ -105,9 +120,15 @@ def test_norms_of_gradients_are_the_same_on_two_ranks(stage, tmp_path):
     assert loop.train(small_config(tmp_path / "one", total_images=64)) == 0
     train_on_ranks(2, "digits-uvit", "--run", tmp_path / "two", *flags, "--zero-stage", stage)
     one, two = (log_rows(tmp_path / name)[-1] for name in ("one", "two"))
-    names = [name for name in one if name.endswith("gradient_norm")]
-    assert len(names) == 4
+    weights, cosines, names = (
+        [name for name in one if name.endswith(end)]
+        for end in ("/weight_norm", "/gradient_alignment", "/gradient_norm")
+    )
+    assert len(weights) == len(cosines) == len(names) == 4
     assert [two[name] for name in names] == pytest.approx([one[name] for name in names], rel=1e-3)
+    assert [two[name] for name in weights] == pytest.approx([one[name] for name in weights], rel=1e-5)
+    assert [two[name] for name in cosines] == pytest.approx([one[name] for name in cosines], abs=1e-4)
+    assert any(abs(one[name]) > 1e-3 for name in cosines)
     assert sum(two[name] ** 2 for name in names) ** 0.5 == pytest.approx(two["grad_norm"], rel=1e-4)
 
 

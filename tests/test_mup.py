@@ -176,10 +176,19 @@ BUGS: dict[str, Callable[[ParameterKind, str], ParameterKind]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["cs", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("none", "ls"))])
+@pytest.mark.parametrize(
+    "policy", ["geometric", *(pytest.param(p, marks=pytest.mark.exhaustive) for p in ("none", "cs", "ls"))]
+)
 @each_config
 def test_coordinates_do_not_grow_with_the_width(config, policy):
+    """Nor by the factor of the whole concatenation, in which there is no width of either network."""
     assert worst_slope(make_backbone_of(config, policy)) <= 0.25
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("modulation", ["scale-rot", "rot", "scale"])
+def test_coordinates_of_each_modulation_do_not_grow_with_the_width(modulation):
+    assert worst_slope(make_backbone_of(replace(DIT, modulation=modulation), "geometric")) <= 0.25
 
 
 @pytest.mark.exhaustive

@@ -14,8 +14,10 @@ from torch._dynamo.testing import CompileCounter
 
 from scalelong.bench import published_dit, published_unet, published_uvit
 from scalelong.model.dit import DiT
+from scalelong.model.linear_layers import SkipLinear, project_skip
 from scalelong.model.plain_layers import use_plain_layers
-from scalelong.model.skip_scale import ConstantScale, SkipScale, SkipShape
+from scalelong.model.skip_layers import SkipConv1x1, shortcut
+from scalelong.model.skip_scale import ConstantScale, Geometric, SkipScale, SkipShape
 from scalelong.model.unet import UNet
 from scalelong.model.unet_config import SKIP_POSITIONS
 from scalelong.model.uvit import UViT
@@ -141,13 +143,14 @@ def test_the_monitor_takes_what_the_network_reports(make, recompute):
     outputs.clear()
     model(*BATCH, LABELS).sum().backward()
     found = monitor.take()
-    assert list(found)[:4] == [f"skip/1/{name}" for name in ("scale", "feature_norm", "hidden_norm", "common_scale")]
-    assert len([name for name in found if name.startswith("skip/")]) == 4 * len(model.skips)
-    assert len([name for name in found if name.startswith("block/")]) == len(model.named_blocks())
+    names = ("scale", "kappa_eff", "feature_norm", "hidden_norm", "common_scale")
+    assert list(found)[:5] == [f"skip/1/{name}" for name in names]
+    assert len([name for name in found if name.startswith("skip/")]) == 5 * len(model.skips)
+    assert len([name for name in found if name.startswith("block/")]) == 2 * len(model.named_blocks())
     for n, shape in enumerate(model.skips):
         i, (inputs, output) = len(model.skips) - n, outputs[n]
         skip = inputs[-1]
-        assert (skip.i, found[f"skip/{i}/scale"]) == (i, 0.5 ** (i - 1))
+        assert (skip.i, found[f"skip/{i}/scale"], found[f"skip/{i}/kappa_eff"]) == (i, *2 * (0.5 ** (i - 1),))
         assert found[f"skip/{i}/common_scale"] == Renormalised(0.5).common_scale(i, 0, shape, 0.5 ** (i - 1))
         for name, x in (("feature", skip.features), ("hidden", output)):
             norm = x.detach().flatten(1).norm(dim=1).mean().item()
@@ -210,3 +213,56 @@ def test_a_policy_is_told_of_each_skip_what_the_network_describes(make):
     else:
         assert [(shape.stream_width, shape.width) for shape in model.skips] == [(32, 32), (32, 16), (32, 16), (16, 16)]
         assert shape.kind == "channels"
+
+
+def mp_cat(a: torch.Tensor, b: torch.Tensor, t: float) -> torch.Tensor:
+    """EDM2's concatenation of features that preserves magnitudes (arXiv:2312.02696, equation 103)."""
+    num_a, num_b = a.shape[-1], b.shape[-1]
+    both = math.sqrt((num_a + num_b) / ((1 - t) ** 2 + t**2))
+    return both * torch.cat([(1 - t) / math.sqrt(num_a) * a, t / math.sqrt(num_b) * b], dim=-1)
+
+
+WIDTHS = ((64, 64), (96, 32), (32, 96))
+KAPPAS = (0.05, 0.25, 0.5, 0.7071, 0.9, 1.0)
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), WIDTHS)
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_the_renormalised_geometric_policy_is_mp_cat(num_a, num_b, kappa):
+    """With t / (1 - t) = kappa_i sqrt(N_b / N_a), for every skip."""
+    shapes = (SkipShape("tokens", num_b, num_a, 9),) * 4
+    x, s = torch.randn(2, 9, num_a).double(), torch.randn(2, 9, num_b).double()
+    for i in range(1, 5):
+        skip = Geometric(kappa).long_skip(i, shapes, s, None)
+        ratio = kappa ** (i - 1) * math.sqrt(num_b / num_a)
+        merged = skip.common * torch.cat([x, skip.scale * s], dim=-1)  # type: ignore[operator]
+        torch.testing.assert_close(merged, mp_cat(x, s, ratio / (1 + ratio)), rtol=0, atol=1e-6)
+        plain = Geometric(kappa, renorm=False).long_skip(i, shapes, s, None)
+        assert (plain.scale, plain.common) == (ConstantScale(kappa).long_skip(i, shapes, s, None).scale, None)
+
+
+def test_at_kappa_1_and_equal_widths_it_is_the_plain_concatenation():
+    for num_a, num_b in WIDTHS:
+        skip = Geometric(1.0).long_skip(3, (SkipShape("channels", num_b, num_a),) * 4, torch.ones(1), None)
+        assert (skip.scale, skip.common) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), WIDTHS)
+@pytest.mark.parametrize("kappa", KAPPAS)
+def test_each_merge_keeps_the_magnitude(num_a, num_b, kappa):
+    """Of halves of magnitude 1, by layers whose outputs have that of their inputs; CS loses up to the half of it."""
+    x, s = torch.randn(8, 64, num_a), torch.randn(8, 64, num_b)
+    linear, conv = SkipLinear(num_a + num_b, 128, bias=False), SkipConv1x1(num_a + num_b, 128, 1, bias=False)
+    for layer in (linear, conv):
+        nn.init.normal_(layer.weight, std=(num_a + num_b) ** -0.5)
+    for i in (1, 2, 4):
+        tokens = Geometric(kappa).long_skip(i, (SkipShape("tokens", num_b, num_a, 64),) * 4, s, None)
+        merges = [project_skip(linear, x, s, tokens.scale, tokens.common)]
+        h, features = (p.mT.unflatten(2, (8, 8)).contiguous() for p in (x, s))
+        channels = Geometric(kappa).long_skip(i, (SkipShape("channels", num_b, num_a),) * 4, features, None)
+        merges.append(shortcut(conv, h, features, channels.scale, channels.common))
+        for merge in merges:
+            assert merge.square().mean().sqrt().item() == pytest.approx(1, abs=0.05)
+        plain = project_skip(linear, x, s, tokens.scale).square().mean().sqrt().item()
+        expected = math.sqrt((num_a + kappa ** (2 * i - 2) * num_b) / (num_a + num_b))
+        assert plain == pytest.approx(expected, rel=0.06)

@@ -10,6 +10,7 @@ from scalelong.model.skip_gates import TokenGate
 from scalelong.model.skip_scale import (
     SKIP_SCALE_NAMES,
     ConstantScale,
+    Geometric,
     InverseSqrt2,
     LearnedScale,
     SkipScale,
@@ -170,7 +171,8 @@ def test_a_reduction_below_one_is_refused():
 
 
 def test_names_make_policies():
-    policies = [Unscaled(), InverseSqrt2(), ConstantScale(0.7), LearnedScale(), LearnedScale(shared=False)]
+    fixed = [Unscaled(), InverseSqrt2(), ConstantScale(0.7), Geometric(0.7)]
+    policies = [*fixed, LearnedScale(), LearnedScale(shared=False)]
     assert [make_skip_scale(name, 0.7) for name in SKIP_SCALE_NAMES] == policies
 
 
@@ -188,6 +190,7 @@ def test_a_policy_in_words():
         "none",
         "inv-sqrt2",
         "cs (kappa 0.7)",
+        "geometric (kappa 0.7, renorm True)",
         "ls (reduction 16)",
         "ls-separate (reduction 16)",
     ]
@@ -203,13 +206,16 @@ def test_a_name_that_is_taken_stays_with_its_policy():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="unknown skip scale 'se'; there are none, inv-sqrt2, cs, ls, ls-separate"):
+    with pytest.raises(ValueError, match="unknown skip scale 'se'; there are none, inv-sqrt2, cs, geometric, ls"):
         make_skip_scale("se")
 
 
 @pytest.mark.parametrize(
     "policy",
-    [Unscaled(), InverseSqrt2(), ConstantScale(0.7), LearnedScale(), LearnedScale(reduction=8, shared=False)],
+    [
+        *(Unscaled(), InverseSqrt2(), ConstantScale(0.7), Geometric(0.7), Geometric(0.7, renorm=False)),
+        *(LearnedScale(), LearnedScale(reduction=8, shared=False)),
+    ],
     ids=lambda policy: type(policy).__name__,
 )
 def test_a_policy_survives_json(policy):

@@ -58,9 +58,10 @@ def test_a_run_leaves_what_the_house_promises(straight):
     assert [row["step"] for row in rows] == list(range(1, 21))
     expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
     expected |= {"data_wait", "bad_images"}
-    expected |= {f"skip/1/{what}" for what in ("scale", "scale_spread", "feature_norm", "hidden_norm")}
-    expected |= {f"block/{n}/feature_norm" for n in range(3)}
-    expected |= {f"block/{n}/gradient_norm" for n in (0, 1, 2, "outside")}
+    expected |= {f"skip/1/{what}" for what in ("scale", "kappa_eff", "scale_spread", "feature_norm", "hidden_norm")}
+    expected |= {f"block/{n}/{what}" for n in range(3) for what in ("feature_norm", "magnitude")}
+    of_weights = ("gradient_norm", "weight_norm", "gradient_alignment")
+    expected |= {f"block/{n}/{what}" for n in (0, 1, 2, "outside") for what in of_weights}
     assert rows[0].keys() == expected
     assert rows[-1].keys() == expected | {"validation_loss", "validation_loss_ema"}
     assert all(np.isfinite(list(row.values())).all() for row in rows)
@@ -161,12 +162,16 @@ def test_every_skip_scale_trains_and_logs_its_scales(tmp_path, skip_scale):
     config = replace(config, model=replace(config.model, depth=4), run=tmp_path / "run")
     train(config)
     row = log_rows(config.run)[-1]
-    expected = {"none": (1.0, 1.0), "inv-sqrt2": (2**-0.5, 2**-0.5), "cs": (1.0, 0.5)}
+    expected = {"none": (1.0, 1.0), "inv-sqrt2": (2**-0.5, 2**-0.5), "cs": (1.0, 0.5), "geometric": (1.0, 0.5)}
     scales = (row["skip/1/scale"], row["skip/2/scale"])
     if skip_scale in expected:
         assert scales == pytest.approx(expected[skip_scale])
     else:
         assert all(0.3 < scale < 0.7 for scale in scales)
+        assert row["skip/2/scale_spread"] > 0
+    assert (row["skip/1/kappa_eff"], row["skip/2/kappa_eff"]) == pytest.approx(scales, rel=0.05)
+    if skip_scale == "geometric":
+        assert (row["skip/1/common_scale"], row["skip/2/common_scale"]) == pytest.approx((1.0, 1.6**0.5))
     assert row["skip/1/feature_norm"] > 0
     assert row["skip/2/feature_norm"] > 0
 

@@ -14,6 +14,7 @@ from running import log_rows, losses, train_on_ranks
 
 from scalelong.model.architectures import load_backbone
 from scalelong.model.dit import DiT
+from scalelong.model.dit_config import MODULATIONS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.commands.export import main as export
@@ -30,15 +31,18 @@ FLAGS = [
 ]
 FORMS, STAGES = ("layer-norm", "plain"), (0, 1, 2, 3)
 SAMPLE = {
-    ("layer-norm", "ls", 3),
-    ("plain", "cs", 2),
-    ("layer-norm", "inv-sqrt2", 1),
-    ("plain", "ls-separate", 0),
-    ("plain", "none", 1),
+    ("layer-norm", "ls", 3, "scale-rot"),
+    ("plain", "cs", 2, "rot"),
+    ("layer-norm", "inv-sqrt2", 1, "scale"),
+    ("plain", "ls-separate", 0, "adaln"),
+    ("plain", "geometric", 2, "scale-rot"),
+    ("plain", "none", 1, "adaln"),
 }
 
 
-def dit_config(run: Path, skip: str = "none", policy: str = "none", **changes) -> TrainConfig:
+def dit_config(
+    run: Path, skip: str = "none", policy: str = "none", modulation: str = "adaln", **changes
+) -> TrainConfig:
     """What FLAGS make of the preset."""
     base = RECIPES["digits-dit"]
     small = replace(
@@ -46,7 +50,7 @@ def dit_config(run: Path, skip: str = "none", policy: str = "none", **changes) -
         run=run,
         images_per_step=STEP,
         skip_scale=make_skip_scale(policy),
-        model=replace(base.model, width=32, depth=4, skip=skip),
+        model=replace(base.model, width=32, depth=4, skip=skip, modulation=modulation),
         optimizer=replace(base.optimizer, warmup_images=32),
         sample=replace(base.sample, num_images=10, steps=2),
     )
@@ -61,27 +65,40 @@ def assert_same_run(left: Path, right: Path, images: int) -> None:
         assert all(torch.equal(mine[key], other[key]) for key in mine)
 
 
-def test_the_sample_has_each_policy_form_and_stage():
-    forms, policies, stages = (set(values) for values in zip(*SAMPLE, strict=True))
-    assert (forms, policies, stages) == (set(FORMS), set(SKIP_SCALE_NAMES), set(STAGES))
+def test_the_sample_has_each_policy_form_stage_and_modulation():
+    found = tuple(set(values) for values in zip(*SAMPLE, strict=True))
+    assert found == (set(FORMS), set(SKIP_SCALE_NAMES), set(STAGES), set(MODULATIONS))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("skip", "policy", "stage"), [("none", "none", 2), *sorted(SAMPLE)])
-def test_resuming_is_exact(tmp_path, skip, policy, stage):
+@pytest.mark.parametrize(("skip", "policy", "stage", "modulation"), [("none", "none", 2, "adaln"), *sorted(SAMPLE)])
+def test_resuming_is_exact(tmp_path, skip, policy, stage, modulation):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
-    assert train(dit_config(straight, skip, policy, zero_stage=stage, total_images=5 * STEP)) == 0
+    network = (skip, policy, modulation)
+    assert train(dit_config(straight, *network, zero_stage=stage, total_images=5 * STEP)) == 0
     for total in (2 * STEP, 5 * STEP):
-        assert train(dit_config(resumed, skip, policy, zero_stage=stage, total_images=total)) == 0
+        assert train(dit_config(resumed, *network, zero_stage=stage, total_images=total)) == 0
     assert_same_run(straight, resumed, 5 * STEP)
     num_skips = 0 if skip == "none" else 2
     assert sum(key.endswith("/scale") for key in log_rows(straight)[-1]) == num_skips
 
 
+PLAIN_SKIPS = ("--model.skip", "plain", "--zero-stage", "2")
+OPTIONS = [
+    *(
+        ("--model.skip", skip, "--skip-scale", policy, "--zero-stage", str(stage))
+        for skip, policy, stage in product(FORMS, SKIP_SCALE_NAMES, STAGES)
+    ),
+    (*PLAIN_SKIPS, "--skip-scale", "geometric", "--skip-scale.renorm", "False", "--kappa", "0.7"),
+    *((*PLAIN_SKIPS, "--model.modulation", modulation, "--skip-scale", "geometric") for modulation in MODULATIONS),
+    *(("--zero-stage", "2", "--model.modulation", modulation) for modulation in MODULATIONS),
+]
+
+
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("skip", "policy", "stage"), list(product(FORMS, SKIP_SCALE_NAMES, STAGES)))
-def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, skip, policy, stage):
-    arguments = ["digits-dit", *FLAGS, "--model.skip", skip, "--skip-scale", policy, "--zero-stage", stage]
+@pytest.mark.parametrize("options", OPTIONS, ids=" ".join)
+def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, options):
+    arguments = ["digits-dit", *FLAGS, *options]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train_on_ranks(2, *arguments, "--run", straight, "--total-images", 50 * STEP)
     for steps in (20, 50):
@@ -94,11 +111,12 @@ def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, skip, po
 @pytest.mark.slow
 def test_a_run_is_exported_with_its_skips(tmp_path):
     run = tmp_path / "run"
-    assert train(dit_config(run, "layer-norm", "ls", total_images=2 * STEP)) == 0
+    assert train(dit_config(run, "layer-norm", "ls", "scale-rot", total_images=2 * STEP)) == 0
     export([str(run), "--out", str(tmp_path / "exported")])
     model = load_backbone(tmp_path / "exported")
     assert isinstance(model, DiT)
     assert (model.config.skip, model.skip_scale) == ("layer-norm", make_skip_scale("ls"))
+    assert model.config.modulation == "scale-rot"
     assert torch.equal(model.pos_embed, DiT(model.config).pos_embed)
     assert model(torch.randn(1, 1, 8, 8), torch.ones(1), torch.tensor([3])).isfinite().all()
 
@@ -119,9 +137,16 @@ def test_a_recipe_is_given_skips_and_their_policy_by_flags():
         (["--skip-scale", "cs"], r"skip scale 'cs', but this DiT has no long skips \(model.skip\): 'none' fits"),
         (["--model.out-channels", "2"], "a learned variance is not trained"),
         (["--model.width", "98"], "width 98 is no multiple of num_heads 4"),
+        (["--model.modulation", "turn"], "modulation: invalid choice 'turn'"),
     ],
-    ids=["policy", "variance", "width"],
+    ids=["policy", "variance", "width", "modulation"],
 )
 def test_what_cannot_be_is_refused_in_one_line(flags, message):
     with pytest.raises(UserError, match=message):
         parse_train_arguments(["digits-dit", *flags])
+
+
+@pytest.mark.parametrize("recipe", ["digits-uvit", "digits-unet"])
+def test_a_network_without_modulation_refuses_one_by_name(recipe):
+    with pytest.raises(UserError, match=r"--model.modulation"):
+        parse_train_arguments([recipe, "--model.modulation", "scale-rot"])

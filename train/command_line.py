@@ -43,13 +43,13 @@ class RecipeArguments:
     """A run of a recipe: the flags of training, and short forms of some."""
 
     skip_scale: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SKIP_SCALE_NAMES) + "}")] = ""
-    """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1), a shared learned gate, or one gate a skip. The
-    same as skip-scale.kind."""
+    """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1) (cs; geometric keeps the magnitude too), a shared
+    learned gate, or one gate a skip. The same as skip-scale.kind."""
     objective: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(NOISE_NAMES) + "}")] = ""
     """How noise grows with time: the VP-SDE, or the schedule of DDPM, ADM or Stable Diffusion. The same as
     objective.noise."""
     kappa: float | None = None
-    """Short for skip-scale.kappa, of "cs"."""
+    """Short for skip-scale.kappa, of "cs" and "geometric"."""
     skip_position: SkipPosition | None = None
     """Short for model.skip-position, of a UNet."""
     parametrization: Parametrization | None = None

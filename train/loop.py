@@ -33,7 +33,7 @@ from scalelong.train.schedule import learning_rate, what_is_due
 from scalelong.train.spikes import append_spike, of_divergence, outlying_positions
 from scalelong.train.validation import Validation
 from scalelong.train.zero import engine as zero
-from scalelong.train.zero.gradients import gradient_norms, scale_gradients
+from scalelong.train.zero.gradients import gradient_norms, gradients_against_weights, scale_gradients
 from scalelong.train.zero.learned_loss import loss_weighting
 from scalelong.train.zero.rows import apply_to_rows
 
@@ -155,7 +155,7 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     scale = zero.loss_scale(engine) if measures or run.clipping else 1.0
     norms_P = gradient_norms(engine) if measures or run.clipping else None
     if measures and norms_P is not None:
-        run.monitor.record_gradients(norms_P / scale)
+        run.monitor.record_gradients(norms_P / scale, *gradients_against_weights(engine, scale=scale))
     if run.clipping is not None and norms_P is not None:
         scale_gradients(engine, run.clipping.factors((norms_P / scale).tolist()))
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures, norms_P=norms_P)

@@ -16,12 +16,19 @@ OUTSIDE = "outside"
 class Monitor:
     """Takes down what a backbone reports of its blocks and long skips while ``active``; costs nothing otherwise.
 
-    For block n (0 the first that is computed) it keeps ``block/<n>/feature_norm``, the L2 norm of what it puts out,
-    averaged over the batch, and, from the gradients that it is given, ``block/<n>/gradient_norm``;
-    ``block/outside/gradient_norm`` is that of all parameters outside of blocks.
+    For block n (0 the first that is computed) it keeps:
+    ``block/<n>/feature_norm``: the L2 norm of what it puts out, averaged over the batch;
+    ``block/<n>/magnitude``: the root mean square of the same (arXiv:2312.02696: what EDM2 preserves);
+    and of its parameters, before the step:
+    ``block/<n>/gradient_norm``, ``block/<n>/weight_norm``: the L2 norms of their gradients and of themselves;
+    ``block/<n>/gradient_alignment``: the cosine of both, by which a small step changes the weights' norm (0 where
+    weights are normalised, as their gradients then lie at right angles to them).
+    ``block/outside/...`` is the same of all parameters outside of blocks.
 
     For skip i (1 the outermost) it keeps, averaged over the batch:
     ``skip/<i>/scale``: the factor (of gates the mean); ``skip/<i>/scale_spread``: of gates, their standard deviation;
+    ``skip/<i>/kappa_eff``: the weight of a feature of the skip over that of one of the hidden stream, of gates the root
+    mean square: by what constant factor the policy acts, whatever it multiplies both with;
     ``skip/<i>/feature_norm``: the L2 norm of the skip's features before scaling; ``skip/<i>/hidden_norm``: that of the
     block's output, the h_i whose oscillation the paper bounds; ``skip/<i>/common_scale``: the factor of the whole
     concatenation, where the policy renormalises.
@@ -55,11 +62,13 @@ class Monitor:
     def _record_block(self, number: int, output: Tensor) -> None:
         self._norms_NB[number] = norms_B = self._norms_of(output)
         self._values[f"block/{number}/feature_norm"] = norms_B.mean()
+        self._values[f"block/{number}/magnitude"] = (norms_B.square().sum() / max(output.numel(), 1)).sqrt()
 
     @torch.no_grad()
     def _record_skip(self, skip: LongSkip, output: Tensor) -> None:
         name, scale = f"skip/{skip.i}", skip.scale
         self._values[f"{name}/scale"] = 1.0 if scale is None else _mean(scale)
+        self._values[f"{name}/kappa_eff"] = 1.0 if scale is None else _root_mean_square(scale)
         if isinstance(scale, Tensor) and scale.numel() > 1:
             self._values[f"{name}/scale_spread"] = scale.float().std()
         self._values[f"{name}/feature_norm"] = self._norms_of(skip.features).mean()
@@ -67,17 +76,32 @@ class Monitor:
         if skip.common is not None:
             self._values[f"{name}/common_scale"] = _mean(skip.common)
 
-    def record_gradients(self, norms_P: Tensor) -> None:
+    def record_gradients(
+        self, norms_P: Tensor, weight_norms_P: Tensor | None = None, products_P: Tensor | None = None
+    ) -> None:
         """Takes the gradients' norms, one for each of the model's parameters in their order, without the loss scale.
 
         Those of what the loss learns stand behind them and are left out.
+
+        Args:
+            weight_norms_P, products_P: norms of the parameters, and their inner products with the gradients.
         """
-        squares_N = norms_P.new_zeros(len(self.blocks) + 1)
-        norms_P = norms_P[: len(self._block_of_parameter)]
-        squares_N.index_add_(0, self._block_of_parameter.to(norms_P.device), norms_P.square())
-        for number, norm in enumerate(squares_N.sqrt()):
-            block = number if number < len(self.blocks) else OUTSIDE
-            self._values[f"block/{block}/gradient_norm"] = norm
+        gradient_norms_N = self._of_blocks(norms_P.square()).sqrt()
+        found = {"gradient_norm": gradient_norms_N}
+        if weight_norms_P is not None and products_P is not None:
+            found["weight_norm"] = weight_norms_N = self._of_blocks(weight_norms_P.square()).sqrt()
+            lengths_N = (weight_norms_N * gradient_norms_N).clamp_min(torch.finfo(torch.float32).tiny)
+            found["gradient_alignment"] = self._of_blocks(products_P) / lengths_N
+        for name, values_N in found.items():
+            for number, value in enumerate(values_N):
+                block = number if number < len(self.blocks) else OUTSIDE
+                self._values[f"block/{block}/{name}"] = value
+
+    def _of_blocks(self, values_P: Tensor) -> Tensor:
+        """Sums over the parameters of each block, and of those outside."""
+        sums_N = values_P.new_zeros(len(self.blocks) + 1)
+        values_P = values_P[: len(self._block_of_parameter)]
+        return sums_N.index_add_(0, self._block_of_parameter.to(values_P.device), values_P)
 
     def take(self) -> dict[str, float]:
         """The values of the last forward pass: skips, outermost first, then blocks."""
@@ -114,6 +138,10 @@ class Monitor:
 
 def _mean(scale: Tensor | float) -> Tensor | float:
     return scale.float().mean() if isinstance(scale, Tensor) else scale
+
+
+def _root_mean_square(scale: Tensor | float) -> Tensor | float:
+    return scale.float().square().mean().sqrt() if isinstance(scale, Tensor) else abs(scale)
 
 
 def _place(item: tuple[str, float]) -> tuple[bool, float]:

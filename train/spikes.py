@@ -222,13 +222,15 @@ def last_rows(path: Path, images_seen: int) -> list[dict[str, float | None]]:
 
 
 FIGURES = ("loss", "grad_norm", "skip/", "block/")
+NOT_WATCHED = ("magnitude", "kappa_eff", "gradient_alignment")
+"""Another form of a figure that is, or of no size: a cosine passes through zero."""
 
 
 def _logarithms(row: Mapping[str, float | None]) -> dict[str, float]:
     """Of the figures that are watched, infinite for those that are not finite; and the number of the step."""
     logs = {"step": float(row["step"] or 0)}
     for name, value in row.items():
-        if name.startswith(FIGURES):
+        if name.startswith(FIGURES) and not name.endswith(NOT_WATCHED):
             is_finite = value is not None and math.isfinite(value)
             logs[name] = math.log(max(value, 1e-30)) if is_finite and value is not None else math.inf
     return logs

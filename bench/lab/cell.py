@@ -157,11 +157,47 @@ def measures_of(rows: Sequence[LogRow], config: TrainConfig, outcome: Outcome) -
     found["oscillation"] = max((s for s in swings if not math.isnan(s)), default=math.nan)
     outermost_T = hidden.get("skip/1/hidden_norm", np.full(len(rows), math.nan))
     found["hidden_norm"] = float(np.median(outermost_T[-_quarter(rows) :]))
+    weights_T = _weight_norms(rows)
+    found |= magnitudes_of(rows, weights_T)
     if outcome.state == "finished":
         found |= dict(zip(("final_loss", "final_is"), final_loss(rows), strict=True))
         if not found["final_loss"] < found["start_loss"]:  # training has undone what there was
             found |= {"state": "diverged", "reason": f"the loss ended at {found['final_loss']:.3g}, above its start"}
-    return {**found, **curves_of(rows, losses_T, gradients_T, outermost_T)}
+    return {**found, **curves_of(rows, losses_T, gradients_T, outermost_T, weights_T)}
+
+
+def magnitudes_of(rows: Sequence[LogRow], weights_T: np.ndarray) -> dict[str, float]:
+    """The features of blocks, the weights of the network, and how their gradients lie to them."""
+    magnitudes = [_column(rows, name)[-_quarter(rows) :] for name in rows[0] if name.endswith("/magnitude")]
+    largest = max((float(np.median(values)) for values in magnitudes), default=math.nan)
+    lengths = _of_blocks(rows, "weight_norm") * _of_blocks(rows, "gradient_norm")
+    products_T = (_of_blocks(rows, "gradient_alignment") * lengths).sum(axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cosines_T = np.abs(products_T) / (weights_T * _norm_of_blocks(rows, "gradient_norm"))
+        growth = float(weights_T[-1] / weights_T[0])
+    return {
+        "magnitude": largest,
+        "weight_norm": float(weights_T[-1]),
+        "weight_growth": growth,
+        "gradient_alignment": float(np.median(cosines_T[-_quarter(rows) :])),
+    }
+
+
+def _weight_norms(rows: Sequence[LogRow]) -> np.ndarray:
+    """Of the whole network; NaN where a log has none."""
+    return _norm_of_blocks(rows, "weight_norm")
+
+
+def _norm_of_blocks(rows: Sequence[LogRow], name: str) -> np.ndarray:
+    """(T,): the norm over all blocks and what lies outside of them."""
+    parts = _of_blocks(rows, name)
+    return np.sqrt(np.square(parts).sum(axis=0)) if len(parts) else np.full(len(rows), math.nan)
+
+
+def _of_blocks(rows: Sequence[LogRow], name: str) -> np.ndarray:
+    """(blocks and what lies outside of them, T)."""
+    names = [found for found in rows[0] if found.startswith("block/") and found.endswith(f"/{name}")]
+    return np.array([_column(rows, found) for found in names]).reshape(len(names), len(rows))
 
 
 def final_loss(rows: Sequence[LogRow]) -> tuple[float, str]:
@@ -173,7 +209,11 @@ def final_loss(rows: Sequence[LogRow]) -> tuple[float, str]:
 
 
 def curves_of(
-    rows: Sequence[LogRow], losses_T: np.ndarray, gradients_T: np.ndarray, outermost_T: np.ndarray
+    rows: Sequence[LogRow],
+    losses_T: np.ndarray,
+    gradients_T: np.ndarray,
+    outermost_T: np.ndarray,
+    weights_T: np.ndarray,
 ) -> dict[str, list[float]]:
     """Curves of few points: the loss is the validation loss where it was taken often, or the smoothed training loss."""
     images_T = _column(rows, "images_seen")
@@ -183,7 +223,7 @@ def curves_of(
     else:
         places = sorted({round(t) for t in np.linspace(0, len(rows) - 1, CURVE_POINTS)})
         loss_T = smoothed(losses_T, max(1, len(rows) // 20))
-    columns = {"images": images_T, "loss": loss_T, "gradient": gradients_T, "hidden": outermost_T}
+    columns = {"images": images_T, "loss": loss_T, "gradient": gradients_T, "hidden": outermost_T, "weights": weights_T}
     return {f"curve_{name}": [float(values_T[t]) for t in places] for name, values_T in columns.items()}
 
 

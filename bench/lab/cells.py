@@ -146,14 +146,16 @@ def depth_flags(preset: str, value: str) -> Flags:
 
 
 def skip_scale_flags(_preset: str, value: str) -> Flags:
-    """ "cs:0.7": a policy, and the value of its first field."""
-    kind, colon, first = value.partition(":")
+    """ "cs:0.7", "geometric:0.7:False": a policy, and the values of its first fields."""
+    kind, *values = value.split(":")
     if kind not in SkipScale.known:
         raise UserError(f"unknown skip scale {kind!r}; there are {', '.join(SkipScale.known)}")
     names = [field.name for field in fields(SkipScale.known[kind].policy)]
-    if colon and not names:
-        raise UserError(f"skip scale {value!r}: {kind!r} takes no value")
-    return ("--skip-scale", kind, *((f"--skip-scale.{names[0]}", first) if colon else ()))
+    if len(values) > len(names):
+        takes = f"values of {', '.join(names)} at most" if names else "no value"
+        raise UserError(f"skip scale {value!r}: {kind!r} takes {takes}")
+    flags = ((f"--skip-scale.{name}", text) for name, text in zip(names, values, strict=False))
+    return ("--skip-scale", kind, *(part for flag in flags for part in flag))
 
 
 def clipping_flags(_preset: str, value: str) -> Flags:

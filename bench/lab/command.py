@@ -33,7 +33,7 @@ DIVERGED_FACTOR, DIVERGED_STEPS = 3, 10
 """A run has diverged once so many losses in a row are above so many times the running median."""
 HELP = {
     "depths": "blocks of a U-ViT, or residual blocks a level of a UNet",
-    "skip-scale": "policies; cs:0.7 is cs with kappa 0.7",
+    "skip-scale": "policies; cs:0.7 is cs with kappa 0.7, geometric:0.7:False one with the values of two fields",
     "positions": "of a UNet's skip scales: before-norm, after-norm",
     "qk-norm": "True, False; of models that have it",
     "magnitude": "plain, mp; of U-ViT and DiT, mp with a rate that falls by a cosine",

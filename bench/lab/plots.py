@@ -48,6 +48,7 @@ def pictures_of(rows: Sequence[Row]) -> dict[str, tuple[bytes, bytes]]:
         "losses": rate_and_loss,
         "stability": stable_cells,
         "speed": curves,
+        "magnitudes": weight_norms,
         "gain": gains,
         "law": depth_and_norm,
     }
@@ -161,6 +162,22 @@ def curves(rows: Sequence[Row]) -> Figure | None:
         for group in modes:
             draw_curves(panel, group.at(rate), column, looks[group.mode])
         panel.set(yscale="log", xlabel="images", ylabel=label)
+    axes[0].legend(fontsize=9)
+    return figure
+
+
+def weight_norms(rows: Sequence[Row]) -> Figure | None:
+    """The norm of all weights over images, of each mode at its own best rate."""
+    groups = groups_of([row for row in trained(rows) if any(map(math.isfinite, row.curve_weights))])
+    if not groups:
+        return None
+    looks, contexts = looks_of([group.mode for group in groups]), contexts_of(groups)
+    figure, axes = panels(list(contexts))
+    for panel, modes in zip(axes, contexts.values(), strict=True):
+        for group in modes:
+            draw_curves(panel, group.at(group.best_rate), "curve_weights", looks[group.mode])
+        panel.set(yscale="log", xlabel="images")
+    axes[0].set_ylabel("norm of all weights")
     axes[0].legend(fontsize=9)
     return figure
 

@@ -41,7 +41,8 @@ class Table:
 def tables_of(rows: Sequence[Row]) -> list[Table]:
     """Every table that the rows have something for."""
     groups = groups_of(trained(rows))
-    tables = [stability_table(groups), loss_table(groups), speed_table(groups), *start_tables(untrained(rows))]
+    tables = [stability_table(groups), loss_table(groups), speed_table(groups), magnitude_table(groups)]
+    tables += start_tables(untrained(rows))
     tables.append(gain_table(groups_of([row for row in rows if row.gain_0_1])))
     return [table for table in tables if table.lines]
 
@@ -130,6 +131,22 @@ def show_ratio(ratio: Ratio | None) -> str:
         return "reached by this mode alone"
     high = "unbounded" if not math.isfinite(ratio.high) else f"{ratio.high:.2f}"
     return f"{ratio.value:.2f} ({ratio.low:.2f} to {high})"
+
+
+def magnitude_table(groups: Sequence[Group]) -> Table:
+    columns = ("magnitude", "weight_norm", "weight_growth", "gradient_alignment")
+    lines: list[list[Value]] = [
+        [group.context, group.mode, group.best_rate, *(group.median_at_best(column) for column in columns)]
+        for group in groups
+        if not math.isnan(group.median_at_best("weight_norm"))
+    ]
+    header = ("network", "mode", "rate", "largest magnitude", "weight norm", "times its first", "|cosine|")
+    note = (
+        "At the mode's own best rate, medians over seeds: the root mean square of the features of the block where it "
+        "is largest; the norm of all weights at the end, and over that at the first logged step; the size of the "
+        "cosine of all weights and their gradients (magnitude and cosine: median over the last quarter)."
+    )
+    return Table("magnitudes", "Magnitudes of features and weights", note, header, lines)
 
 
 def start_tables(rows: Sequence[Row]) -> list[Table]:

@@ -47,6 +47,14 @@ class Row:
     """Of the h_i, the largest of all skips, over the last half."""
     hidden_norm: float = math.nan
     """Of h_1, which the outermost block puts out: the median over the last quarter."""
+    magnitude: float = math.nan
+    """Of the features, the largest of all blocks: the median over the last quarter."""
+    weight_norm: float = math.nan
+    """Of the whole network, at the end."""
+    weight_growth: float = math.nan
+    """That norm over what it was at the first logged step."""
+    gradient_alignment: float = math.nan
+    """The cosine of all weights and their gradients: the median size over the last quarter."""
     growth_forward: float = math.nan
     growth_backward: float = math.nan
     kappa_squares: float = math.nan
@@ -62,6 +70,7 @@ class Row:
     curve_loss: List = field(default_factory=list)
     curve_gradient: List = field(default_factory=list)
     curve_hidden: List = field(default_factory=list)
+    curve_weights: List = field(default_factory=list)
     images_per_second: float = math.nan
     seconds: float = math.nan
     date: str = ""

@@ -20,7 +20,7 @@ using Optional = std::optional<Tensor>;
 
 // From the shape alone, so that the number of threads does not change a bit of the result. Blocks of a few rows would
 // be bound by their sums, and a few blocks leave threads idle.
-constexpr int64_t MIN_ROWS_PER_BLOCK = 16, MAX_BLOCKS = 64, ROWS_TOGETHER = 4;
+constexpr int64_t MIN_ROWS_PER_BLOCK = 16, MAX_BLOCKS = 64;
 
 // Outputs from this size on are written past the caches.
 constexpr int64_t STREAM_BYTES = 4 << 20;
@@ -49,7 +49,7 @@ float* floats(const MaybeTensor& x, int64_t size, const char* name) {
 }
 
 struct Parameters {
-  const Optional&weight, &bias, &gain, &shift, &gate;
+  const Optional&weight, &bias, &gain, &shift, &gate, &cosine, &sine;
 };
 
 // num_samples is 1 where nothing belongs to a sample.
@@ -72,6 +72,11 @@ AddLayerNorm describe(const Tensor& x, int64_t num_samples, const Parameters& pa
   norm.gain = floats(parameters.gain, size, "gain");
   norm.shift = floats(parameters.shift, size, "shift");
   norm.gate = floats(parameters.gate, size, "gate");
+  STD_TORCH_CHECK(parameters.cosine.has_value() == parameters.sine.has_value() &&
+                      (!parameters.cosine.has_value() || norm.D % 2 == 0),
+                  "add_layer_norm: angles have a cosine and a sine, and turn pairs of features");
+  norm.cosine = floats(parameters.cosine, size / 2, "cosine");
+  norm.sine = floats(parameters.sine, size / 2, "sine");
   norm.mean = floats(mean, num_rows, "mean");
   norm.rstd = floats(rstd, num_rows, "rstd");
   return norm;
@@ -86,15 +91,15 @@ AddLayerNormKernels kernels_of(Type stream, Type branch, Type y) {
 
 void each_block(const AddLayerNorm& norm, AddLayerNormKernels::Rows rows) {
   in_parallel(norm.B * norm.num_blocks, norm.rows_per_block * norm.D, [&](int64_t begin, int64_t end) {
-    const std::unique_ptr<float[]> scratch(new float[3 * norm.D]);
+    const std::unique_ptr<float[]> scratch(new float[SCRATCH_ROWS * norm.D]);
     rows(norm, begin, end, scratch.get());
   });
 }
 
 void add_layer_norm_forward(Optional stream, Tensor y, Tensor mean, Tensor rstd, Tensor x, Optional branch,
                             Optional weight, Optional bias, Optional gain, Optional shift, Optional gate,
-                            int64_t num_samples, double eps) {
-  AddLayerNorm norm = describe(x, num_samples, {weight, bias, gain, shift, gate}, mean, rstd);
+                            Optional cosine, Optional sine, int64_t num_samples, double eps) {
+  AddLayerNorm norm = describe(x, num_samples, {weight, bias, gain, shift, gate, cosine, sine}, mean, rstd);
   const Type type = type_of(x), y_type = type_of(y), branch_type = branch.has_value() ? type_of(*branch) : type;
   STD_TORCH_CHECK(branch.has_value() == stream.has_value(), "add_layer_norm: a branch makes a stream");
   STD_TORCH_CHECK(!stream.has_value() || type_of(*stream) == type, "add_layer_norm: the stream has the dtype of x");
@@ -106,10 +111,11 @@ void add_layer_norm_forward(Optional stream, Tensor y, Tensor mean, Tensor rstd,
 }
 
 void add_layer_norm_backward(Optional dx, Optional dbranch, Optional dweight, Optional dbias, Optional dgain,
-                             Optional dshift, Optional dgate, Optional dstream, Tensor dy, Tensor stream, Tensor mean,
-                             Tensor rstd, Optional branch, Optional weight, Optional bias, Optional gain,
-                             Optional gate, int64_t num_samples) {
-  AddLayerNorm norm = describe(stream, num_samples, {weight, bias, gain, std::nullopt, gate}, mean, rstd);
+                             Optional dshift, Optional dgate, Optional dangle, Optional dstream, Tensor dy,
+                             Tensor stream, Tensor mean, Tensor rstd, Optional branch, Optional weight, Optional bias,
+                             Optional gain, Optional shift, Optional gate, Optional cosine, Optional sine,
+                             int64_t num_samples) {
+  AddLayerNorm norm = describe(stream, num_samples, {weight, bias, gain, shift, gate, cosine, sine}, mean, rstd);
   const int64_t size = norm.B * norm.D;
   const Type type = type_of(stream), branch_type = dbranch.has_value()  ? type_of(*dbranch)
                                                    : branch.has_value() ? type_of(*branch)
@@ -128,8 +134,10 @@ void add_layer_norm_backward(Optional dx, Optional dbranch, Optional dweight, Op
   norm.dbias = floats(dbias, norm.D, "dbias");
   norm.dgain = floats(dgain, size, "dgain");
   norm.dshift = floats(dshift, size, "dshift");
+  STD_TORCH_CHECK(!dangle.has_value() || cosine.has_value(), "add_layer_norm: there are no angles");
   norm.dgate = floats(dgate, size, "dgate");
-  const bool has_sums = norm.dweight || norm.dbias || norm.dgain || norm.dshift || norm.dgate;
+  norm.dangle = floats(dangle, size / 2, "dangle");
+  const bool has_sums = norm.dweight || norm.dbias || norm.dgain || norm.dshift || norm.dgate || norm.dangle;
   const std::unique_ptr<float[]> sums(has_sums ? new float[norm.B * norm.num_blocks * NUM_SUMS * norm.D] : nullptr);
   norm.sums = sums.get();
   const AddLayerNormKernels kernels = kernels_of(type, branch_type, type_of(dy));
@@ -145,13 +153,13 @@ void add_layer_norm_backward(Optional dx, Optional dbranch, Optional dweight, Op
 STABLE_TORCH_LIBRARY_FRAGMENT(scalelong_native, library) {
   library.def(
       "add_layer_norm_forward(Tensor(a!)? stream, Tensor(b!) y, Tensor(c!) mean, Tensor(d!) rstd, Tensor x, "
-      "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate, int num_samples, "
-      "float eps) -> ()");
+      "Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? shift, Tensor? gate, Tensor? cosine, "
+      "Tensor? sine, int num_samples, float eps) -> ()");
   library.def(
       "add_layer_norm_backward(Tensor(a!)? dx, Tensor(b!)? dbranch, Tensor(c!)? dweight, Tensor(d!)? dbias, "
-      "Tensor(e!)? dgain, Tensor(f!)? dshift, Tensor(g!)? dgate, Tensor? dstream, Tensor dy, Tensor stream, "
-      "Tensor mean, Tensor rstd, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, Tensor? gate, "
-      "int num_samples) -> ()");
+      "Tensor(e!)? dgain, Tensor(f!)? dshift, Tensor(g!)? dgate, Tensor(h!)? dangle, Tensor? dstream, Tensor dy, "
+      "Tensor stream, Tensor mean, Tensor rstd, Tensor? branch, Tensor? weight, Tensor? bias, Tensor? gain, "
+      "Tensor? shift, Tensor? gate, Tensor? cosine, Tensor? sine, int num_samples) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(scalelong_native, CPU, library) {

@@ -8,7 +8,6 @@ namespace scalelong::SCALELONG_ISA {
 namespace {
 
 constexpr int TOGETHER = 4;        // vectors of a row in forward
-constexpr int ROWS_TOGETHER = 4;   // rows in backward, for which the sums are loaded and stored once
 constexpr int64_t COLUMNS = 64;    // of the sums that are put together at a time
 
 // --- memory ----------------------------------------------------------------------------------------------------------
@@ -104,6 +103,15 @@ inline void fill_coefficients(const AddLayerNorm& norm, int64_t b, float* a, flo
   }
 }
 
+// What turns the pairs (i, i + D / 2) of a sample's rows; null where nothing does.
+struct Turns {
+  const float *cosine, *sine;
+};
+
+inline Turns turns_of(const AddLayerNorm& norm, int64_t b) {
+  return norm.cosine ? Turns{norm.cosine + b * (norm.D / 2), norm.sine + b * (norm.D / 2)} : Turns{};
+}
+
 // --- forward ---------------------------------------------------------------------------------------------------------
 
 // Fills ``kept``, if it is given, with the stream in fp32, and the stream itself if there is a branch. Returns the sum over the row.
@@ -151,6 +159,20 @@ INLINED inline Moments moments_of(const float* row, double sum, int64_t D) {
   return {near + left, sum_of_all(squares) / double(D) - left * left};
 }
 
+// Writes y of a row, turned where there are angles, given xhat(d, size).
+template <bool STREAM, class Y, class F>
+INLINED inline void write_y(const F& xhat, const float* a, const float* c, Turns turns, Y* y, int64_t D) {
+  const auto z = [&](int64_t d, int64_t size) INLINED { return xhat(d, size) * get(a, d, size) + get(c, d, size); };
+  if (!turns.cosine) return each_vector(D, [&](int64_t d, int64_t size) INLINED { put<STREAM>(y, d, size, z(d, size)); });
+  const int64_t half = D / 2;
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const Floats first = z(d, size), second = z(half + d, size);
+    const Floats cosine = get(turns.cosine, d, size), sine = get(turns.sine, d, size);
+    put<STREAM>(y, d, size, first * cosine - second * sine);
+    put<STREAM>(y, half + d, size, second * cosine + first * sine);
+  });
+}
+
 template <class X, class Branch, class Y, bool STREAM>
 void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
@@ -159,6 +181,7 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
     const Rows rows = rows_of(norm, unit);
     if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
     const float* gate = norm.gate ? norm.gate + b * D : nullptr;
+    const Turns turns = turns_of(norm, b);
     for (int64_t row = rows.first; row < rows.last; ++row) {
       const X* x = (const X*)norm.x + row * D;
       const Branch* branch = norm.branch ? (const Branch*)norm.branch + row * D : nullptr;
@@ -173,15 +196,14 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
       norm.rstd[row] = factor;
       // What the mean loses by rounding goes into a constant, where it costs nothing.
       const float constant = float((mean - moments.mean) * rstd);
-      Y* y = (Y*)norm.y + row * D;
-      each_vector(D, [&](int64_t d, int64_t size) INLINED {
+      const auto xhat = [&](int64_t d, int64_t size) INLINED {
         if constexpr (STREAM) {  // the next row comes from memory, while this one is in the first cache
           prefetch<1>(x + D + d);
           if (branch) prefetch<1>(branch + D + d);
         }
-        const Floats xhat = (get(kept, d, size) - mean) * factor + constant;
-        put<STREAM>(y, d, size, xhat * get(a, d, size) + get(c, d, size));
-      });
+        return (get(kept, d, size) - mean) * factor + constant;
+      };
+      write_y<STREAM>(xhat, a, c, turns, (Y*)norm.y + row * D, D);
     }
   }
   if constexpr (STREAM) finish_streams();
@@ -189,7 +211,8 @@ void forward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* s
 
 template <class X, class Branch, class Y>
 void forward(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
-  const bool streams = norm.streams && can_stream((const X*)norm.stream, norm.D) && can_stream((const Y*)norm.y, norm.D);
+  const int64_t together = norm.cosine ? norm.D / 2 : norm.D;  // of y, each half of which is a row by itself
+  const bool streams = norm.streams && can_stream((const X*)norm.stream, norm.D) && can_stream((const Y*)norm.y, together);
   (streams ? forward_rows<X, Branch, Y, true> : forward_rows<X, Branch, Y, false>)(norm, begin, end, scratch);
 }
 
@@ -200,12 +223,44 @@ struct Means {
   float dz, dz_xhat;
 };
 
+// Fills ``dz`` with NUM rows of dy turned back. The angles' gradients sum up dz2 z1 - dz1 z2 with z = xhat * a + c: what
+// dy has at right angles to y, which turning both does not change.
 template <bool STREAM, int NUM, class X, class Y>
-INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float* a, float* sums, Means* means) {
+INLINED inline void turn_back(const AddLayerNorm& norm, int64_t row, const float* a, const float* c, Turns turns,
+                              float* dangle_sums, float* dz) {
+  const int64_t D = norm.D, half = D / 2;
+  const X* stream = (const X*)norm.x + row * D;
+  const Y* dy = (const Y*)norm.dy + row * D;
+  const float *mean = norm.mean + row, *rstd = norm.rstd + row;
+  each_vector(half, [&](int64_t d, int64_t size) INLINED {
+    const Floats cosine = get(turns.cosine, d, size), sine = get(turns.sine, d, size);
+    Floats dangle = dangle_sums ? get(dangle_sums, d, size) : Floats{};
+    for (int r = 0; r < NUM; ++r) {
+      if constexpr (STREAM) {
+        prefetch<1>(dy + (NUM + r) * D + d);
+        prefetch<1>(dy + (NUM + r) * D + half + d);
+      }
+      const Floats first = get(dy + r * D, d, size), second = get(dy + r * D, half + d, size);
+      const Floats dz1 = first * cosine + second * sine, dz2 = second * cosine - first * sine;
+      put(dz + r * D, d, size, dz1);
+      put(dz + r * D, half + d, size, dz2);
+      if (dangle_sums) {
+        const Floats xhat1 = (get(stream + r * D, d, size) - mean[r]) * rstd[r];
+        const Floats xhat2 = (get(stream + r * D, half + d, size) - mean[r]) * rstd[r];
+        dangle += dz2 * (xhat1 * get(a, d, size) + get(c, d, size));
+        dangle -= dz1 * (xhat2 * get(a, half + d, size) + get(c, half + d, size));
+      }
+    }
+    if (dangle_sums) put(dangle_sums, d, size, dangle);
+  });
+}
+
+template <bool STREAM, int NUM, class X, class Y>
+INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const Y* dy, const float* a, float* sums,
+                             Means* means) {
   const int64_t D = norm.D;
   const X* stream = (const X*)norm.x + row * D;
   const X* dstream = norm.dstream ? (const X*)norm.dstream + row * D : nullptr;
-  const Y* dy = (const Y*)norm.dy + row * D;
   const float *mean = norm.mean + row, *rstd = norm.rstd + row;
   Floats dz_sums[NUM] = {}, dz_xhat_sums[NUM] = {};
   each_vector(D, [&](int64_t d, int64_t size) INLINED {
@@ -231,11 +286,10 @@ INLINED inline void sum_rows(const AddLayerNorm& norm, int64_t row, const float*
 }
 
 template <bool STREAM, int AHEAD, class X, class Branch, class Y>
-INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float* a, const float* gate, float* dgate_sums,
-                      Means means) {
+INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const Y* dy, const float* a, const float* gate,
+                      float* dgate_sums, Means means) {
   const int64_t D = norm.D, at = row * D;
   const X *stream = (const X*)norm.x + at, *dstream = norm.dstream ? (const X*)norm.dstream + at : nullptr;
-  const Y* dy = (const Y*)norm.dy + at;
   const Branch* branch = dgate_sums ? (const Branch*)norm.branch + at : nullptr;
   X* dx = norm.dx ? (X*)norm.dx + at : nullptr;
   Branch* dbranch = norm.dbranch ? (Branch*)norm.dbranch + at : nullptr;
@@ -258,24 +312,32 @@ INLINED inline void write_row(const AddLayerNorm& norm, int64_t row, const float
 template <class X, class Branch, class Y, bool STREAM>
 void backward_rows(const AddLayerNorm& norm, int64_t begin, int64_t end, float* scratch) {
   const int64_t D = norm.D;
-  float *a = scratch, *unused = scratch + D;
+  float *a = scratch, *c = scratch + D, *dz = scratch + 2 * D;
+  const int64_t num_sums = norm.dangle ? NUM_SUMS : NUM_SUMS - 1;
   const bool sums_parameters = norm.dweight || norm.dbias || norm.dgain || norm.dshift;
   const bool writes = norm.dx || norm.dbranch || norm.dgate;
   for (int64_t unit = begin, b = -1; unit < end; ++unit) {
     const Rows rows = rows_of(norm, unit);
-    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, unused);
+    if (b != rows.b) fill_coefficients(norm, b = rows.b, a, c);
     const float* gate = norm.gate ? norm.gate + b * D : nullptr;
+    const Turns turns = turns_of(norm, b);
     float* sums = norm.sums ? norm.sums + unit * NUM_SUMS * D : nullptr;
-    if (sums) memset(sums, 0, NUM_SUMS * D * sizeof(float));
+    if (sums) memset(sums, 0, num_sums * D * sizeof(float));
     float *dy_sums = sums_parameters ? sums : nullptr, *dgate_sums = norm.dgate ? sums + 2 * D : nullptr;
+    float* dangle_sums = norm.dangle ? sums + 3 * D : nullptr;
     int64_t row = rows.first;
-    const auto run = [&]<int NUM>() INLINED {
+    const auto finish = [&]<int NUM, class T>(const T* dy) INLINED {
       Means means[NUM];
-      sum_rows<STREAM, NUM, X, Y>(norm, row, a, dy_sums, means);
+      sum_rows<STREAM, NUM, X>(norm, row, dy, a, dy_sums, means);
       for (int r = 0; writes && r < NUM; ++r) {
-        write_row<STREAM, NUM, X, Branch, Y>(norm, row + r, a, gate, dgate_sums, means[r]);
+        write_row<STREAM, NUM, X, Branch>(norm, row + r, dy + r * D, a, gate, dgate_sums, means[r]);
       }
       row += NUM;
+    };
+    const auto run = [&]<int NUM>() INLINED {
+      if (!turns.cosine) return finish.template operator()<NUM>((const Y*)norm.dy + row * D);
+      turn_back<STREAM, NUM, X, Y>(norm, row, a, c, turns, dangle_sums, dz);
+      finish.template operator()<NUM>((const float*)dz);
     };
     while (row + ROWS_TOGETHER <= rows.last) run.template operator()<ROWS_TOGETHER>();
     while (row < rows.last) run.template operator()<1>();
@@ -297,13 +359,18 @@ void parameters(const AddLayerNorm& norm, int64_t begin, int64_t end) {
     double dweight[COLUMNS] = {}, dbias[COLUMNS] = {};
     for (int64_t b = 0; b < norm.B; ++b) {
       double sums[NUM_SUMS][COLUMNS] = {};
+      const int64_t num_sums = norm.dangle ? NUM_SUMS : NUM_SUMS - 1;
       for (int64_t block = 0; block < norm.num_blocks; ++block) {
         const float* of_block = norm.sums + (b * norm.num_blocks + block) * NUM_SUMS * D + first;
-        for (int64_t k = 0; k < NUM_SUMS; ++k) {
+        for (int64_t k = 0; k < num_sums; ++k) {
           for (int64_t i = 0; i < size; ++i) sums[k][i] += of_block[k * D + i];
         }
       }
       const auto &dy = sums[0], &dy_xhat = sums[1];
+      const int64_t half = D / 2;
+      for (int64_t i = 0; norm.dangle && i < size && first + i < half; ++i) {
+        norm.dangle[b * half + first + i] = float(sums[3][i]);
+      }
       for (int64_t i = 0; i < size; ++i) {
         const int64_t d = first + i, at = b * D + d;
         const double factor = norm.gain ? 1.0 + norm.gain[at] : 1.0;

@@ -1,10 +1,12 @@
 """The gradients that a step is about to take, parameter by parameter, under every ZeRO stage."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from scalelong.train.zero.shards import master_shard
 
 
 def local_gradients(engine) -> list[Tensor]:
@@ -31,11 +33,50 @@ def gradient_norms(engine, *, scale: float = 1.0) -> Tensor:
     return norms_P if scale == 1.0 else norms_P / scale
 
 
+class AgainstWeights(NamedTuple):
+    """What gradients are to the weights that they are of: (P,) each, fp32, one for each parameter."""
+
+    weight_norms_P: Tensor
+    """L2 norms of the weights."""
+    products_P: Tensor
+    """Inner products of weight and gradient."""
+
+
+def gradients_against_weights(engine, *, scale: float = 1.0) -> AgainstWeights:
+    """Weights and their gradients before a step, the same on all ranks, which all must call it.
+
+    Args:
+        scale: the loss scale, which is taken out.
+    """
+    stage, gradients = engine.zero_optimization_stage(), local_gradients(engine)
+    squares, products = [], []
+    for parameter, gradient in zip(engine.module.parameters(), gradients, strict=True):
+        weight = _without_padding(parameter, master_shard(parameter, stage), stage).to(gradient.device).flatten()
+        gradient = _without_padding(parameter, gradient, stage).flatten()
+        squares.append(torch.linalg.vector_norm(weight, dtype=torch.float32).double().square())
+        # A parameter that the loss does not reach has no gradient without ZeRO, and none but zeros elsewhere.
+        has_gradient = gradient.numel() == weight.numel()
+        products.append(torch.dot(weight, gradient.to(weight.dtype)) if has_gradient else weight.new_zeros(()))
+    sums_2P = torch.stack([torch.stack(squares), torch.stack(products).double()])
+    if stage > 0 and torch.distributed.get_world_size() > 1:
+        sums_2P = sums_2P.to(engine.device)
+        torch.distributed.all_reduce(sums_2P)
+    return AgainstWeights(sums_2P[0].sqrt().float(), (sums_2P[1] / scale).float())
+
+
 def scale_gradients(engine, factors: Sequence[float]) -> None:
     """Multiplies the gradient of every parameter by its factor, before the step."""
     for gradient, factor in zip(local_gradients(engine), factors, strict=True):
         if factor != 1.0:
             gradient.mul_(factor)
+
+
+def _without_padding(parameter: Any, shard: Tensor, stage: int) -> Tensor:
+    """What belongs to the parameter: shards of ZeRO 3 are of one size, and the last one may end behind it."""
+    if stage < 3:
+        return shard
+    begin = torch.distributed.get_rank() * parameter.ds_tensor.numel()
+    return shard.flatten()[: max(0, parameter.ds_numel - begin)]
 
 
 def _local_gradient(engine, parameter: Any, stage: int) -> Tensor:
