@@ -85,7 +85,7 @@ EXPERIMENTS = {
         "digits-uvit",
         (
             f"--depths 12 --skip-scale none,cs:0.7 --magnitude plain --learning-rates 2^-9.5..2^-7.5:0.5 {MAGNITUDE}",
-            f"--depths 12 --skip-scale none,cs:0.7 --magnitude mp --learning-rates 2^-8..2^-5:0.5 {MAGNITUDE}",
+            f"--depths 12 --skip-scale none,geometric:0.7 --magnitude mp --learning-rates 2^-8..2^-5:0.5 {MAGNITUDE}",
         ),
         "70 minutes: 72 runs of 110 s, two at a time",
     ),
