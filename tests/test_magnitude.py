@@ -26,6 +26,7 @@ from scalelong.model.magnitude import (
     with_unit_rows,
 )
 from scalelong.model.plain_layers import use_plain_layers
+from scalelong.model.skip_scale import SkipShape, make_skip_scale
 
 
 def rms(x: Tensor) -> float:
@@ -85,6 +86,18 @@ def test_sums_and_concatenations_are_the_published_ones(balance):
     torch.testing.assert_close(mp_cat(a, b, t), expected)
     of_a, of_b = cat_factors(512, 192, t)
     assert (512 * of_a**2, 192 * of_b**2) == pytest.approx(((1 - t) ** 2 * common**2, t**2 * common**2))
+
+
+@pytest.mark.parametrize("num_skip_features", [512, 100])
+@pytest.mark.parametrize("kappa", [0.05, 0.5, 0.9, 1.0])
+def test_a_renormalised_geometric_skip_is_mp_cat_and_keeps_the_magnitude(kappa, num_skip_features):
+    h, s = X.double(), S[:, :num_skip_features].double()
+    shape = SkipShape("tokens", num_skip_features, 512, 3)
+    skip = make_skip_scale("geometric", kappa).long_skip(2, [shape] * 4, s, None)
+    merged = skip.common * torch.cat([h, skip.scale * s], 1)  # type: ignore[operator]
+    ratio = kappa * math.sqrt(num_skip_features / 512)
+    torch.testing.assert_close(merged, mp_cat(h, s, ratio / (1 + ratio)), rtol=0, atol=1e-6)
+    assert rms(merged) == pytest.approx(1.0, abs=0.05)
 
 
 LAYERS = {

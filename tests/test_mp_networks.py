@@ -31,8 +31,9 @@ UNET = EDM2UNetConfig(
     img_size=8, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(2,),
     num_head_channels=8, num_classes=7,
 )  # fmt: skip
-CONFIGS = {"dit": DIT, "uvit": UVIT, "text": TEXT, "unet": UNET}
-MODES = ("none", "cs", "ls", "inv-sqrt2")
+ROTATED = replace(DIT, modulation="scale-rot")
+CONFIGS = {"dit": DIT, "rotated": ROTATED, "uvit": UVIT, "text": TEXT, "unet": UNET}
+MODES = ("cs", "none", "geometric", "ls", "inv-sqrt2")
 
 
 def batch_of(config: Any, B: int = 2) -> tuple[Tensor, ...]:
@@ -74,7 +75,7 @@ def test_blocks_begin_with_unit_magnitude(name):
     A U-ViT scatters most: attention adds the same vector to all tokens, and no stream goes past its merges.
     """
     dit = replace(DIT_PRESETS["imagenet256-dit-s4"], img_size=16, magnitude_preserving=True)
-    uvit = replace(UVIT_PRESETS["cifar10-uvit-s2"], img_size=16, magnitude_preserving=True)
+    uvit = replace(UVIT_PRESETS["cifar10-uvit-s2"], img_size=16, depth=8, magnitude_preserving=True)
     found = torch.tensor([magnitudes({"dit": dit, "uvit": uvit}[name], seed) for seed in range(3)])
     assert (found.square().mean(0).sqrt() - 1).abs().max() < 0.05, found
     assert (found - 1).abs().max() < (0.05 if name == "dit" else 0.08), found
@@ -98,10 +99,13 @@ def test_published_sizes(name, millions):
     assert f"{model.num_params() / 1e6:.1f}" == millions
 
 
-def test_the_size_of_a_dit_on_latents_is_that_of_the_paper():
-    config = replace(DIT_PRESETS["imagenet256-dit-s4"], img_size=16, magnitude_preserving=True)
+@pytest.mark.parametrize(
+    ("modulation", "millions"), [("adaln", "32.850"), ("scale-rot", "31.007"), ("rot", "27.320"), ("scale", "29.163")]
+)
+def test_the_size_of_a_dit_on_latents_is_that_of_the_paper(modulation, millions):
+    config = replace(DIT_PRESETS["imagenet256-dit-s4"], img_size=16, magnitude_preserving=True, modulation=modulation)
     with torch.device("meta"):
-        assert f"{make_backbone(config).num_params() / 1e6:.3f}" == "32.850"
+        assert f"{make_backbone(config).num_params() / 1e6:.3f}" == millions
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
