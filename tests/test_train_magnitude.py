@@ -62,14 +62,17 @@ def assert_same_run(left: Path, right: Path, images: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", ["digits-mpuvit", *(pytest.param(n, marks=pytest.mark.exhaustive) for n in NAMES[::2])]
+)
 def test_rows_are_normalised_after_each_step_on_two_ranks_under_every_stage(name):
     ranks = [json.loads(out.strip().splitlines()[-1]) for out in run_on_ranks(2, "magnitude_run.py", name)]
     assert all(found.keys() == set(map(str, STAGES)) for found in ranks)
     assert max(worst for found in ranks for worst, _ in found.values()) < 1e-3
-    for stage in STAGES:
-        first, second = (found[str(stage)][1] for found in ranks)
-        assert first == second, f"ZeRO {stage}"
+    weights = {stage: {found[str(stage)][1] for found in ranks} for stage in STAGES}
+    assert all(len(digests) == 1 for digests in weights.values()), "ranks differ"
+    # AdamW's kernel rounds the ends of tensors otherwise, which without ZeRO and under ZeRO 3 are other ones.
+    assert weights[1] == weights[2]
 
 
 @pytest.mark.slow
