@@ -76,7 +76,10 @@ def test_rows_are_normalised_after_each_step_on_two_ranks_under_every_stage(name
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "stage"), [("digits-mpdit", 2), ("digits-mpuvit", 3), ("edm2", 1)])
+@pytest.mark.parametrize(
+    ("name", "stage"),
+    [("digits-mpdit", 2), ("digits-mpuvit", 3), pytest.param("edm2", 1, marks=pytest.mark.exhaustive)],
+)
 def test_resuming_is_exact(tmp_path, name, stage):
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     config = small(name, straight, zero_stage=stage, total_images=4 * STEP)
