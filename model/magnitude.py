@@ -52,8 +52,14 @@ def mp_gelu(x: Tensor, *, act: str = "gelu") -> Tensor:
 
 def mp_sum(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
     """((1 - t) a + t b) / √((1 - t)² + t²) (arXiv:2312.02696, eq. 88)."""
+    of_a, of_b = sum_factors(t)
+    return torch.add(of_a * a, b, alpha=of_b)
+
+
+def sum_factors(t: float) -> tuple[float, float]:
+    """What ``mp_sum`` multiplies both parts by."""
     norm = math.hypot(1 - t, t)
-    return torch.add(a * ((1 - t) / norm), b, alpha=t / norm)
+    return (1 - t) / norm, t / norm
 
 
 def cat_factors(num_a: int, num_b: int, t: float = 0.5) -> tuple[float, float]:
