@@ -33,6 +33,7 @@ from scalelong.model.magnitude import (
     mp_sum,
     normal_rows,
     unit_rms,
+    unit_tokens,
 )
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.recompute import run_block
@@ -70,7 +71,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         tokens_BTC = x_BCHW.flatten(2).transpose(1, 2)
-        qkv_BT3C = unit_rms(self.qkv(tokens_BTC).unflatten(2, (-1, self.head_channels))).flatten(2)
+        qkv_BT3C = unit_tokens(self.qkv(tokens_BTC).unflatten(2, (-1, self.head_channels))).flatten(2)
         y_BTC = self.proj(attention(qkv_BT3C, self.num_heads))
         return mp_sum(x_BCHW, y_BTC.transpose(1, 2).unflatten(2, x_BCHW.shape[2:]), RESIDUAL_BALANCE)
 

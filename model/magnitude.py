@@ -35,6 +35,11 @@ def unit_rms(x: Tensor, dim: int = -1) -> Tensor:
     return x * (1 / (EPS + rms * x.shape[dim] ** -0.5)).to(x.dtype)
 
 
+def unit_tokens(x: Tensor) -> Tensor:
+    """x / M(x) over the last dimension, in one pass each way; no token may be zero."""
+    return unit_rows(x.flatten(0, -2), math.sqrt(x.shape[-1])).view(x.shape)
+
+
 def with_unit_rows(weight: Tensor) -> Tensor:
     """Every row, over all dimensions but the first, with RMS 1: forced normalisation (arXiv:2312.02696, eq. 66)."""
     return unit_rms(weight.flatten(1)).view_as(weight)
@@ -142,8 +147,7 @@ class MPEmbedding(UnitRows, nn.Embedding):
     """nn.Embedding whose rows have unit RMS."""
 
     def forward(self, y: Tensor) -> Tensor:
-        rows = super().forward(y)
-        return unit_rows(rows.flatten(0, -2), math.sqrt(self.embedding_dim)).view_as(rows)
+        return unit_tokens(super().forward(y))
 
 
 class MPFourier(nn.Module):

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
-from scalelong.model.magnitude import MPGeluLinear, MPLinear, mp_silu, project_mp_gelu, unit_rms
+from scalelong.model.magnitude import MPGeluLinear, MPLinear, mp_silu, project_mp_gelu, unit_tokens
 
 
 class MPAttention(nn.Module):
@@ -24,7 +24,7 @@ class MPAttention(nn.Module):
         self.proj = MPLinear(width, width)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        return self.proj(unit_rms(attention(self.qkv(x_BTD), self.num_heads, qk_norm=unit_rms)))
+        return self.proj(unit_tokens(attention(self.qkv(x_BTD), self.num_heads, qk_norm=unit_tokens)))
 
 
 class MPMlp(nn.Module):
