@@ -11,7 +11,7 @@ from typing import Any
 
 from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.presets import DIT_PRESETS, MP_PRESETS, UNET_PRESETS, UVIT_PRESETS
-from scalelong.model.skip_scale import ConstantScale, Unscaled
+from scalelong.model.skip_scale import ConstantScale, Geometric, Unscaled
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.usage import DESCRIPTIONS
@@ -169,7 +169,7 @@ def _embedded_mp(name: str, base: TrainConfig, *, learning_rate: float) -> Train
         base,
         run=Path("runs") / name,
         model=MP_PRESETS[name],
-        skip_scale=Unscaled(),
+        skip_scale=Geometric() if MP_PRESETS[name].has_skips else Unscaled(),
         objective=replace(_EDM2_OBJECTIVE, sigma_data=0.8),
         optimizer=optimizer,
     )
@@ -194,7 +194,7 @@ def _published_edm2(name: str, *, learning_rate: float, stable: int, million_ima
         beta2=0.99, warmup=warmup, beta1=0.9, stable_images=batch * stable, **_UNIT_ROWS,
     )  # fmt: skip
     sample = replace(base.sample, sampler="heun")
-    return replace(base, skip_scale=Unscaled(), objective=_EDM2_OBJECTIVE, sample=sample)
+    return replace(base, skip_scale=Geometric(), objective=_EDM2_OBJECTIVE, sample=sample)
 
 
 RECIPES: dict[str, TrainConfig] = {
