@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.dit_config import DiTConfig as DiTConfig
+from scalelong.model.edm2_unet_config import EDM2UNetConfig as EDM2UNetConfig
 from scalelong.model.renamed import with_new_names
 from scalelong.model.skip_scale import SkipScale, skip_scale_from_dict, skip_scale_to_dict
 from scalelong.model.unet_config import UNetConfig as UNetConfig

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from scalelong.model.architectures import model_to_dict, read_description
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
+from scalelong.model.magnitude import MPFourier, forced_normalisation
 from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
 from scalelong.model.recompute import run_block
@@ -46,7 +47,7 @@ class Backbone(nn.Module):
     """
 
     config_class: ClassVar[type[BackboneConfig]]
-    kinds: ClassVar[Sequence[ParameterKind]]
+    kinds: Sequence[ParameterKind]
     """The table of parameters; ``parameter_kinds`` may make another of it."""
     config: Any
     skips: tuple[SkipShape, ...] = ()
@@ -167,6 +168,9 @@ class Backbone(nn.Module):
         for name, parameter in self.named_parameters():
             kind_of(name, kinds).start(parameter)
         multiply_outputs(self, kinds)
+        for module in self.modules():
+            if isinstance(module, MPFourier):
+                module.reset_buffers()
 
     def num_params(self) -> int:
         return sum(p.numel() for p in self.parameters())
@@ -184,11 +188,12 @@ class Backbone(nn.Module):
         return [ParameterGroup(tuple(names), *factors) for factors, names in groups.items()]
 
     def after_step(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
-        """What is put in the place of parameters after each step of an optimizer, by their names: nothing.
+        """What is put in the place of parameters after each step of an optimizer, by their names.
 
-        Each function is given a whole parameter (rows, ...), and may let a row depend on that row alone.
+        Nothing, but for the weights of magnitude-preserving layers, whose rows it normalises. Each function is given a
+        whole parameter (rows, ...), and may let a row depend on that row alone.
         """
-        return {}
+        return forced_normalisation(self)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""

@@ -118,6 +118,11 @@ class BackboneConfig:
         raise ValueError(f"a {self.architecture} has no parametrization mup")
 
     @property
+    def preserves_magnitude(self) -> bool:
+        """Whether the weights have rows of one norm, which the trainer restores after every step."""
+        return False
+
+    @property
     def channels_out(self) -> int:
         """Channels of the prediction."""
         return self.out_channels or self.in_channels

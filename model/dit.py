@@ -10,7 +10,7 @@ Shapes: B batch, C image channels, H height, W width, T tokens, D width, P patch
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,10 @@ from scalelong.model.backbone import Backbone, last_of
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.dit_config import DiTConfig as DiTConfig
 from scalelong.model.linear_layers import SkipLinear, project_skip
+from scalelong.model.magnitude import mp_sum, normal_rows, unit_rms
+from scalelong.model.modulation import TOLD, Told, modulation, sizes_of, told
+from scalelong.model.mp_dit import MPBlock, MPFinalLayer, MPLabelEmbedder, MPTimeEmbedder
+from scalelong.model.mp_transformer import MPPatchEmbed
 from scalelong.model.norm_layers import AddLayerNorm, add_gated, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_norm_layers import SkipLayerNorm, project_normalised_skip
@@ -48,8 +52,14 @@ PARAMETERS = (
     ParameterKind("*.fc1.weight *.fc2.weight",                      nn.init.xavier_uniform_),
     ParameterKind("*.bias",                                         nn.init.zeros_),
 )
+MP_PARAMETERS = (
+    ParameterKind("skip_gates.*"),
+    ParameterKind("*.gain",                                         nn.init.zeros_),
+    ParameterKind("*.weight",                                       normal_rows),
+)
 # fmt: on
-"""As published: each block begins as the identity, and the network with zeros."""
+"""As published: each block begins as the identity, and the network with zeros. Of magnitude-preserving layers: rows of
+random direction and unit RMS, and gains of zero."""
 
 
 class TimeEmbedder(nn.Module):
@@ -68,33 +78,6 @@ class LabelEmbedder(nn.Module):
 
     def forward(self, y_B: Tensor) -> Tensor:
         return self.embedding_table(y_B)
-
-
-class Told(NamedTuple):
-    """What a norm, and the branch behind it, are told of the condition."""
-
-    shift: Tensor | None = None  # (B, D)
-    gain: Tensor | None = None  # (B, D)
-    angle: Tensor | None = None  # (B, D / 2)
-    gate: Tensor | None = None  # (B, D), of the branch
-
-
-TOLD = {"adaln": ("shift", "gain"), "scale-rot": ("gain", "angle"), "rot": ("angle",), "scale": ("gain",)}
-"""What each modulation tells a norm, in the order of the outputs of its linear layer."""
-
-
-def modulation(width: int, parts: Sequence[str]) -> nn.Sequential:
-    """What tells norms and branches the condition: these parts of ``Told``, side by side."""
-    return nn.Sequential(nn.SiLU(), nn.Linear(width, sum(_sizes(width, parts))))
-
-
-def told(parts_BE: Tensor, width: int, parts: Sequence[str]) -> Told:
-    """What a modulation puts out, by its parts."""
-    return Told(**dict(zip(parts, parts_BE.split(_sizes(width, parts), dim=1), strict=True)))
-
-
-def _sizes(width: int, parts: Sequence[str]) -> list[int]:
-    return [width // 2 if part == "angle" else width for part in parts]
 
 
 class Block(nn.Module):
@@ -152,6 +135,20 @@ class FinalLayer(nn.Module):
         return told(self.adaLN_modulation(c_BD), c_BD.shape[1], self.parts)
 
 
+class Parts(NamedTuple):
+    """The classes of what a DiT is made of."""
+
+    patches: type[nn.Module]
+    time: type[nn.Module]
+    label: type[nn.Module]
+    block: type[nn.Module]
+    end: type[nn.Module]
+
+
+PUBLISHED = Parts(PatchEmbed, TimeEmbedder, LabelEmbedder, Block, FinalLayer)
+MAGNITUDE_PRESERVING = Parts(MPPatchEmbed, MPTimeEmbedder, MPLabelEmbedder, MPBlock, MPFinalLayer)
+
+
 class DiT(Backbone):
     """DiT, whose arguments are those of ``Backbone``; its prediction begins as zero."""
 
@@ -162,13 +159,16 @@ class DiT(Backbone):
     def __init__(self, config: DiTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
         super().__init__(config, skip_scale=skip_scale, recompute=recompute)
         width, num_skips = config.width, config.num_skips
-        self.x_embedder = PatchEmbed(config.in_channels, width, config.patch_size)
-        self.t_embedder = TimeEmbedder(width)
-        self.y_embedder = LabelEmbedder(config.num_classes, width) if config.num_classes else None
+        parts, self.joined = PUBLISHED, torch.add
+        if config.magnitude_preserving:
+            parts, self.joined, self.kinds = MAGNITUDE_PRESERVING, mp_sum, MP_PARAMETERS
+        self.x_embedder = parts.patches(config.in_channels, width, config.patch_size)
+        self.t_embedder = parts.time(width)
+        self.y_embedder = parts.label(config.num_classes, width) if config.num_classes else None
         self.register_buffer("pos_embed", self._positions())
         first_with_skip = config.depth - num_skips
-        self.blocks = nn.ModuleList(Block(config, takes_skip=n >= first_with_skip) for n in range(config.depth))
-        self.final_layer = FinalLayer(config)
+        self.blocks = nn.ModuleList(parts.block(config, takes_skip=n >= first_with_skip) for n in range(config.depth))
+        self.final_layer = parts.end(config)
         self.init_weights()
         self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * num_skips
         self.skip_gates = self.skip_scale.make_gates(self.skips)
@@ -198,7 +198,7 @@ class DiT(Backbone):
         return self._hidden_states(x_BCHW, self._condition(x_BCHW, t_B, y_B))
 
     def _hidden_states(self, x_BCHW: Tensor, c_BD: Tensor) -> Iterator[Tensor]:
-        tokens_BTD, num_skips, skips = self.x_embedder(x_BCHW) + self.pos_embed, self.config.num_skips, []
+        tokens_BTD, num_skips, skips = self.joined(self.x_embedder(x_BCHW), self.pos_embed), self.config.num_skips, []
         for n, block in enumerate(self.blocks):
             executed = n - (len(self.blocks) - num_skips)
             if executed < 0:
@@ -222,7 +222,7 @@ class DiT(Backbone):
         if y_B is None or self.y_embedder is None:
             return t_BD
         check_labels(y_B, x_BCHW, "DiT")
-        return t_BD + self.y_embedder(y_B)
+        return self.joined(t_BD, self.y_embedder(y_B))
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -230,11 +230,15 @@ class DiT(Backbone):
 
     def _positions(self) -> Tensor:
         config = self.config
-        return position_embedding(config.img_size // config.patch_size, config.width)[None]
+        positions_TD = position_embedding(config.img_size // config.patch_size, config.width)
+        if config.magnitude_preserving:
+            # What all have in common is no position, and adds up along the depth.
+            positions_TD = unit_rms(positions_TD - positions_TD.mean(dim=0) * (config.num_tokens > 1))
+        return positions_TD[None]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *arguments: Any) -> None:
         """Positions are those of the configuration where a state dict, as a run's checkpoint, has parameters alone."""
-        weight = state_dict.get(f"{prefix}x_embedder.proj.weight")
+        weight = next((x for name, x in state_dict.items() if name.startswith(f"{prefix}x_embedder.")), None)
         if weight is not None and f"{prefix}pos_embed" not in state_dict:
             state_dict[f"{prefix}pos_embed"] = self._positions().to(weight.device, weight.dtype)
         super()._load_from_state_dict(state_dict, prefix, *arguments)
@@ -251,9 +255,10 @@ class DiT(Backbone):
         c = self.config
         T, D = c.num_tokens, c.width
         in_features, out_features = (c.patch_size**2 * channels for channels in (c.in_channels, c.channels_out))
+        in_features += c.magnitude_preserving  # the constant that stands for a bias
         attention_macs = 4 * T * D * D + 2 * T * T * D
         mlp_macs = 2 * T * D * c.mlp_width
-        told_macs = D * sum(_sizes(D, TOLD[c.modulation]))  # of a norm
+        told_macs = D * sum(sizes_of(D, TOLD[c.modulation]))  # of a norm
         blocks = c.depth * (attention_macs + mlp_macs + 2 * (told_macs + D * D)) + c.num_skips * 2 * T * D * D
         ends = T * in_features * D + NUM_FREQUENCIES * D + D * D + told_macs + T * D * out_features
         return 2 * batch_size * (blocks + ends)

@@ -40,6 +40,8 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
     modulation: Modulation = "adaln"
     """What time and class do to the features that a norm puts out: scale and shift them, as published; scale them and
     rotate pairs of them (arXiv:2505.19122); rotate them; or scale them. Each branch has its gate in all four."""
+    magnitude_preserving: bool = False
+    """Layers that keep the magnitude of what passes, in the place of norms and biases (MaP-DiT)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -62,8 +64,21 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
             raise ValueError(f"skip must be one of {', '.join(SKIP_FORMS)}, got {self.skip!r}")
         if self.skip != "none" and self.depth < 2:
             raise ValueError(f"long skips need a depth of at least 2, got {self.depth}")
+        if self.magnitude_preserving:
+            self._check_without_norms()
         if self.parametrization == "mup":
             self.base_config()
+
+    def _check_without_norms(self) -> None:
+        if self.qk_norm:
+            raise ValueError(
+                "qk_norm and magnitude_preserving exclude each other: attention by cosines has its queries and keys "
+                "normalised already"
+            )
+        if self.skip == "layer-norm":
+            raise ValueError(
+                "skip layer-norm and magnitude_preserving exclude each other: there are no norms; take skip plain"
+            )
 
     @classmethod
     def network(cls) -> type["DiT"]:
@@ -73,6 +88,10 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
 
     def base_config(self) -> Self:
         return with_base_width(self)
+
+    @property
+    def preserves_magnitude(self) -> bool:
+        return self.magnitude_preserving
 
     @property
     def num_skips(self) -> int:
@@ -95,4 +114,7 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
         """The input, both norms, queries, keys and values (3), what attention puts out, its projection, the stream
         between the halves of a block, the MLP's hidden layer and its output."""
         hidden = self.mlp_width / self.width
+        if self.magnitude_preserving:
+            # Modulated twice and gated twice, queries and keys normalised, and what attention puts out.
+            return BlockMemory(total=13 + hidden, products=(1.0, 3.0, hidden))
         return BlockMemory(total=10 + hidden, products=(1.0, 3.0, hidden))

@@ -49,12 +49,17 @@ class SkipLinear(nn.Linear):
             common: a number or a tensor of one element; it is folded into the weight.
             norm: a LayerNorm to normalise with, in the place of the common factor; None: as it is.
         """
+        weight = self.product_weight()
         if s is None:
-            return super().forward(x)
+            return F.linear(x, weight, self.bias)
         if norm is None:
-            return skip_linear(x, s, scale, multiplied(self.weight, common), self.bias)
+            return skip_linear(x, s, scale, multiplied(weight, common), self.bias)
         assert common is None, "a norm leaves no common factor"
-        return skip_norm_linear(x, s, scale, norm.weight, norm.bias, self.weight, self.bias, eps=norm.eps)
+        return skip_norm_linear(x, s, scale, norm.weight, norm.bias, weight, self.bias, eps=norm.eps)
+
+    def product_weight(self) -> Tensor:
+        """What inputs are multiplied with: a layer of another parametrisation makes it of its weight."""
+        return self.weight
 
 
 class GeluLinear(nn.Linear):

@@ -12,7 +12,8 @@ which sides of it grow with the width; m is its fan-in over that of the same net
 
 Heads keep their width, of which there are more, and so attention its scale. The multiplier of the output stands behind
 the layer's bias too, whose rate is therefore η m. Gradients shrink as 1 / m, and so does Adam's epsilon beside them.
-Multipliers are plain numbers of the layers and the groups.
+Multipliers are plain numbers of the layers and the groups. Magnitude-preserving layers (magnitude.py) begin as ever,
+those of a growing fan-in with the learning rate η / √m.
 """
 
 from collections.abc import Iterator, Mapping
@@ -22,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from scalelong.model.magnitude import UnitRows, normal_rows
 from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.model.skip_scale import SkipScale
 
@@ -60,6 +62,10 @@ def _kinds(
         m = parameter.numel() / base_shape.numel()
         if not isinstance(layer, nn.Linear | nn.Conv2d):
             yield name, replace(kind_of(name, network.kinds), names="", epsilon=1 / m)
+        elif isinstance(layer, UnitRows):
+            # Its rows have unit RMS and are divided by √fan-in, which leaves 1 / √m to the rate.
+            of_rows, of_fan_in = (side / base for side, base in zip(parameter.shape[:2], base_shape[:2], strict=True))
+            yield name, ParameterKind("", normal_rows, of_fan_in**-0.5, epsilon=1 / max(of_rows, of_fan_in))
         elif base_shape[0] == wider_shape[0]:
             yield name, ParameterKind("", nn.init.zeros_, output=1 / m, epsilon=1 / m)
             if layer.bias is not None:

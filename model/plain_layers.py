@@ -4,11 +4,13 @@ from typing import TypeVar
 
 from torch import nn
 
-from scalelong.model import linear_layers, norm_layers, skip_layers, skip_norm_layers
+from scalelong.model import linear_layers, magnitude, norm_layers, skip_layers, skip_norm_layers
 
 Network = TypeVar("Network", bound=nn.Module)
 
 PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
+    magnitude.MPSkipLinear: magnitude.MPLinear,
+    magnitude.MPGeluLinear: magnitude.MPLinear,
     linear_layers.SkipLinear: nn.Linear,
     linear_layers.GeluLinear: nn.Linear,
     linear_layers.TokenConv1d: nn.Conv1d,
@@ -18,7 +20,7 @@ PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     skip_layers.Conv3x3: nn.Conv2d,
     skip_layers.SkipConv1x1: nn.Conv2d,
 }
-"""The class that each fused layer is derived from, with the same parameters."""
+"""The class that each fused layer is derived from, with the same parameters, or the unfused one of its kind."""
 
 
 def use_plain_layers(network: Network) -> Network:

@@ -1,12 +1,15 @@
 """The published U-ViTs (https://github.com/baofff/U-ViT) and DiTs (https://github.com/facebookresearch/DiT), the UNets
-of DDPM (https://github.com/hojonathanho/diffusion) and ADM (https://github.com/openai/guided-diffusion), and the
-embedded defaults, as one table.
+of DDPM (https://github.com/hojonathanho/diffusion) and ADM (https://github.com/openai/guided-diffusion), those that
+preserve magnitudes (https://github.com/NVlabs/edm2, arXiv:2505.19122), and the embedded defaults, as one table.
 
 Class counts are rows of the label embedding: with guidance the last row is the null label.
 """
 
+from dataclasses import replace
+
 from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.dit_config import DiTConfig
+from scalelong.model.edm2_unet_config import EDM2UNetConfig
 from scalelong.model.unet_config import UNetConfig
 from scalelong.model.uvit_config import UViTConfig
 
@@ -81,5 +84,11 @@ UNET_PRESETS: dict[str, UNetConfig] = {
         use_new_attention_order=False, dropout=0.1, num_classes=1000,
     ),
 }
+MP_PRESETS: dict[str, BackboneConfig] = {
+    "digits-mpuvit":         replace(UVIT_PRESETS["digits-uvit"], magnitude_preserving=True),
+    "digits-mpdit":          replace(DIT_PRESETS["digits-dit"], magnitude_preserving=True),
+    "imagenet256-mpdit-xl2": replace(DIT_PRESETS["imagenet256-dit-xl2"], magnitude_preserving=True),
+    "imagenet64-edm2-s":     EDM2UNetConfig(img_size=64, model_channels=192, num_classes=1000),
+}
 # fmt: on
-MODEL_PRESETS: dict[str, BackboneConfig] = {**UVIT_PRESETS, **DIT_PRESETS, **UNET_PRESETS}
+MODEL_PRESETS: dict[str, BackboneConfig] = {**UVIT_PRESETS, **DIT_PRESETS, **UNET_PRESETS, **MP_PRESETS}

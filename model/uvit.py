@@ -6,7 +6,9 @@ The state dict is the published one, name for name. ``forward`` takes time as it
 Shapes: B batch, C image channels, H height, W width, T tokens (extras + patches), D width, P patch side, L text tokens.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,18 @@ from torch import Tensor, nn
 from scalelong.model.backbone import Backbone, last_of
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.linear_layers import SkipLinear, project_skip
+from scalelong.model.magnitude import (
+    RESIDUAL_BALANCE,
+    MPConv2d,
+    MPEmbedding,
+    MPFourier,
+    MPLinear,
+    MPSkipLinear,
+    mp_sum,
+    normal_rows,
+    unit_rms,
+)
+from scalelong.model.mp_transformer import MPAttention, MPMlp, MPPatchEmbed, MPReadout, MPSiLU
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
@@ -35,8 +49,15 @@ PARAMETERS = (
     ParameterKind("decoder_pred.weight",                        0.02),
     ParameterKind("*.bias",                                     nn.init.zeros_),
 )
+MP_PARAMETERS = (
+    ParameterKind("se.*"),
+    ParameterKind("*.gain",                                     nn.init.zeros_),
+    ParameterKind("pos_embed",                                  lambda x: normal_rows(x[0])),
+    ParameterKind("*.weight",                                   normal_rows),
+)
 # fmt: on
-"""As published: linear weights and positions normal, biases 0, convolutions and labels as PyTorch does."""
+"""As published: linear weights and positions normal, biases 0, convolutions and labels as PyTorch does. Of
+magnitude-preserving layers: rows of random direction and unit RMS, and gains of zero."""
 
 
 class Block(nn.Module):
@@ -59,6 +80,56 @@ class Block(nn.Module):
         return x_BTD + self.mlp(y_BTD)
 
 
+class MPBlock(nn.Module):
+    """A transformer block without norms, whose branches join by ``mp_sum``; in the decoder it first takes in its skip.
+
+    Its policy decides whether that keeps the magnitude: unscaled, or renormalised.
+    """
+
+    def __init__(self, config: UViTConfig, *, takes_skip: bool = False):
+        super().__init__()
+        self.skip_linear = MPSkipLinear(2 * config.width, config.width) if takes_skip else None
+        self.attn = MPAttention(config.width, config.num_heads)
+        self.mlp = MPMlp(config.width, config.mlp_width)
+
+    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None) -> Tensor:
+        if self.skip_linear is not None:
+            assert skip is not None
+            x_BTD = project_skip(self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
+        x_BTD = mp_sum(x_BTD, self.attn(x_BTD), RESIDUAL_BALANCE)
+        return mp_sum(x_BTD, self.mlp(x_BTD), RESIDUAL_BALANCE)
+
+
+class MPTimeFeatures(nn.Module):
+    """Fourier features of unit RMS in the place of ``time_embedding``."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.fourier = MPFourier(width)
+
+    def forward(self, t_B: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+        return self.fourier(t_B / 1000).to(dtype)
+
+
+class Parts(NamedTuple):
+    """What makes the parts of a U-ViT."""
+
+    patches: Callable[..., nn.Module]
+    linear: Callable[..., nn.Module]
+    activation: Callable[..., nn.Module]
+    labels: Callable[..., nn.Module]
+    block: Callable[..., nn.Module]
+    norm: Callable[..., nn.Module]
+    readout: Callable[..., nn.Module]
+    conv: Callable[..., nn.Module]
+
+
+PUBLISHED = Parts(
+    PatchEmbed, nn.Linear, nn.SiLU, nn.Embedding, Block, AddLayerNorm, nn.Linear, partial(nn.Conv2d, padding=1)
+)
+MAGNITUDE_PRESERVING = Parts(MPPatchEmbed, MPLinear, MPSiLU, MPEmbedding, MPBlock, nn.Identity, MPReadout, MPConv2d)
+
+
 class UViT(Backbone):
     """U-ViT with scaled long skips; its arguments are those of ``Backbone``."""
 
@@ -67,25 +138,27 @@ class UViT(Backbone):
 
     def __init__(self, config: UViTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
         super().__init__(config, skip_scale=skip_scale, recompute=recompute)
-        width = config.width
-        self.patch_embed = PatchEmbed(config.in_channels, width, config.patch_size)
+        width, parts, self.time_features = config.width, PUBLISHED, time_embedding
+        if config.magnitude_preserving:
+            parts, self.time_features, self.kinds = MAGNITUDE_PRESERVING, MPTimeFeatures(width), MP_PARAMETERS
+        self.patch_embed = parts.patches(config.in_channels, width, config.patch_size)
         self.time_embed = (
-            nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+            nn.Sequential(parts.linear(width, 4 * width), parts.activation(), parts.linear(4 * width, width))
             if config.time_mlp
             else nn.Identity()
         )
         if config.num_classes:
-            self.label_emb = nn.Embedding(config.num_classes, width)
+            self.label_emb = parts.labels(config.num_classes, width)
         if config.context_tokens:
-            self.context_embed = nn.Linear(config.context_dim, width)
+            self.context_embed = parts.linear(config.context_dim, width)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_tokens, width))
-        self.in_blocks = nn.ModuleList(Block(config) for _ in range(config.num_skips))
-        self.mid_block = Block(config)
-        self.out_blocks = nn.ModuleList(Block(config, takes_skip=True) for _ in range(config.num_skips))
-        self.norm = AddLayerNorm(width)
+        self.in_blocks = nn.ModuleList(parts.block(config) for _ in range(config.num_skips))
+        self.mid_block = parts.block(config)
+        self.out_blocks = nn.ModuleList(parts.block(config, takes_skip=True) for _ in range(config.num_skips))
+        self.norm = parts.norm(width)
         channels = config.channels_out
-        self.decoder_pred = nn.Linear(width, config.patch_size**2 * channels)
-        self.final_layer = nn.Conv2d(channels, channels, 3, padding=1) if config.final_conv else nn.Identity()
+        self.decoder_pred = parts.readout(width, config.patch_size**2 * channels)
+        self.final_layer = parts.conv(channels, channels, 3) if config.final_conv else nn.Identity()
         self.init_weights()
         self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * config.num_skips
         # The published name.
@@ -142,12 +215,21 @@ class UViT(Backbone):
             if y_B.shape != text:
                 raise ValueError(f"U-ViT: expected text of shape {text}, got {tuple(y_B.shape)}")
         patches_BTD = self.patch_embed(x_BCHW)
-        tokens = [self.time_embed(time_embedding(t_B, config.width, self.pos_embed.dtype)).unsqueeze(1), patches_BTD]
+        time_BD = self.time_embed(self.time_features(t_B, config.width, self.pos_embed.dtype))
+        tokens = [time_BD.unsqueeze(1), patches_BTD]
         if config.num_classes:
             tokens.insert(0, self.label_emb(y_B).unsqueeze(1))
         elif config.context_tokens:
-            tokens.insert(1, self.context_embed(y_B))
-        return torch.cat(tokens, dim=1) + self.pos_embed
+            assert y_B is not None
+            tokens.insert(1, self.context_embed(unit_rms(y_B) if config.magnitude_preserving else y_B))
+        tokens_BTD = torch.cat(tokens, dim=1)
+        if config.magnitude_preserving:
+            return mp_sum(tokens_BTD, unit_rms(self.pos_embed))
+        return tokens_BTD + self.pos_embed
+
+    def after_step(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
+        positions = {"pos_embed": unit_rms} if self.config.magnitude_preserving else {}
+        return {**super().after_step(), **positions}
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         return [
@@ -165,6 +247,7 @@ class UViT(Backbone):
         T, D = c.num_tokens, c.width
         num_patches = T - c.num_extras
         in_features, out_features = (c.patch_size**2 * channels for channels in (c.in_channels, c.channels_out))
+        in_features += c.magnitude_preserving  # the constant that stands for a bias
         attention_macs = 4 * T * D * D + 2 * T * T * D
         mlp_macs = 2 * T * D * c.mlp_width
         blocks = (c.depth + 1) * (attention_macs + mlp_macs) + c.num_skips * 2 * T * D * D

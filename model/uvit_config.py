@@ -33,6 +33,8 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
     """A bias in the projection to queries, keys and values (no published network has one)."""
     time_mlp: bool = False
     """An MLP over the time embedding (no published network has one)."""
+    magnitude_preserving: bool = False
+    """Layers that keep the magnitude of what passes, in the place of norms and biases (EDM2, MaP-DiT)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -47,6 +49,8 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
             raise ValueError(f"depth must be even and at least 2, got {self.depth}")
         if self.num_classes and self.context_tokens:
             raise ValueError("a U-ViT takes class labels or text, not both")
+        if self.magnitude_preserving and self.qkv_bias:
+            raise ValueError("qkv_bias and magnitude_preserving exclude each other: its layers have no biases")
         if self.parametrization == "mup":
             self.base_config()
 
@@ -58,6 +62,10 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
 
     def base_config(self) -> Self:
         return with_base_width(self)
+
+    @property
+    def preserves_magnitude(self) -> bool:
+        return self.magnitude_preserving
 
     @property
     def num_skips(self) -> int:
@@ -86,4 +94,7 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
         """Both norms, queries, keys and values (3), what attention puts out, its projection, the stream between the
         halves of a block, and the MLP's hidden layer."""
         hidden = self.mlp_width / self.width
+        if self.magnitude_preserving:
+            # No norms, but queries and keys are normalised, and so is what attention puts out.
+            return BlockMemory(total=9 + hidden, products=(1.0, 3.0, hidden))
         return BlockMemory(total=8 + hidden, products=(1.0, 3.0, hidden))

@@ -22,6 +22,7 @@ from scalelong.kernels.group_norm import group_norm, skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.kernels.skip_linear import skip_linear
 from scalelong.kernels.skip_norm_linear import skip_norm_linear
+from scalelong.kernels.unit_rows import unit_rows
 from scalelong.model.dit import DiT
 from scalelong.model.norm_layers import AddLayerNorm
 from scalelong.model.skip_layers import GroupNorm
@@ -64,6 +65,7 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], list[tuple[int, ...]]]] = {
         TOKENS,
     ),
     "skip_linear": (lambda x, s, factor, eps: skip_linear(x, s, factor, WEIGHT, None), TOKENS),
+    "unit_rows": (lambda x, s, factor, eps: unit_rows(x, factor), TOKENS),
 }
 each_operator = pytest.mark.parametrize(
     ("op", "shapes", "dim"),

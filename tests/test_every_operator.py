@@ -19,6 +19,7 @@ from scalelong.kernels.group_norm import group_norm, group_norm_ref, skip_group_
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
 from scalelong.kernels.skip_norm_linear import skip_norm_linear, skip_norm_linear_ref
+from scalelong.kernels.unit_rows import unit_rows, unit_rows_ref
 
 Op = Callable[..., Any]
 
@@ -99,6 +100,7 @@ CASES = {
     "gelu_linear gelu": mlp("gelu"),
     "gelu_linear gelu-tanh": mlp("gelu-tanh"),
     "conv3x3": Case(conv3x3, conv3x3_ref, (IMAGE, (6, 4, 3, 3), (6,))),
+    "unit_rows": Case(unit_rows, unit_rows_ref, ((5, 4, 3),), lambda op, weight: op(weight, 0.7).cumsum(0)),
     "attention": attends(PACKED, None, None),
     "attention with scale and norms": attends(PACKED, 0.5, rms_norm),
     "cross-attention": attends(CROSSED, None, None),

@@ -22,11 +22,12 @@ from scalelong.kernels.launches import Plan
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1
 from scalelong.kernels.skip_linear import IN_TRITON, skip_linear
 from scalelong.kernels.skip_norm_linear import skip_norm_linear
+from scalelong.kernels.unit_rows import unit_rows
 
 needs_native = pytest.mark.skipif(native_library.ERROR is not None, reason=str(native_library.ERROR))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Operators of PyTorch's own libraries that ours call where they have no kernel for something.
-TORCHS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product")
+TORCHS = ("mm", "addmm", "bmm", "baddbmm", "convolution", "convolution_backward", "_scaled_dot_product", "_weight_norm")
 
 
 NATIVES = (
@@ -86,6 +87,7 @@ CALLS = {
     ),
     "conv3x3": Call(conv3x3, leaves((2, 8, 4, 4), (6, 8, 3, 3), (6,))),
     "conv3x3, frozen": Call(conv3x3, lambda d: (leaves((2, 8, 4, 4))(d)[0], torch.randn(6, 8, 3, 3).to(d), None)),
+    "unit_rows": Call(unit_rows, leaves((6, 8))),
     "attention": Call(attention, lambda d: (*leaves((2, 5, 24))(d), 2)),
     "cross-attention": Call(attention, lambda d: (tuple(leaves((2, 5, 8), (2, 3, 8), (2, 3, 8))(d)), 2)),
 }

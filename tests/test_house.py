@@ -141,7 +141,7 @@ def test_kernels_import_torch_and_triton_only(path):
 
 OPERATORS = (
     *("group_norm", "skip_linear", "skip_norm_linear", "skip_conv1x1"),
-    *("add_layer_norm", "gelu_linear", "conv3x3", "attention"),
+    *("add_layer_norm", "gelu_linear", "conv3x3", "attention", "unit_rows"),
 )
 BUILT_OF = {"skip_conv1x1": {"skip_linear"}, "skip_norm_linear": {"skip_linear"}}
 """Operators that are made of others."""

@@ -20,6 +20,7 @@ from scalelong.kernels.group_norm import group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
 from scalelong.kernels.skip_norm_linear import skip_norm_linear
+from scalelong.kernels.unit_rows import unit_rows
 
 LEADING = [(), (1,), (6,), (2, 3), (2, 3, 4), (0,), (2, 0, 3)]
 
@@ -159,6 +160,7 @@ CALLS: dict[str, Callable[[], Tensor]] = {
     "conv3x3": lambda: conv3x3(*_tensors((2, 8, 4, 4), (6, 8, 3, 3), (6,))),
     "skip_conv1x1": lambda: skip_conv1x1(*_tensors((2, 8, 4, 4), (2, 8, 4, 4)), 0.7, *_tensors((6, 16, 1, 1), (6,))),  # type: ignore[misc]
     "attention": lambda: attention(_tensors((2, 5, 24))[0], 2),
+    "unit_rows": lambda: unit_rows(*_tensors((6, 8))),
 }
 
 

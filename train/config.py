@@ -258,6 +258,8 @@ class TrainConfig:
                 "branch_from takes the weights of a run and all else of it, init_from weights alone: give one"
             )
         self.model.check_recompute(self.recompute)
+        if self.model.preserves_magnitude:
+            check_optimizer_of_unit_rows(self.optimizer)
 
     @property
     def null_label(self) -> int | None:
@@ -273,6 +275,24 @@ class TrainConfig:
     def num_data_classes(self) -> int:
         """Classes that the data must have; 0: labels are not used."""
         return self.model.num_classes - (0 if self.null_label is None else 1)
+
+
+def check_optimizer_of_unit_rows(optimizer: OptimizerConfig) -> None:
+    """What suits weights whose rows keep their norm (EDM2, arXiv:2312.02696, sections 2.3 and B.5).
+
+    Raises:
+        ValueError: a decay that would be undone after every step, or a rate that nothing lets fall.
+    """
+    if optimizer.weight_decay:
+        raise ValueError(
+            f"a magnitude-preserving network restores the norm of its weights after every step, so that they do not "
+            f"decay: optimizer.weight_decay must be 0, got {optimizer.weight_decay:g}"
+        )
+    if optimizer.schedule == "constant":
+        raise ValueError(
+            "the weights of a magnitude-preserving network do not grow, which elsewhere makes steps ever smaller: "
+            "optimizer.schedule must fall (inverse-sqrt, cosine or warmup-stable-decay), got 'constant'"
+        )
 
 
 def check_ema_stds(stds: tuple[float, ...]) -> None:

@@ -1,8 +1,8 @@
 """Recipes of training: what the published ones fix, and the embedded defaults that a laptop finishes.
 
 They are those of U-ViT (https://github.com/baofff/U-ViT), DiT (arXiv:2212.09748), DDPM
-(https://github.com/hojonathanho/diffusion) and ADM (arXiv:2105.05233, table 12) with the skips scaled; steps are given
-in images.
+(https://github.com/hojonathanho/diffusion), ADM (arXiv:2105.05233, table 12), EDM2 (arXiv:2312.02696, table 6) and
+MaP-DiT (arXiv:2505.19122) with the skips scaled; steps are given in images.
 """
 
 from dataclasses import replace
@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from scalelong.model.backbone_config import BackboneConfig
-from scalelong.model.presets import DIT_PRESETS, UNET_PRESETS, UVIT_PRESETS
-from scalelong.model.skip_scale import ConstantScale, Unscaled
+from scalelong.model.presets import DIT_PRESETS, MP_PRESETS, UNET_PRESETS, UVIT_PRESETS
+from scalelong.model.skip_scale import ConstantScale, Geometric, Unscaled
 from scalelong.train.config import DataConfig, OptimizerConfig, SampleConfig, TrainConfig
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.usage import DESCRIPTIONS
@@ -50,7 +50,15 @@ _PHOTOS = TrainConfig(
 
 
 def _published(
-    name: str, model: BackboneConfig, *, batch: int, steps: int, learning_rate: float, beta2: float, warmup: int
+    name: str,
+    model: BackboneConfig,
+    *,
+    batch: int,
+    steps: int,
+    learning_rate: float,
+    beta2: float,
+    warmup: int,
+    **optimizer: Any,
 ) -> TrainConfig:
     """A pixel-space recipe of U-ViT; the data's folder has to be given with --data.path."""
     return TrainConfig(
@@ -65,7 +73,7 @@ def _published(
         zero_stage=1,
         model=model,
         skip_scale=ConstantScale() if model.has_skips else Unscaled(),
-        optimizer=OptimizerConfig(learning_rate=learning_rate, beta2=beta2, warmup_images=batch * warmup),
+        optimizer=OptimizerConfig(learning_rate=learning_rate, beta2=beta2, warmup_images=batch * warmup, **optimizer),
         data=DataConfig(path="", flip=True),
     )
 
@@ -142,6 +150,53 @@ _PUBLISHED_UNETS: dict[str, Any] = {
 _DIT_STEPS = {name: 400_000 for name in DIT_PRESETS if name != "digits-dit"}
 _DIT_STEPS |= {"imagenet256-dit-xl2": 7_000_000, "imagenet512-dit-xl2": 3_000_000}
 
+
+# Adam without decay, a rate that falls, averages of two widths (arXiv:2312.02696).
+_UNIT_ROWS: dict[str, Any] = {"weight_decay": 0.0, "schedule": "inverse-sqrt", "ema_stds": (0.05, 0.1)}
+
+
+_EDM2_OBJECTIVE = ObjectiveConfig(
+    prediction="edm", weighting="uncertainty", times="edm", log_sigma_mean=-0.8, log_sigma_std=1.6
+)
+
+
+def _embedded_mp(name: str, base: TrainConfig, *, learning_rate: float) -> TrainConfig:
+    """An embedded recipe by EDM2's; pixels of the digits have the root mean square 0.85."""
+    optimizer = replace(
+        base.optimizer, learning_rate=learning_rate, stable_images=base.total_images // 10, **_UNIT_ROWS
+    )
+    return replace(
+        base,
+        run=Path("runs") / name,
+        model=MP_PRESETS[name],
+        skip_scale=Geometric() if MP_PRESETS[name].has_skips else Unscaled(),
+        objective=replace(_EDM2_OBJECTIVE, sigma_data=0.8),
+        optimizer=optimizer,
+    )
+
+
+def _published_mp_dit(name: str, *, steps: int) -> TrainConfig:
+    """MaP-DiT's recipe, of widths up to 384, with a rate that goes with 1 / sqrt(width) as EDM2's do."""
+    model = replace(MP_PRESETS[name], out_channels=0)
+    width: int = model.width  # type: ignore[attr-defined]
+    base = _published(
+        name, model, batch=256, steps=steps, learning_rate=round(1e-2 * (384 / width) ** 0.5, 4), beta2=0.99,
+        warmup=steps // 150, beta1=0.9, stable_images=256 * (steps // 10), clip_grad_norm=0.1, **_UNIT_ROWS,
+    )  # fmt: skip
+    return replace(base, objective="linear", label_drop=0.1, sample=replace(base.sample, guidance=0.5))
+
+
+def _published_edm2(name: str, *, learning_rate: float, stable: int, million_images: int) -> TrainConfig:
+    """A recipe of EDM2 on pixels."""
+    batch, warmup = 2048, 4_883  # ten million images
+    base = _published(
+        name, MP_PRESETS[name], batch=batch, steps=round(million_images * 1e6 / batch), learning_rate=learning_rate,
+        beta2=0.99, warmup=warmup, beta1=0.9, stable_images=batch * stable, **_UNIT_ROWS,
+    )  # fmt: skip
+    sample = replace(base.sample, sampler="heun")
+    return replace(base, skip_scale=Geometric(), objective=_EDM2_OBJECTIVE, sample=sample)
+
+
 RECIPES: dict[str, TrainConfig] = {
     "digits-uvit": _DIGITS,
     "photos32-uvit": _PHOTOS,
@@ -172,6 +227,12 @@ RECIPES: dict[str, TrainConfig] = {
         optimizer=replace(_PHOTOS.optimizer, learning_rate=1e-3, weight_decay=0.0),
     ),
     **{name: _published_unet(name, **recipe) for name, recipe in _PUBLISHED_UNETS.items()},
+}
+RECIPES |= {
+    "digits-mpuvit": _embedded_mp("digits-mpuvit", RECIPES["digits-uvit"], learning_rate=1e-2),
+    "digits-mpdit": _embedded_mp("digits-mpdit", RECIPES["digits-dit"], learning_rate=1e-2),
+    "imagenet256-mpdit-xl2": _published_mp_dit("imagenet256-mpdit-xl2", steps=400_000),
+    "imagenet64-edm2-s": _published_edm2("imagenet64-edm2-s", learning_rate=1e-2, stable=35_000, million_images=1_074),
 }
 
 assert RECIPES.keys() == DESCRIPTIONS.keys()

@@ -32,6 +32,10 @@ DESCRIPTIONS = {
     "photos32-unet": "the crops of the embedded photographs by a convolutional UNet",
     "cifar10-ddpm-unet": "CIFAR-10 (32x32), the UNet of DDPM, unconditional, 36 M parameters",
     "imagenet64-adm": "ImageNet (64x64), the UNet of ADM, class-conditional, 296 M parameters",
+    "digits-mpuvit": "the embedded digits by a U-ViT that preserves magnitudes, without norms",
+    "digits-mpdit": "the embedded digits by a diffusion transformer that preserves magnitudes, without norms",
+    "imagenet256-mpdit-xl2": "ImageNet (latents of 256x256), DiT-XL/2 that preserves magnitudes, 674 M parameters",
+    "imagenet64-edm2-s": "ImageNet (64x64), the UNet of EDM2 (S, configuration G), class-conditional, 280 M parameters",
 }
 """What each recipe of the command line trains; recipes.py has the recipes."""
 

@@ -159,6 +159,8 @@ def measures_of(rows: Sequence[LogRow], config: TrainConfig, outcome: Outcome) -
     found["hidden_norm"] = float(np.median(outermost_T[-_quarter(rows) :]))
     weights_T = _weight_norms(rows)
     found |= magnitudes_of(rows, weights_T)
+    scored = [row["kernel_distance"] for row in rows if row.get("kernel_distance") is not None]
+    found["kernel_distance"] = float(scored[-1]) if scored else math.nan
     if outcome.state == "finished":
         found |= dict(zip(("final_loss", "final_is"), final_loss(rows), strict=True))
         if not found["final_loss"] < found["start_loss"]:  # training has undone what there was

@@ -169,11 +169,22 @@ def clipping_flags(_preset: str, value: str) -> Flags:
     return (f"--optimizer.{flags[kind]}", threshold)
 
 
+def magnitude_flags(_preset: str, value: str) -> Flags:
+    """ "plain", or "mp": magnitude-preserving layers, with what their recipes have beside them."""
+    if value == "plain":
+        return ()
+    if value != "mp":
+        raise UserError(f"magnitude {value!r}: plain or mp")
+    flags = {"--model.magnitude-preserving": "True", "--optimizer.weight-decay": "0", "--optimizer.schedule": "cosine"}
+    return tuple(part for flag in flags.items() for part in flag)
+
+
 AXES: dict[str, tuple[str, Callable[[str, str], Flags]]] = {
     "depths": ("depth", depth_flags),
     "skip-scale": ("skip-scale", skip_scale_flags),
     "positions": ("position", lambda _, value: ("--skip-position", value)),
     "qk-norm": ("qk-norm", lambda _, value: ("--model.qk-norm", value)),
+    "magnitude": ("magnitude", magnitude_flags),
     "clipping": ("clipping", clipping_flags),
     "batches": ("batch", lambda _, value: ("--images-per-step", value)),
     "starts": ("start", lambda _, value: ()),

@@ -36,6 +36,7 @@ HELP = {
     "skip-scale": "policies; cs:0.7 is cs with kappa 0.7, geometric:0.7:False one with the values of two fields",
     "positions": "of a UNet's skip scales: before-norm, after-norm",
     "qk-norm": "True, False; of models that have it",
+    "magnitude": "plain, mp; of U-ViT and DiT, mp with a rate that falls by a cosine",
     "clipping": "none, norm:1, z-score:2.5, per-tensor:1.05",
     "batches": "images a step",
     "starts": "published, preserving; with --images 0",

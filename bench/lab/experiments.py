@@ -13,6 +13,11 @@ from scalelong.train.errors import UserError, run_command
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "lab"
 DIGITS = "--model.width 64"
+MAGNITUDE = (
+    "--seeds 3 --images 51200 --optimizer.weight-decay 0 --optimizer.schedule cosine "
+    "--evaluation.features pixels --images-per-evaluation 51200"
+)
+"""Both kinds of network by one schedule, and samples scored at the end."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,24 @@ EXPERIMENTS = {
         "photos32-uvit",
         ("--depths 12 --skip-scale none,cs:0.7,ls --learning-rates 2^-9.5,2^-9 --seeds 5 --images 25600",),
         "not timed: 30 runs, two at a time",
+    ),
+    "magnitude-uvit": Experiment(
+        "U-ViT on digits, magnitude-preserving layers against norms",
+        "digits-uvit",
+        (
+            f"--depths 12 --skip-scale none,cs:0.7 --magnitude plain --learning-rates 2^-9.5..2^-7.5:0.5 {MAGNITUDE}",
+            f"--depths 12 --skip-scale none,geometric:0.7 --magnitude mp --learning-rates 2^-8..2^-5:0.5 {MAGNITUDE}",
+        ),
+        "70 minutes: 72 runs of 110 s, two at a time",
+    ),
+    "magnitude-dit": Experiment(
+        "DiT on digits, magnitude-preserving layers against norms",
+        "digits-dit",
+        (
+            f"--depths 6 --skip-scale none --magnitude plain --learning-rates 2^-10..2^-7:0.5 {MAGNITUDE}",
+            f"--depths 6 --skip-scale none --magnitude mp --learning-rates 2^-8..2^-5:0.5 {MAGNITUDE}",
+        ),
+        "40 minutes: 42 runs of 110 s, two at a time",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",

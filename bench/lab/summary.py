@@ -134,17 +134,27 @@ def show_ratio(ratio: Ratio | None) -> str:
 
 
 def magnitude_table(groups: Sequence[Group]) -> Table:
-    columns = ("magnitude", "weight_norm", "weight_growth", "gradient_alignment")
+    columns = ("magnitude", "weight_norm", "weight_growth", "gradient_alignment", "kernel_distance")
     lines: list[list[Value]] = [
         [group.context, group.mode, group.best_rate, *(group.median_at_best(column) for column in columns)]
         for group in groups
         if not math.isnan(group.median_at_best("weight_norm"))
     ]
-    header = ("network", "mode", "rate", "largest magnitude", "weight norm", "times its first", "|cosine|")
+    header = (
+        "network",
+        "mode",
+        "rate",
+        "largest magnitude",
+        "weight norm",
+        "times its first",
+        "|cosine|",
+        "kernel distance",
+    )
     note = (
         "At the mode's own best rate, medians over seeds: the root mean square of the features of the block where it "
         "is largest; the norm of all weights at the end, and over that at the first logged step; the size of the "
-        "cosine of all weights and their gradients (magnitude and cosine: median over the last quarter)."
+        "cosine of all weights and their gradients (magnitude and cosine: median over the last quarter); the kernel "
+        "distance of samples to real images, where runs score them."
     )
     return Table("magnitudes", "Magnitudes of features and weights", note, header, lines)
 

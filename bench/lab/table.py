@@ -55,6 +55,8 @@ class Row:
     """That norm over what it was at the first logged step."""
     gradient_alignment: float = math.nan
     """The cosine of all weights and their gradients: the median size over the last quarter."""
+    kernel_distance: float = math.nan
+    """Of samples at the end to real images, where the run scores them."""
     growth_forward: float = math.nan
     growth_backward: float = math.nan
     kappa_squares: float = math.nan

@@ -1,11 +1,15 @@
 """What is done to rows of parameters after each step of the optimizer, though ZeRO cuts parameters anywhere."""
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from scalelong.train.zero import shards
+
+CACHED_NUMBERS = 1 << 17
+"""How many numbers are worked on at a time: what a core's cache holds, so that memory is read and written once."""
 
 
 @torch.no_grad()
@@ -21,8 +25,14 @@ def apply_to_rows(engine) -> None:
         if stage == 3:
             _replace_shard(parameter, function(shards.gather(parameter, parameter.ds_tensor.to(engine.device), stage)))
         else:
-            parameter.copy_(function(parameter))
+            replace_rows(parameter, function)
             _copy_to_master(parameter, stage)
+
+
+def replace_rows(parameter: Tensor, function: Callable[[Tensor], Tensor]) -> None:
+    """Puts ``function(rows)`` in the place of some rows at a time."""
+    for rows in parameter.split(max(1, CACHED_NUMBERS // max(1, parameter[0].numel()))):
+        rows.copy_(function(rows))
 
 
 def _copy_to_master(parameter: Any, stage: int) -> None:
