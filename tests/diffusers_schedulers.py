@@ -1,4 +1,4 @@
-"""The samplers of diffusers, set up for a process: what ours are held against where the process preserves the variance."""
+"""The samplers of diffusers, set up for a process that preserves the variance: what ours are held against."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ BY_DIFFUSERS = ("dpm-solver++", "ddim", "euler", "euler-ancestral", "euler-maruy
 
 
 def make_scheduler(sampler: str, process: VariancePreserving) -> Any:
-    """diffusers' scheduler for a sampler of ``BY_DIFFUSERS``, with the sigmas of the process on the grid n = 1 .. 1000."""
+    """For a sampler of ``BY_DIFFUSERS``, with the sigmas of the process on the grid n = 1 .. 1000."""
     import diffusers
 
     alpha_bar = 1 / (1 + _sigmas(process, _grid(process)) ** 2)

@@ -9,12 +9,12 @@ pytest.importorskip("deepspeed")
 
 from running import SMALL, small_config, train_on_ranks
 
-from scalelong.train import loop
+from scalelong.train import loop, run_grid
 from scalelong.train.checkpoint import load_model
 from scalelong.train.objective import make_objective
 from scalelong.train.run_folder import grid_path
-from scalelong.train.sampling import grid
-from scalelong.train.sampling.generate import default_conditions, generate
+from scalelong.train.sampling.conditions import default_conditions
+from scalelong.train.sampling.generate import generate
 from scalelong.train.sampling.grid import grid_columns, save_grid
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def test_the_network_computes_in_the_precision_of_the_run_and_is_no_copy(precisi
         yield from generate(network, *arguments, **how)
         hook.remove()
 
-    monkeypatch.setattr(grid, "generate", noting)
+    monkeypatch.setattr(run_grid, "generate", noting)
     assert loop.train(small_config(tmp_path / "run", total_images=32, precision=precision)) == 0
     assert set(seen) == {dtype}
     assert grid_path(tmp_path / "run", 32).is_file()

@@ -27,8 +27,8 @@ from scalelong.train.outcome import OutcomeFile
 from scalelong.train.report import Meter, Report, open_report, truncate_log
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
 from scalelong.train.run_folder import grid_path, spikes_path, write_config
+from scalelong.train.run_grid import make_grid
 from scalelong.train.run_lock import RunLock
-from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
 from scalelong.train.spikes import append_spike, of_divergence, outlying_positions
 from scalelong.train.validation import Validation

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 
 from scalelong.train.command_line import parse
+from scalelong.train.commands.load import SamplingArguments, load_sampling, read_class_names
 from scalelong.train.errors import UserError
 from scalelong.train.objective import make_objective
-from scalelong.train.sampling.generate import generate, labels_in_turn, spread_texts
+from scalelong.train.sampling.conditions import spread_texts
+from scalelong.train.sampling.generate import generate, labels_in_turn
 from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
-from scalelong.train.sampling.load import SamplingArguments, load_sampling, read_class_names
 
 
 @dataclass(frozen=True, kw_only=True)

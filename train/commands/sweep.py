@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from scalelong.model.backbone import Backbone
 from scalelong.train.checkpoint import load_model
 from scalelong.train.commands.ema_posthoc import LARGEST_ERROR, combine, plan_average
+from scalelong.train.commands.load import SamplingArguments, load_sampling
 from scalelong.train.config import NUM_TIMES, EvaluationConfig
 from scalelong.train.errors import UserError, warn
 from scalelong.train.evaluation import make_judge, score_samples
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.run_folder import read_config
-from scalelong.train.sampling.load import SamplingArguments, load_sampling
 from scalelong.train.scores import table
 from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.judge import Scores

@@ -72,7 +72,7 @@ def sde_dpm_solver(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], d
 
 
 def euler_maruyama(denoise: Denoiser, process: VPSDE, noise_BCHW: Tensor, steps: int, draw: Draw) -> Tensor:
-    """Euler-Maruyama of the reverse SDE in time, from 1 to 10⁻³ (arXiv:2011.13456, eq. 6 and 11), without the last noise.
+    """Euler-Maruyama of the reverse SDE in time, without the last noise (arXiv:2011.13456, eq. 6 and 11).
 
     x is x_t itself here, sqrt(ᾱ) (x_0 + sigma ε): its drift is linear in time, that of x_t / sqrt(ᾱ) is not.
     """

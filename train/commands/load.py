@@ -14,7 +14,7 @@ from scalelong.train.data.source import LatentSource, open_data
 from scalelong.train.errors import UserError
 from scalelong.train.objective_config import NUM_TIMES, SamplerName, check_guidance_interval, check_sampler
 from scalelong.train.sampling.autoencoder import to_pictures
-from scalelong.train.sampling.generate import null_condition_of, texts_of
+from scalelong.train.sampling.conditions import null_condition_of, texts_of
 
 
 @dataclass(frozen=True, kw_only=True)
