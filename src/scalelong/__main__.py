@@ -10,11 +10,11 @@ from scalelong.train.hosts.cores import bound_spinning
 COMMANDS = {
     "train": ("scalelong.train.__main__", "train a recipe, or go on with a run"),
     "launch": ("scalelong.train.hosts.launch", "train on several processes or hosts"),
-    "sample": ("scalelong.train.commands.sample", "draw samples from a run as one picture"),
-    "evaluate": ("scalelong.train.commands.evaluate", "score a run's samples against real images"),
+    "sample": ("scalelong.train.commands.sample", "draw samples from a run or an export"),
+    "evaluate": ("scalelong.train.commands.evaluate", "score samples of a run or an export against real images"),
     "ema-posthoc": ("scalelong.train.commands.ema_posthoc", "averaged weights of a width chosen after the run"),
     "plan": ("scalelong.train.commands.plan", "memory, traffic and ZeRO stage of a recipe on given GPUs"),
-    "export": ("scalelong.train.commands.export", "write a run's model as safetensors and JSON"),
+    "export": ("scalelong.train.commands.export", "write a run's model so that others load it in one line"),
     "lab": ("scalelong.bench.lab.command", "grids of runs: stability, sensitivity and speed of each skip scale"),
     "prepare": ("scalelong.train.commands.prepare", "make shards of images or of latents, with their indices"),
 }

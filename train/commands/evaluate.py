@@ -1,4 +1,4 @@
-"""``scalelong evaluate RUN``: are the samples what they were asked to be, and like the real images?
+"""``scalelong evaluate RUN``, or an export: are the samples what they were asked to be, and like the real images?
 
 - Kernel distance to the training images, in a named feature space, with its standard error: the headline. That of
   held-out images and of noise stands beside it.
@@ -32,7 +32,7 @@ from scalelong.train.write_whole import write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(SamplingArguments):
-    """Score a run's samples, with guidance and without, against real images; or a sweep over settings."""
+    """Score samples of a run or an export, with guidance and without, against real images; or a sweep over settings."""
 
     features: FeaturesName = "efficientnet"
     """In which space: EfficientNet-Lite0's features, Inception's, or principal components of pixels."""
@@ -80,6 +80,8 @@ def evaluate(arguments: EvaluateArguments, processes: Processes) -> dict[str, An
     shown = f"{settings['sampler']}, {settings['steps']} steps, {arguments.weights} weights, seed {arguments.seed}"
     return {
         "settings": f"{count} samples, {shown}",
+        "images_seen": sampling.images_seen,
+        "weights": arguments.weights,
         "features": judge.space.name,
         "features_version": judge.space.version,
         "num_train_images": len(judge.real.train),
