@@ -20,7 +20,7 @@ FLOORS_OF_TRAIN = (
     {"errors", "monitor", "objective_config", "usage", "write_whole"},
     {"config", "diffusion", "spikes"},
     {"clipping", "config_json", "guard", "objective", "recipes", "schedule"},
-    {"run_folder"},
+    {"config_file", "run_folder"},
     {"command_line", "report", "run_lock"},
     {"data", "hosts"},
     {"outcome", "sampling", "scores", "zero"},
