@@ -9,9 +9,12 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("yaml")
 
+from images import random_pixels, write_image
+
 from scalelong.model.skip_scale import ConstantScale, make_skip_scale
-from scalelong.train.command_line import parse_train_arguments
+from scalelong.train.command_line import parse_train_arguments, read_train_arguments
 from scalelong.train.config_json import config_to_dict
+from scalelong.train.data.classes import with_classes_of_data
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
 from scalelong.train.run_folder import write_config
@@ -82,6 +85,23 @@ def test_the_name_of_a_run_goes_on_with_it_wherever_it_is_now(tmp_path):
     assert parse_train_arguments([str(moved)]) == replace(config, run=moved)
     more = parse_train_arguments([str(moved), "--total-images", "7"])
     assert more == replace(config, run=moved, total_images=7)
+
+
+def test_a_model_has_the_classes_of_a_folder_of_ones_own(tmp_path):
+    for name in ("ant", "bee", "cat"):
+        write_image(tmp_path / "mine" / name / "0.png", random_pixels(8, 8, seed=0))
+    own = ["digits-uvit", "--data.path", str(tmp_path / "mine")]
+    for flags, expected in (
+        (own, 4),
+        ([*own, "--label-drop", "0", "--sample.guidance", "0"], 3),
+        ([*own, "--model.num-classes", "7"], 7),
+        (["digits-uvit"], 11),
+        (
+            ["imagenet64-uvit-m4", "--data.path", str(tmp_path / "mine")],
+            RECIPES["imagenet64-uvit-m4"].model.num_classes,
+        ),
+    ):
+        assert with_classes_of_data(read_train_arguments(flags)).model.num_classes == expected, flags
 
 
 @pytest.mark.parametrize(

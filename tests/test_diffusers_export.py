@@ -1,7 +1,7 @@
 """UNets as UNet2DModels of diffusers: the same outputs, back again the same network, and what diffusers cannot say."""
 
 import json
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,7 +52,7 @@ def check_outputs_are_equal(ours: UNet, theirs: Any) -> None:
 def test_theirs_gives_the_outputs_of_ours_and_reads_back_as_it(tmp_path, changes):
     ours = unet(**changes)
     save_as_unet2d(ours, tmp_path)
-    theirs, info = UNet2DModel.from_pretrained(tmp_path, output_loading_info=True)
+    theirs, info = cast(Any, UNet2DModel.from_pretrained(tmp_path, output_loading_info=True))
     assert not any(info.values()), info
     check_outputs_are_equal(ours, theirs.eval())
     read = weights_of_diffusers(json.loads((tmp_path / "config.json").read_text()), theirs.state_dict())

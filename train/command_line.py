@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
@@ -140,11 +140,41 @@ def with_short_names(flags: list[str]) -> list[str]:
     return [re.sub(r"^--checkpointing(?==|$)", "--recompute", flag) for flag in flags]
 
 
+class TrainArguments(NamedTuple):
+    """What a command that trains says."""
+
+    config: TrainConfig
+    base: TrainConfig
+    """The recipe, or the run, whose fields the others override."""
+    given: set[str]
+    """Flags that the command line or a file gives."""
+    prints: bool
+    """Whether the configuration is to be printed, and nothing trained."""
+
+
 def parse_train_arguments(argv: list[str]) -> TrainConfig:
+    """The configuration that a command that trains says; with ``--print-config`` it is printed, and the command ends.
+
+    Raises:
+        UserError: as ``read_train_arguments`` does.
+    """
+    arguments = read_train_arguments(argv)
+    if arguments.prints:
+        print_config(arguments.config)
+    return arguments.config
+
+
+def print_config(config: TrainConfig) -> NoReturn:
+    """Prints the configuration, once for all processes, and ends the command."""
+    if is_main_process():
+        print(printed(config), end="")
+    sys.exit(0)
+
+
+def read_train_arguments(argv: list[str]) -> TrainArguments:
     """A recipe or a run, then flags that override its fields, those of a ``--config FILE`` before the others.
 
-    The launcher's ``--local_rank`` is accepted and not needed. With ``--print-config`` it prints what it parsed and
-    exits.
+    The launcher's ``--local_rank`` is accepted and not needed.
 
     Raises:
         UserError: an unknown recipe (the recipes are listed) or field, or a value that does not fit.
@@ -161,11 +191,7 @@ def parse_train_arguments(argv: list[str]) -> TrainConfig:
         flags = [*without_given(flags_of(values, base, file), _names_of(flags)), *flags]
     default = RecipeArguments(train=base)
     config = parse_recipe(RecipeArguments, flags, prog=f"{TRAIN_PROGRAM} {name}", default=default).train
-    if prints:
-        if is_main_process():
-            print(printed(config), end="")
-        sys.exit(0)
-    return config
+    return TrainArguments(config, base, _names_of(flags), prints)
 
 
 def _take_config_file(argv: list[str]) -> tuple[list[str], Path | None]:
