@@ -96,10 +96,7 @@ def test_a_model_has_the_classes_of_a_folder_of_ones_own(tmp_path):
         ([*own, "--label-drop", "0", "--sample.guidance", "0"], 3),
         ([*own, "--model.num-classes", "7"], 7),
         (["digits-uvit"], 11),
-        (
-            ["imagenet64-uvit-m4", "--data.path", str(tmp_path / "mine")],
-            RECIPES["imagenet64-uvit-m4"].model.num_classes,
-        ),
+        (["imagenet64-uvit-m4", *own[1:]], RECIPES["imagenet64-uvit-m4"].model.num_classes),
     ):
         assert with_classes_of_data(read_train_arguments(flags)).model.num_classes == expected, flags
 
