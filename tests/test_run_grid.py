@@ -51,7 +51,8 @@ def test_ranks_draw_what_one_process_draws_of_the_checkpoint(stage, tmp_path):
         null_condition=config.null_label,
         **{"sampler": sample.sampler, "steps": sample.steps, "guidance": sample.guidance, "seed": config.seed},
     )
-    save_grid(np.stack(list(images)), tmp_path / "alone.png", columns=grid_columns(count, config.num_data_classes))
+    how = {"columns": grid_columns(count, config.num_data_classes), "captions": [f"{n % 10}" for n in range(count)]}
+    save_grid(np.stack(list(images)), tmp_path / "alone.png", **how)
     pictures = [np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "alone.png", grid_path(run, 64))]
     assert np.ptp(pictures[0]) > 100
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # batches of five round otherwise than one of ten

@@ -121,6 +121,7 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
                 report_spike(run, report, "spike", what or "features jump on another process", row, run.step)
         if due.grid:
             make_grid(run)
+            report.show(grid_path(config.run, run.images_seen), run.images_seen)
         if due.averages:
             # Before the checkpoint: a run that goes on from there has them all.
             keep_averages(run)

@@ -39,9 +39,11 @@ def make_grid(run: Run) -> None:
 
 
 def _write_grid(run: Run, images_NHWC: np.ndarray) -> None:
-    config = run.config
+    config, count = run.config, len(images_NHWC)
     path = grid_path(config.run, run.images_seen)
+    names = run.source.class_names if config.num_data_classes else []
+    captions = [names[n % len(names)] for n in range(count)] if names else []
     try:
-        save_grid(images_NHWC, path, columns=grid_columns(len(images_NHWC), config.num_data_classes))
+        save_grid(images_NHWC, path, columns=grid_columns(count, config.num_data_classes), captions=captions)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
