@@ -1,6 +1,7 @@
 """The run as a whole: what it leaves behind, and that resuming is exact."""
 
 import json
+import re
 import signal
 import time
 from dataclasses import replace
@@ -353,8 +354,16 @@ def test_samples_have_a_place_to_go(straight, tmp_path):
 
 
 def test_progress_ends_at_the_images_of_the_last_step(tmp_path, capsys):
-    assert train(small_config(tmp_path / "run", total_images=100)) == 0
-    assert "128 / 128 images" in capsys.readouterr().out
+    run = tmp_path / "run"
+    assert train(small_config(run, total_images=100)) == 0
+    said = capsys.readouterr().out
+    assert "128 / 128 images" in said
+    *_, folder, picture, scores, _, sample, evaluate, export = said.splitlines()
+    assert (folder, picture) == (f"run folder: {run}", f"samples to look at: {run}/samples/128.png")
+    assert re.fullmatch(r"scores: loss [\d.]+, validation loss [\d.]+, validation loss ema [\d.]+", scores)
+    assert sample == f"  scalelong sample {run} --out grid.png"
+    assert evaluate == f"  scalelong evaluate {run}"
+    assert export == f"  scalelong export {run} --out {run}-model"
     assert train(small_config(tmp_path / "run", total_images=130)) == 0
     assert "160 / 160 images" in capsys.readouterr().out
 
