@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scalelong import __version__
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.dit_config import DiTConfig as DiTConfig
 from scalelong.model.edm2_unet_config import EDM2UNetConfig as EDM2UNetConfig
@@ -18,6 +19,9 @@ from scalelong.model.uvit_config import UViTConfig as UViTConfig
 
 if TYPE_CHECKING:
     from scalelong.model.backbone import Backbone
+
+FORMAT = 2
+"""Of ``config.json`` in exports: 1, which it does not say, has the model alone; 2 may have ``pipeline`` beside it."""
 
 
 def make_backbone(
@@ -94,17 +98,39 @@ def read_description(path: Path, *, architecture: str | None = None) -> tuple[Ba
         FileNotFoundError: no such file.
         ValueError: it describes no model, another one, or none of this version; says what it found.
     """
+    description = read_export(path)
+    if architecture not in (None, description["architecture"]):
+        raise ValueError(f"{path} describes {description['architecture']!r}, not {architecture!r}")
+    of_model = {name: value for name, value in description.items() if name not in ("format", "pipeline")}
+    try:
+        return model_from_dict(of_model)
+    except ValueError as error:
+        raise ValueError(f"{path} describes no {description['architecture']} of this version: {error}") from error
+
+
+def read_export(path: Path) -> dict[str, Any]:
+    """All that the ``config.json`` of an export says.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it describes no model, or is of a format that a newer version writes.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"{path.parent} has no {path.name}: not an exported model")
     try:
         description = json.loads(path.read_text())
     except ValueError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
-    if not isinstance(description, dict) or "architecture" not in description:
+    if isinstance(description, dict) and "optimizer" in description:
+        raise ValueError(f"{path.parent} is a run, not an export: scalelong export {path.parent} --out DIR makes one")
+    if not isinstance(description, dict) or not isinstance(description.get("architecture"), str):
         raise ValueError(f"{path} describes no model: it holds {str(description)[:60]!r}")
-    if architecture not in (None, description["architecture"]):
-        raise ValueError(f"{path} describes {description['architecture']!r}, not {architecture!r}")
-    try:
-        return model_from_dict(description)
-    except ValueError as error:
-        raise ValueError(f"{path} describes no {description['architecture']} of this version: {error}") from error
+    version = description.get("format", 1)
+    if type(version) is not int or version < 1:
+        raise ValueError(f"{path} is of no format of exports: {version!r}")
+    if version > FORMAT:
+        raise ValueError(
+            f"{path} is of format {version}, which a newer scalelong writes; this one, {__version__}, reads up to "
+            f"{FORMAT}: pip install --upgrade scalelong"
+        )
+    return description

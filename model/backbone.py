@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple, Self
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from scalelong.model.architectures import model_to_dict, read_description
+from scalelong.model.architectures import FORMAT, model_to_dict, read_description
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
 from scalelong.model.magnitude import MPFourier, forced_normalisation
@@ -195,11 +195,17 @@ class Backbone(nn.Module):
         """
         return forced_normalisation(self)
 
-    def save_pretrained(self, folder: str | Path) -> None:
-        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be."""
+    def save_pretrained(self, folder: str | Path, *, pipeline: Mapping[str, Any] | None = None) -> None:
+        """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be.
+
+        Args:
+            pipeline: what ``scalelong.Pipeline`` needs to know to draw images (train/sampling/pipeline_config.py).
+        """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        description = model_to_dict(self.config, self.skip_scale)
+        description = {"format": FORMAT, **model_to_dict(self.config, self.skip_scale)}
+        if pipeline is not None:
+            description["pipeline"] = dict(pipeline)
         (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
         write_tensors({k: v.contiguous() for k, v in self.state_dict().items()}, folder / "model.safetensors")
 

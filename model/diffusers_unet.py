@@ -56,7 +56,7 @@ def weights_of_diffusers(config: Mapping[str, Any], state: Mapping[str, Tensor])
         ValueError: it is no network of ours; says why.
     """
     unet = _config_of(config)
-    names = _module_names(unet)
+    names = module_names(unet)
     ours: dict[str, Tensor] = {}
     for name, tensor in _with_joined_attention(state).items():
         module, _, kind = name.rpartition(".")
@@ -118,7 +118,7 @@ def _config_of(config: Mapping[str, Any]) -> UNetConfig:
     )
 
 
-def _module_names(config: UNetConfig) -> dict[str, str]:
+def module_names(config: UNetConfig) -> dict[str, str]:
     """Where each module of diffusers stands in our lists of blocks: residual block, attention, then what resamples."""
     names, levels = dict(ENDS), len(config.channels)
 

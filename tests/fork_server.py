@@ -23,7 +23,6 @@ PRELOADED = (
     "deepspeed.ops.op_builder.all_ops",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "diffusers.models.unets.unet_2d",
-    "diffusers.schedulers.scheduling_dpmsolver_multistep",
     "nvidia.dali.fn",
     "PIL.PngImagePlugin",
     "scalelong.train.commands.evaluate",

@@ -14,6 +14,7 @@ from safetensors.numpy import save_file
 
 pytest.importorskip("diffusers")
 
+from scalelong.model.uvit import UViT, UViTConfig
 from scalelong.train.commands.prepare import PrepareArguments, prepare
 from scalelong.train.commands.shard_writers import LatentWriter
 from scalelong.train.config import DataConfig, TrainConfig
@@ -24,6 +25,8 @@ from scalelong.train.data.source import open_source
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
 from scalelong.train.sampling.autoencoder import load_vae, to_pictures
+from scalelong.train.sampling.pipeline import Pipeline
+from scalelong.train.sampling.pipeline_config import PipelineConfig
 
 CPU = torch.device("cpu")
 SHAPE = (4, 4, 4)
@@ -318,6 +321,16 @@ def test_pictures_of_latents_are_decoded_by_the_autoencoder(latents, vae):
     show = to_pictures(config_for(latents))
     assert show is not None
     assert show(x_BCHW).shape == (3, 3, 4, 4)
+
+
+def test_an_export_takes_its_autoencoder_along(vae, tmp_path):
+    config = UViTConfig(img_size=4, in_channels=SHAPE[0], patch_size=2, width=16, depth=2, num_heads=2)
+    Pipeline(UViT(config), PipelineConfig(steps=1), autoencoder=vae).save_pretrained(tmp_path / "export")
+    assert (tmp_path / "export" / "autoencoder" / "config.json").read_bytes() == (vae / "config.json").read_bytes()
+    pipe = Pipeline.from_pretrained(tmp_path / "export", device="cpu")
+    (decoded,) = pipe()
+    (shown,) = Pipeline(pipe.model, pipe.config)()
+    assert decoded.size[0] > shown.size[0] == 4
 
 
 def test_a_folder_without_an_autoencoder_is_named(tmp_path):

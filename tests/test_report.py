@@ -8,8 +8,10 @@ import tracemalloc
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from rich.console import Console
 
 from scalelong.train import report
@@ -65,6 +67,25 @@ def test_tensorboard_gets_each_value_at_its_images_seen(tmp_path):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert sorted(events.Tags()["scalars"]) == ["images_per_second", "loss"]
     assert [(e.step, e.value) for e in events.Scalars("loss")] == [(10, pytest.approx(0.1)), (20, pytest.approx(0.2))]
+
+
+def test_tensorboard_gets_grids_and_the_configuration_and_resuming_doubles_neither(tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (tmp_path / "config.json").write_text('{"seed": 3}')
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "grid.png")
+    for resumed, drawn in ((0, (10, 20)), (10, (20,))):
+        with open_report(tmp_path, resumed, 100) as run:
+            for n in drawn:
+                run.show(tmp_path / "grid.png", n)
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Images("samples")] == [10, 20]
+    shown = np.asarray(Image.open(io.BytesIO(events.Images("samples")[1].encoded_image_string)))
+    np.testing.assert_array_equal(shown, pixels)
+    (text,) = events.Tensors("config.json/text_summary")
+    assert text.step == 0
+    assert b'{"seed": 3}' in text.tensor_proto.string_val[0]
 
 
 @pytest.mark.parametrize(("images_seen", "kept"), [(0, []), (20, [10, 20]), (25, [10, 20]), (40, [10, 20, 30, 40])])

@@ -9,12 +9,12 @@ pytest.importorskip("deepspeed")
 
 from running import SMALL, small_config, train_on_ranks
 
-from scalelong.train import loop
+from scalelong.train import loop, run_grid
 from scalelong.train.checkpoint import load_model
 from scalelong.train.objective import make_objective
 from scalelong.train.run_folder import grid_path
-from scalelong.train.sampling import grid
-from scalelong.train.sampling.generate import default_conditions, generate
+from scalelong.train.sampling.conditions import default_conditions
+from scalelong.train.sampling.generate import generate
 from scalelong.train.sampling.grid import grid_columns, save_grid
 
 pytestmark = pytest.mark.slow
@@ -31,7 +31,7 @@ def test_the_network_computes_in_the_precision_of_the_run_and_is_no_copy(precisi
         yield from generate(network, *arguments, **how)
         hook.remove()
 
-    monkeypatch.setattr(grid, "generate", noting)
+    monkeypatch.setattr(run_grid, "generate", noting)
     assert loop.train(small_config(tmp_path / "run", total_images=32, precision=precision)) == 0
     assert set(seen) == {dtype}
     assert grid_path(tmp_path / "run", 32).is_file()
@@ -51,7 +51,8 @@ def test_ranks_draw_what_one_process_draws_of_the_checkpoint(stage, tmp_path):
         null_condition=config.null_label,
         **{"sampler": sample.sampler, "steps": sample.steps, "guidance": sample.guidance, "seed": config.seed},
     )
-    save_grid(np.stack(list(images)), tmp_path / "alone.png", columns=grid_columns(count, config.num_data_classes))
+    how = {"columns": grid_columns(count, config.num_data_classes), "captions": [f"{n % 10}" for n in range(count)]}
+    save_grid(np.stack(list(images)), tmp_path / "alone.png", **how)
     pictures = [np.asarray(Image.open(path)).astype(int) for path in (tmp_path / "alone.png", grid_path(run, 64))]
     assert np.ptp(pictures[0]) > 100
     assert np.abs(pictures[0] - pictures[1]).max() <= 1  # batches of five round otherwise than one of ten

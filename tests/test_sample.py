@@ -25,12 +25,13 @@ from scalelong.train.hosts.processes import Processes
 from scalelong.train.objective import make_objective
 from scalelong.train.objective_config import SAMPLER_NAMES, NoiseName, ObjectiveConfig
 from scalelong.train.sampling import generate as generate_module
-from scalelong.train.sampling.diffusers_samplers import BY_DIFFUSERS, make_scheduler
 from scalelong.train.sampling.generate import generate, guided, labels_in_turn, to_uint8
 from scalelong.train.sampling.grid import grid_columns, picture_format, save_grid
 from scalelong.train.sampling.samplers import denoise
 
 pytest.importorskip("diffusers")
+
+from diffusers_schedulers import BY_DIFFUSERS, make_scheduler
 
 # Pixels of the data are independent, N(MEAN, STD^2).
 MEAN, STD = 0.3, 0.5
@@ -145,8 +146,9 @@ def test_euler_maruyama_asks_the_network_from_time_one_to_a_thousandth():
 
 
 def test_euler_maruyama_needs_a_continuous_process():
+    process = PROCESSES["scaled-linear"]
     with pytest.raises(UserError, match=r"euler-maruyama needs .*--objective vp-sde"):
-        make_scheduler("euler-maruyama", PROCESSES["scaled-linear"])
+        denoise(ExactDenoiser(process), process, torch.randn(1, 1, 2, 2), sampler="euler-maruyama", steps=1)
 
 
 def test_an_unknown_sampler_is_told_the_known_ones():

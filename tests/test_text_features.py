@@ -26,7 +26,8 @@ from scalelong.train.errors import UserError
 from scalelong.train.objective import make_objective
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
-from scalelong.train.sampling.generate import guided, spread_texts
+from scalelong.train.sampling.conditions import spread_texts
+from scalelong.train.sampling.generate import guided
 
 CPU = torch.device("cpu")
 SHAPE, TOKENS, FEATURES = (4, 4, 4), 3, 6

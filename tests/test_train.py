@@ -1,6 +1,7 @@
 """The run as a whole: what it leaves behind, and that resuming is exact."""
 
 import json
+import re
 import signal
 import time
 from dataclasses import replace
@@ -16,15 +17,19 @@ from samples import each_value_once
 pytest.importorskip("deepspeed")
 
 from programs import start_own_process, start_python
-from running import SMALL, launch, log_rows, losses, run_command, small_config, train_on_ranks
+from running import SMALL, launch, log_rows, losses, run_command, run_on_ranks, small_config, train_on_ranks
 
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES
 from scalelong.model.uvit import UViT
+from scalelong.train.commands.evaluate import main as evaluate_main
+from scalelong.train.commands.export import main as export_main
+from scalelong.train.commands.sample import main as sample_main
 from scalelong.train.config import DataConfig
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
 from scalelong.train.hosts import meeting
 from scalelong.train.loop import train
 from scalelong.train.run_folder import lock_path
+from scalelong.train.sampling.pipeline import Pipeline
 from scalelong.train.zero import engine as zero
 
 pytestmark = pytest.mark.slow
@@ -299,18 +304,69 @@ def test_sample_export_and_evaluate_work_on_a_run(straight, tmp_path):
     assert all(torch.equal(value, ema[name]) for name, value in model.state_dict().items())
 
     how = ["--features", "pixels", "--num-images", 40, "--steps", 3]
-    done = run_command("evaluate", straight, *how, module="scalelong")
+    done = run_command("evaluate", tmp_path / "exported", *how, module="scalelong")
     assert done.returncode == 0, done.stderr
-    scores = json.loads((straight / "evaluation.json").read_text())
+    scores = json.loads((tmp_path / "exported" / "evaluation.json").read_text())
+    assert (scores["images_seen"], scores["weights"]) == (640, "ema")
     assert scores["real_accuracy"] > 0.97
     assert [s["guidance"] for s in scores["samples"]] == [1.0, 0.0]
     assert "label accuracy" in done.stdout
-    (straight / "evaluation.json").unlink()
+
+
+def test_a_run_its_export_and_the_pipeline_draw_the_same(straight, tmp_path):
+    export_main([str(straight), "--out", str(tmp_path / "exported")])
+    how = ["--num-images", "7", "--label", "3", "5", "--seed", "2", "--steps", "4", "--batch-size", "3"]
+    for source in (straight, tmp_path / "exported"):
+        sample_main([str(source), *how, "--out", str(tmp_path / f"{source.name}.png")])
+    assert (tmp_path / f"{straight.name}.png").read_bytes() == (tmp_path / "exported.png").read_bytes()
+    sample_main([str(straight), *how, "--out", str(tmp_path / "alone"), "--npz", "True"])
+    # Two processes go on with what one of them has begun.
+    (tmp_path / "shared").mkdir()
+    for name in ("samples.json", "000001.png"):
+        (tmp_path / "shared" / name).write_bytes((tmp_path / "alone" / name).read_bytes())
+    run_on_ranks(2, "-m", "scalelong", "sample", straight, *how, "--out", tmp_path / "shared")
+    files = [sorted((tmp_path / folder).glob("*.png")) for folder in ("alone", "shared")]
+    assert [path.name for path in files[1]] == [f"{n:06d}.png" for n in range(7)]
+    assert [path.read_bytes() for path in files[1]] == [path.read_bytes() for path in files[0]]
+    drawn = Pipeline.from_pretrained(tmp_path / "exported")([3, 5], num_images=7, seed=2, steps=4, batch_size=3)
+    with np.load(tmp_path / "alone" / "samples_7x8x8x1.npz") as npz:
+        np.testing.assert_array_equal(npz["arr_0"][..., 0], np.stack([np.asarray(image) for image in drawn]))
+        assert npz["arr_1"].tolist() == [3, 5, 3, 5, 3, 5, 3]
+
+
+def test_samples_have_a_place_to_go(straight, tmp_path):
+    (tmp_path / "grid").write_text("mine")
+    for out, more, words in (
+        ("grid", [], "grid is a file, and no picture by its name, which would end in .png or .jpg"),
+        ("grid.png", ["--npz", "True"], "--npz is of single files"),
+        ("grid.svg", [], r"written as \.png, .*, not \.svg"),
+    ):
+        with pytest.raises(UserError, match=words):
+            sample_main([str(straight), "--out", str(tmp_path / out), *more])
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("grid", "mine")]
+    export_main([str(straight), "--out", str(tmp_path / "exported")])
+    for command, more, words in (
+        (sample_main, ["--checkpoint", "640"], "is an export, of one checkpoint: leave out --checkpoint"),
+        (evaluate_main, ["--sweep", "ema=0.05"], "--sweep ema is of runs"),
+        (export_main, ["--format", "diffusers", "--out", str(tmp_path / "theirs")], "a UViT is no UNet2DModel"),
+        (export_main, ["--push-to-hub", "mine", "--out", str(tmp_path / "theirs")], "is called OWNER/NAME"),
+    ):
+        with pytest.raises(UserError, match=words):
+            command([str(tmp_path / "exported"), *more])
+    assert not (tmp_path / "theirs").exists()
 
 
 def test_progress_ends_at_the_images_of_the_last_step(tmp_path, capsys):
-    assert train(small_config(tmp_path / "run", total_images=100)) == 0
-    assert "128 / 128 images" in capsys.readouterr().out
+    run = tmp_path / "run"
+    assert train(small_config(run, total_images=100)) == 0
+    said = capsys.readouterr().out
+    assert "128 / 128 images" in said
+    *_, folder, picture, scores, _, sample, evaluate, export = said.splitlines()
+    assert (folder, picture) == (f"run folder: {run}", f"samples to look at: {run}/samples/128.png")
+    assert re.fullmatch(r"scores: loss [\d.]+, validation loss [\d.]+, validation loss ema [\d.]+", scores)
+    assert sample == f"  scalelong sample {run} --out grid.png"
+    assert evaluate == f"  scalelong evaluate {run}"
+    assert export == f"  scalelong export {run} --out {run}-model"
     assert train(small_config(tmp_path / "run", total_images=130)) == 0
     assert "160 / 160 images" in capsys.readouterr().out
 

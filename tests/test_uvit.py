@@ -105,6 +105,7 @@ def test_tokens_are_class_then_time_then_patches():
     x, t, y = make_inputs(LABELS)
     tokens = tokens_before_the_blocks(model, (x.double(), t.double(), y))
     assert tokens.shape[1] == LABELS.num_tokens == 2 + 64
+    assert isinstance(model.label_emb, nn.Embedding)
     torch.testing.assert_close(tokens[:, 0], model.label_emb.weight[y])
     torch.testing.assert_close(tokens[:, 1], time_embedding(t, 32, torch.float64))
     torch.testing.assert_close(tokens[:, 2:], model.patch_embed(x.double()))

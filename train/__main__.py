@@ -21,11 +21,15 @@ def main(argv: list[str] | None = None) -> None:
 
     bound_spinning(os.environ)  # before torch is loaded
 
-    from scalelong.train.command_line import parse_train_arguments
+    from scalelong.train.command_line import print_config, read_train_arguments
+    from scalelong.train.data.classes import with_classes_of_data
     from scalelong.train.hosts.environment import find_place
 
     speak_as(find_place(os.environ).rank)
-    config = parse_train_arguments(argv)
+    arguments = read_train_arguments(argv)
+    config = with_classes_of_data(arguments)
+    if arguments.prints:
+        print_config(config)
 
     from scalelong.train.hosts.processes import leave_processes, to_user_error
     from scalelong.train.hosts.signals import ignore_stop_signals

@@ -256,6 +256,27 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def find_checkpoint(run: Path, checkpoint: int | None = None) -> Path:
+    """The folder of a checkpoint that is whole.
+
+    Args:
+        checkpoint: its images_seen; the newest whole one if not given.
+
+    Raises:
+        UserError: no such checkpoint, or a damaged one.
+    """
+    if checkpoint is None:
+        folder = newest_checkpoint(run, warn=lambda message: print(f"warning: {message}"))
+        if folder is None:
+            raise UserError(f"{run} has no whole checkpoint yet")
+        return folder
+    folder = checkpoints_folder(run) / str(checkpoint)
+    problem = find_problem(folder) if folder.is_dir() else "there is no such folder"
+    if problem:
+        raise UserError(f"cannot use the checkpoint {folder}: {problem}")
+    return folder
+
+
 def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema") -> tuple[Backbone, TrainConfig]:
     """The model of a run in evaluation mode, on a GPU if there is one, and the run's configuration.
 
@@ -269,15 +290,15 @@ def load_model(run: Path, *, checkpoint: int | None = None, weights: str = "ema"
         UserError: no such run or checkpoint, or a damaged one.
     """
     config = read_config(run)
-    if checkpoint is None:
-        folder = newest_checkpoint(run, warn=lambda message: print(f"warning: {message}"))
-        if folder is None:
-            raise UserError(f"{run} has no whole checkpoint yet")
-    else:
-        folder = checkpoints_folder(run) / str(checkpoint)
-        problem = find_problem(folder) if folder.is_dir() else "there is no such folder"
-        if problem:
-            raise UserError(f"cannot use the checkpoint {folder}: {problem}")
+    return load_weights(config, find_checkpoint(run, checkpoint), weights), config
+
+
+def load_weights(config: TrainConfig, checkpoint: Path, weights: str) -> Backbone:
+    """The network of a configuration with the weights "ema" or "model" of a checkpoint, as ``load_model`` gives it.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
     model = make_backbone(config.model, skip_scale=config.skip_scale)
-    model.load_state_dict(read_tensors(folder, weights))
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), config
+    model.load_state_dict(read_tensors(checkpoint, weights))
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()

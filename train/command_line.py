@@ -9,7 +9,7 @@ import sys
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 
 import tyro
 
@@ -17,10 +17,11 @@ from scalelong.model.backbone_config import BackboneConfig, Parametrization
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, has_field, make_skip_scale
 from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
-from scalelong.train.errors import UserError, warn
+from scalelong.train.config_file import flags_of, printed, read_config_file, whole_config, without_given
+from scalelong.train.errors import UserError, is_main_process, warn
 from scalelong.train.objective_config import NOISE_NAMES, check_sampler
 from scalelong.train.recipes import RECIPES
-from scalelong.train.run_folder import read_config
+from scalelong.train.run_folder import config_path, read_config
 from scalelong.train.usage import TRAIN_PROGRAM, usage
 
 T = TypeVar("T")
@@ -141,8 +142,41 @@ def with_short_names(flags: list[str]) -> list[str]:
     return [re.sub(r"^--checkpointing(?==|$)", "--recompute", flag) for flag in flags]
 
 
+class TrainArguments(NamedTuple):
+    """What a command that trains says."""
+
+    config: TrainConfig
+    base: TrainConfig
+    """The recipe, or the run, whose fields the others override."""
+    given: set[str]
+    """Flags that the command line or a file gives."""
+    prints: bool
+    """Whether the configuration is to be printed, and nothing trained."""
+
+
 def parse_train_arguments(argv: list[str]) -> TrainConfig:
-    """A recipe, then flags that override its fields. The launcher's ``--local_rank`` is accepted and not needed.
+    """The configuration that a command that trains says; with ``--print-config`` it is printed, and the command ends.
+
+    Raises:
+        UserError: as ``read_train_arguments`` does.
+    """
+    arguments = read_train_arguments(argv)
+    if arguments.prints:
+        print_config(arguments.config)
+    return arguments.config
+
+
+def print_config(config: TrainConfig) -> NoReturn:
+    """Prints the configuration, once for all processes, and ends the command."""
+    if is_main_process():
+        print(printed(config), end="")
+    sys.exit(0)
+
+
+def read_train_arguments(argv: list[str]) -> TrainArguments:
+    """A recipe or a run, then flags that override its fields, those of a ``--config FILE`` before the others.
+
+    The launcher's ``--local_rank`` is accepted and not needed.
 
     Raises:
         UserError: an unknown recipe (the recipes are listed) or field, or a value that does not fit.
@@ -151,9 +185,52 @@ def parse_train_arguments(argv: list[str]) -> TrainConfig:
     if argv and argv[0] in ("-h", "--help"):
         print(usage())
         sys.exit(0)
+    argv, file = _take_config_file(argv)
+    prints = "--print-config" in argv
+    name, base, flags, values = _choose_base([flag for flag in argv if flag != "--print-config"], file)
+    flags = with_short_names(flags)
+    if file is not None and values:
+        flags = [*without_given(flags_of(values, base, file), _names_of(flags)), *flags]
+    default = RecipeArguments(train=base)
+    config = parse_recipe(RecipeArguments, flags, prog=f"{TRAIN_PROGRAM} {name}", default=default).train
+    return TrainArguments(config, base, _names_of(flags), prints)
+
+
+def _take_config_file(argv: list[str]) -> tuple[list[str], Path | None]:
+    """The arguments without ``--config FILE``, and the file."""
+    kept, file, rest = [], None, iter(argv)
+    for argument in rest:
+        name, equals, value = argument.partition("=")
+        if name != "--config":
+            kept.append(argument)
+            continue
+        value = value if equals else next(rest, "")
+        if not value or file is not None:
+            raise UserError("--config takes one file, YAML or JSON")
+        file = Path(value)
+    return kept, file
+
+
+def _choose_base(argv: list[str], file: Path | None) -> tuple[str, TrainConfig, list[str], dict[str, Any]]:
+    """What it is called, the configuration that is overridden, the flags behind it, and the fields of the file."""
+    values = {} if file is None else read_config_file(file)
+    named = values.pop("recipe", None)
+    if argv and not argv[0].startswith("-") and argv[0] not in RECIPES and config_path(Path(argv[0])).is_file():
+        run, *flags = argv
+        return run, replace(read_config(Path(run)), run=Path(run)), flags, values
+    if file is not None and (not argv or argv[0].startswith("-")):
+        whole = whole_config(values, file)
+        if whole is not None:
+            return f"--config {file}", whole, argv, {}
+        if named is None:
+            raise UserError(f"--config {file} names no recipe: give one in it (recipe: NAME) or before the flags")
+        argv = [str(named), *argv]
     name, flags = choose_recipe(argv, program=TRAIN_PROGRAM)
-    default = RecipeArguments(train=RECIPES[name])
-    return parse_recipe(RecipeArguments, with_short_names(flags), prog=f"{TRAIN_PROGRAM} {name}", default=default).train
+    if file is not None and whole_config(values, file) is not None:
+        raise UserError(f"--config {file} is a whole configuration: leave out the recipe {name}")
+    if named not in (None, name):
+        raise UserError(f"--config {file} is of the recipe {named}, not {name}: give one")
+    return name, RECIPES[name], flags, values
 
 
 def parse_recipe(kind: type[R], flags: list[str], *, prog: str, default: R) -> R:

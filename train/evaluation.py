@@ -11,7 +11,8 @@ from scalelong.train.config import EvaluationConfig, TrainConfig
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.objective import make_objective
 from scalelong.train.run import Run
-from scalelong.train.sampling.generate import generate, labels_in_turn, settings_of
+from scalelong.train.sampling.conditions import settings_of
+from scalelong.train.sampling.generate import generate, labels_in_turn
 from scalelong.train.scores.feature_spaces import make_feature_space
 from scalelong.train.scores.judge import Judge, Scores
 from scalelong.train.scores.real_images import read_real_images

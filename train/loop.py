@@ -26,16 +26,19 @@ from scalelong.train.objective import make_objective
 from scalelong.train.outcome import OutcomeFile
 from scalelong.train.report import Meter, Report, open_report, truncate_log
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
-from scalelong.train.run_folder import grid_path, spikes_path, write_config
+from scalelong.train.run_folder import grid_path, log_path, spikes_path, write_config
+from scalelong.train.run_grid import make_grid
 from scalelong.train.run_lock import RunLock
-from scalelong.train.sampling.grid import make_grid
 from scalelong.train.schedule import learning_rate, what_is_due
-from scalelong.train.spikes import append_spike, of_divergence, outlying_positions
+from scalelong.train.spikes import append_spike, last_rows, of_divergence, outlying_positions
 from scalelong.train.validation import Validation
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.gradients import gradient_norms, gradients_against_weights, scale_gradients
 from scalelong.train.zero.learned_loss import loss_weighting
 from scalelong.train.zero.rows import apply_to_rows
+
+FIGURES_TO_SAY = ("loss", "validation_loss", "validation_loss_ema", "kernel_distance", "label_accuracy")
+"""Of the last row of the log, at the end of a run."""
 
 
 def train(config: TrainConfig) -> int:
@@ -121,6 +124,7 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
                 report_spike(run, report, "spike", what or "features jump on another process", row, run.step)
         if due.grid:
             make_grid(run)
+            report.show(grid_path(config.run, run.images_seen), run.images_seen)
         if due.averages:
             # Before the checkpoint: a run that goes on from there has them all.
             keep_averages(run)
@@ -262,7 +266,7 @@ def announce_finished(start: Start) -> None:
     if start.processes.is_main:
         images_seen = start.plan.first_position
         print(f"already trained to {images_seen:,} images; a larger --total-images goes on")
-        announce_results(start.config.run, images_seen)
+        announce_results(start.config, images_seen)
 
 
 def announce_end(start: Start, images_seen: int, signal: str | None, *, is_finished: bool) -> None:
@@ -270,16 +274,28 @@ def announce_end(start: Start, images_seen: int, signal: str | None, *, is_finis
     if not start.processes.is_main:
         return
     if is_finished:
-        announce_results(start.config.run, images_seen)
+        announce_results(start.config, images_seen)
         return
     cause = signal or "a signal to another process"
     print(f"{cause}: saved at {images_seen:,} images; to go on, run the same command again:")
     print(f"  {command_to_resume()}", flush=True)
 
 
-def announce_results(run: Path, images_seen: int) -> None:
+def announce_results(config: TrainConfig, images_seen: int) -> None:
+    """The picture to look at, the last figures of the log, and what to do with the run next."""
+    run = config.run
     print(f"run folder: {run}")
-    print(f"samples to look at: {grid_path(run, images_seen)}", flush=True)
+    print(f"samples to look at: {grid_path(run, images_seen)}")
+    rows = last_rows(log_path(run), images_seen)
+    figures = [(name, rows[-1].get(name)) for name in FIGURES_TO_SAY if rows]
+    said = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures if value is not None]
+    if said:
+        print(f"scores: {', '.join(said)}")
+    here = shlex.quote(str(run))
+    print(f"next:\n  scalelong sample {here} --out grid.png")
+    if config.model.in_channels in (1, 3):  # latents are not scored
+        print(f"  scalelong evaluate {here}")
+    print(f"  scalelong export {here} --out {here}-model", flush=True)
 
 
 def command_to_resume() -> str:

@@ -9,13 +9,15 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
+import numpy as np
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from scalelong.train.errors import UserError, warn
-from scalelong.train.run_folder import log_path, tensorboard_folder
+from scalelong.train.run_folder import config_path, log_path, tensorboard_folder
 from scalelong.train.write_whole import staged, sync
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -39,6 +41,14 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Is called once, at the end."""
+
+
+@runtime_checkable
+class TakesPictures(Protocol):
+    """A sink that is given pictures too."""
+
+    def show(self, picture: Path, images_seen: int) -> None:
+        """Takes a grid of samples, a file, that was drawn then."""
 
 
 class Report:
@@ -72,6 +82,10 @@ class Report:
     def say(self, message: str) -> None:
         """A line for people."""
         self._tell(lambda sink: sink.say(message))
+
+    def show(self, picture: Path, images_seen: int) -> None:
+        """Gives a grid of samples to each sink that takes pictures."""
+        self._tell(lambda sink: sink.show(picture, images_seen) if isinstance(sink, TakesPictures) else None)
 
     def _tell(self, what: Callable[[Sink], None]) -> None:
         for sink in list(self._sinks):
@@ -142,7 +156,7 @@ class LogFile:
 
 
 class TensorBoard:
-    """``tensorboard/``: each figure of a row over the images seen."""
+    """``tensorboard/``: each figure of a row over the images seen, the grids of samples, the configuration as text."""
 
     def __init__(self, run: Path, images_seen: int, _total_images: int):
         # Imported here: it costs a second, and only the main process reports.
@@ -150,12 +164,20 @@ class TensorBoard:
         from torch.utils.tensorboard import SummaryWriter
 
         self._summary, self._value = Summary, Summary.Value
-        self._writer = SummaryWriter(str(tensorboard_folder(run)), purge_step=images_seen + 1)
+        folder = tensorboard_folder(run)
+        is_new = not any(folder.glob("events.*"))
+        self._writer = SummaryWriter(str(folder), purge_step=images_seen + 1)
+        if is_new and config_path(run).is_file():
+            self._writer.add_text("config.json", f"```json\n{config_path(run).read_text()}```", images_seen)
 
     def log(self, row: Row) -> None:
         # One event for all: ``add_scalar`` takes some 50 us for each, and a row has a hundred.
         values = [self._value(tag=name, simple_value=value) for name, value in row.items() if name != "images_seen"]
         self._writer._get_file_writer().add_summary(self._summary(value=values), int(row["images_seen"]))
+
+    def show(self, picture: Path, images_seen: int) -> None:
+        with Image.open(picture) as opened:
+            self._writer.add_image("samples", np.asarray(opened.convert("RGB")), images_seen, dataformats="HWC")
 
     def sync(self) -> None:
         pass

@@ -46,9 +46,10 @@ def usage() -> str:
     lines = [f"  {name:<{width}}  {DESCRIPTIONS[name]}" for name in DESCRIPTIONS]
     return "\n".join(
         [
-            f"usage: {TRAIN_PROGRAM} RECIPE [--field value ...]",
+            f"usage: {TRAIN_PROGRAM} RECIPE | RUN [--config FILE] [--print-config] [--field value ...]",
             "",
-            "Trains a diffusion model with scaled long skips. The same command resumes.",
+            "Trains a diffusion model with scaled long skips. The same command resumes, and so does the name of a run.",
+            "--config FILE (YAML or JSON) has fields in the place of flags; --print-config prints all of them.",
             "",
             "recipes:",
             *lines,

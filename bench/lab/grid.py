@@ -27,7 +27,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.run_folder import checkpoints_folder, config_path, read_config, tensorboard_folder
 from scalelong.train.run_lock import RunLock
 
-PRELOADED = ["scalelong.bench.lab.cell", "deepspeed", "diffusers.schedulers.scheduling_dpmsolver_multistep"]
+PRELOADED = ["scalelong.bench.lab.cell", "deepspeed"]
 SECONDS_TO_SAVE = 60
 
 

@@ -17,6 +17,7 @@ _PUBLIC = {
     "load_uvit_checkpoint": "scalelong.model.uvit_checkpoint",
     "PatchedUNet": "scalelong.model.diffusers_loading",
     "PatchReport": "scalelong.model.diffusers_patch",
+    "Pipeline": "scalelong.train.sampling.pipeline",
     "patch_diffusers": "scalelong.model.diffusers_patch",
     "unpatch_diffusers": "scalelong.model.diffusers_patch",
 }

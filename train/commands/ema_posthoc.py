@@ -18,7 +18,7 @@ from scalelong.model.architectures import make_backbone
 from scalelong.train.branch import parse_origin
 from scalelong.train.checkpoint import find_problem, numbered_folders, read_tensors
 from scalelong.train.command_line import parse
-from scalelong.train.commands.export import write_export
+from scalelong.train.commands.export import make_pipeline, write_export
 from scalelong.train.config import LARGEST_STD
 from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import averages_folder, config_path, read_config
@@ -62,7 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     )
     model = make_backbone(config.model, skip_scale=config.skip_scale)
     model.load_state_dict(weights)
-    write_export(model, arguments.out)
+    images_seen = int(kept_averages(arguments.run, arguments.at)[0].folder.name)
+    weights_name = f"power-function average of relative width {arguments.std:g}"
+    pipeline = make_pipeline(config, model.eval(), images_seen=images_seen, weights=weights_name)
+    write_export(pipeline, arguments.out)
     print(f"width {arguments.std:g}, profile met within {100 * error:.2g} % -> {arguments.out}")
 
 

@@ -1,4 +1,4 @@
-"""``scalelong evaluate RUN``: are the samples what they were asked to be, and like the real images?
+"""``scalelong evaluate RUN``, or an export: are the samples what they were asked to be, and like the real images?
 
 - Kernel distance to the training images, in a named feature space, with its standard error: the headline. That of
   held-out images and of noise stands beside it.
@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 from scalelong.train.command_line import parse, without_local_rank
+from scalelong.train.commands.load import SamplingArguments, load_sampling
 from scalelong.train.commands.sweep import parse_axes, run_sweep
 from scalelong.train.config import LEAST_REAL_IMAGES, LEAST_SAMPLES, EvaluationConfig, FeaturesName
 from scalelong.train.errors import UserError, speak_as
 from scalelong.train.evaluation import make_judge, score_samples
 from scalelong.train.hosts.environment import find_place
 from scalelong.train.hosts.processes import Processes, join_if_several, leave_processes, to_user_error
-from scalelong.train.sampling.load import SamplingArguments, load_sampling
 from scalelong.train.scores import table
 from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.judge import Scores
@@ -32,7 +32,7 @@ from scalelong.train.write_whole import write_whole
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateArguments(SamplingArguments):
-    """Score a run's samples, with guidance and without, against real images; or a sweep over settings."""
+    """Score samples of a run or an export, with guidance and without, against real images; or a sweep over settings."""
 
     features: FeaturesName = "efficientnet"
     """In which space: EfficientNet-Lite0's features, Inception's, or principal components of pixels."""
@@ -80,6 +80,8 @@ def evaluate(arguments: EvaluateArguments, processes: Processes) -> dict[str, An
     shown = f"{settings['sampler']}, {settings['steps']} steps, {arguments.weights} weights, seed {arguments.seed}"
     return {
         "settings": f"{count} samples, {shown}",
+        "images_seen": sampling.images_seen,
+        "weights": arguments.weights,
         "features": judge.space.name,
         "features_version": judge.space.version,
         "num_train_images": len(judge.real.train),

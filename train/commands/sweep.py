@@ -16,12 +16,12 @@ from typing import Any, NamedTuple
 from scalelong.model.backbone import Backbone
 from scalelong.train.checkpoint import load_model
 from scalelong.train.commands.ema_posthoc import LARGEST_ERROR, combine, plan_average
+from scalelong.train.commands.load import SamplingArguments, config_of, is_export, load_export, load_sampling
 from scalelong.train.config import NUM_TIMES, EvaluationConfig
 from scalelong.train.errors import UserError, warn
 from scalelong.train.evaluation import make_judge, score_samples
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.run_folder import read_config
-from scalelong.train.sampling.load import SamplingArguments, load_sampling
 from scalelong.train.scores import table
 from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.judge import Scores
@@ -119,9 +119,16 @@ def run_sweep(
 def check_axes(arguments: SamplingArguments, axes: Axes) -> None:
     """
     Raises:
-        UserError: guidance that the run was not trained for, a width or a checkpoint that was not kept.
+        UserError: guidance that the run was not trained for, a width or a checkpoint that was not kept; or either of
+            an export.
     """
-    if any(axes.get("guidance", ())) and not read_config(arguments.run).label_drop:
+    if is_export(arguments.run):
+        if of_runs := [name for name in ("checkpoint", "ema") if name in axes]:
+            raise UserError(f"--sweep {of_runs[0]} is of runs; {arguments.run} is an export, of one checkpoint")
+        config = config_of(load_export(arguments), arguments.run)
+    else:
+        config = read_config(arguments.run)
+    if any(axes.get("guidance", ())) and not config.label_drop:
         raise UserError("--sweep guidance needs a run that was trained with --label-drop above 0")
     for at in axes.get("checkpoint", [arguments.checkpoint]):
         if "checkpoint" in axes:

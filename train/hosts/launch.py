@@ -33,6 +33,7 @@ from scalelong.train.hosts.signals import stop_signals
 from scalelong.train.hosts.watcher import signal_everywhere, watched
 from scalelong.train.hosts.workers import FLAG, GIVEN_COMMAND
 from scalelong.train.recipes import RECIPES
+from scalelong.train.run_folder import config_path
 
 PROGRAM = "scalelong launch"
 SECONDS_TO_SAVE = 60.0
@@ -107,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def split_arguments(argv: list[str]) -> tuple[list[str], list[str]]:
-    """The options of the launch, and what follows from the recipe on."""
+    """The options of the launch, and what follows from the recipe, the run or the ``--config`` on."""
     for position, argument in enumerate(argv):
-        if argument in RECIPES:
+        if argument in RECIPES or argument.startswith("--config") or config_path(Path(argument)).is_file():
             return argv[:position], argv[position:]
     return argv, []
 

@@ -21,7 +21,10 @@ def load_vae(folder: str | Path) -> Any:
     """
     if not Path(folder).is_dir():
         raise UserError(f"no such folder of an AutoencoderKL: {folder}")
-    from diffusers.models import AutoencoderKL
+    try:
+        from diffusers.models import AutoencoderKL
+    except ImportError as error:
+        raise UserError(f"an autoencoder needs diffusers: pip install diffusers ({error})") from None
 
     try:
         vae: Any = AutoencoderKL.from_pretrained(str(folder), local_files_only=True)
@@ -38,18 +41,24 @@ def encode_moments(vae: Any, images_BCHW: Tensor) -> Tensor:
 
 
 def to_pictures(config: TrainConfig) -> Callable[[Tensor], Tensor] | None:
-    """What makes a picture of what the model draws; None where it draws pictures.
+    """What makes a picture of what a run's model draws; as ``make_decoder``, whose folder is ``data.vae``."""
+    return make_decoder(config.model.in_channels, config.data.vae)
 
-    Without ``data.vae`` a picture shows the first three channels of a latent, ±3 as black and white.
+
+def make_decoder(channels: int, folder: str | Path | None) -> Callable[[Tensor], Tensor] | None:
+    """What makes a picture of an image or a latent of so many channels; None where it is a picture.
+
+    Args:
+        folder: of the autoencoder; without, a picture shows the first three channels, ±3 as black and white.
 
     Raises:
-        UserError: ``data.vae`` holds no AutoencoderKL.
+        UserError: the folder holds no AutoencoderKL.
     """
-    if config.model.in_channels in (1, 3):
+    if channels in (1, 3):
         return None
-    if not config.data.vae:
+    if not folder:
         return lambda x_BCHW: x_BCHW[:, : 3 if x_BCHW.shape[1] > 2 else 1] / SHOWN_RANGE
-    vae = load_vae(config.data.vae)
+    vae = load_vae(folder)
     return lambda x_BCHW: torch.cat([_decode(vae, x_1CHW) for x_1CHW in x_BCHW.split(1)])
 
 

@@ -1,22 +1,28 @@
-"""Who solves the reverse process from D(x, sigma) alone: diffusers' schedulers, or our own in sigma.
+"""Who solves the reverse process from D(x, sigma) alone, and through which sigmas.
 
-The names that diffusers serves on its grid of 1000 times are its own wherever the process preserves the variance; for
-others, and under the names that it has no sampler of D for, the same methods in sigma are ours (solvers.py).
+Where the process preserves the variance, the methods that diffusers has step through its grid of 1000 times, as its
+schedulers do with trailing spacing (arXiv:2305.08891, table 2), and give what those give; the others, and all of them
+for other processes, step through the sigmas of the process.
 
 Shapes: B batch, C channels, H height, W width.
 """
 
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scalelong.train.diffusion.process import Process, VariancePreserving
+from scalelong.train.diffusion.process import VPSDE, Process, VariancePreserving
 from scalelong.train.errors import UserError
 from scalelong.train.objective import Denoiser
 from scalelong.train.objective_config import NUM_TIMES, SAMPLER_NAMES
-from scalelong.train.sampling.diffusers_samplers import BY_DIFFUSERS, denoise_by_diffusers
-from scalelong.train.sampling.solvers import SOLVERS, heun
+from scalelong.train.sampling.solvers import SOLVERS, euler_maruyama, heun
+
+ON_GRID = ("dpm-solver++", "ddim", "euler", "euler-ancestral")
+"""Samplers that step through the grid where the process preserves the variance."""
+FROM_NOISE_ALONE = ("euler", "euler-ancestral")
+"""Those of them that start from sigma ε; the others from sqrt(1 + sigma²) ε, of the variance that x has there."""
 
 
 def denoise(
@@ -46,16 +52,27 @@ def denoise(
         raise UserError(f"unknown sampler {sampler!r}; there are {', '.join(SAMPLER_NAMES)}")
     if not 1 <= steps <= NUM_TIMES:
         raise UserError(f"a sampler takes 1 to {NUM_TIMES} steps, not {steps}")
-    if sampler in BY_DIFFUSERS and isinstance(process, VariancePreserving):
-        how = {"sampler": sampler, "steps": steps, "generators": generators}
-        return denoise_by_diffusers(denoiser, process, noise_BCHW, **how)
-    if sampler not in SOLVERS:
-        raise UserError(f"the sampler {sampler} needs a run with --objective vp-sde")
-    solver, count = SOLVERS[sampler], steps
+    draw = partial(_draw, noise_BCHW, generators)
+    if sampler == "euler-maruyama":
+        if not isinstance(process, VPSDE):
+            raise UserError("the sampler euler-maruyama needs a run with --objective vp-sde")
+        return euler_maruyama(denoiser, process, noise_BCHW, steps, draw)
+    solver = SOLVERS[sampler]
+    if isinstance(process, VariancePreserving) and sampler in ON_GRID:
+        sigmas = grid_sigmas(process, steps)
+        start = sigmas[0] if sampler in FROM_NOISE_ALONE else process.largest_noise()
+        return solver(denoiser, noise_BCHW * start, [*sigmas, 0.0], draw)
+    count = steps
     if solver is heun:  # two evaluations a step but for the last and, of an even number, the first
         solver, count = partial(heun, first=steps % 2 == 1), steps // 2 + 1
-    x_BCHW = noise_BCHW * process.largest_noise()
-    return solver(denoiser, x_BCHW, [*process.sigmas(count), 0.0], partial(_draw, noise_BCHW, generators))
+    return solver(denoiser, noise_BCHW * process.largest_noise(), [*process.sigmas(count), 0.0], draw)
+
+
+def grid_sigmas(process: VariancePreserving, steps: int) -> list[float]:
+    """So many sigmas of the grid n = 1 .. 1000, at equal distances of n down from the last."""
+    places = np.arange(NUM_TIMES, 0, -NUM_TIMES / steps)[:steps].round()
+    signal, noise_level = process.levels(process.grid_time(torch.from_numpy(places)))
+    return (noise_level / signal).tolist()
 
 
 def _draw(like_BCHW: Tensor, generators: list[torch.Generator] | None) -> Tensor:

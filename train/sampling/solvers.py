@@ -1,7 +1,8 @@
 """Samplers in sigma: the reverse process from D(x, sigma) alone, along any falling sequence of sigmas that ends in 0.
 
-x = x_0 + sigma ε throughout, and dx/dsigma = (x - D) / sigma (Karras et al., arXiv:2206.00364, eq. 1 and 3). Each
-function is one sampler, and asks D once at each sigma but the last (Heun twice, but for the last step).
+x = x_0 + sigma ε, and dx/dsigma = (x - D) / sigma (Karras et al., arXiv:2206.00364, eq. 1 and 3). Each function is one
+sampler, and asks D once at each sigma but the last (Heun twice, but for the last step). Euler-Maruyama alone, which is
+of one process, steps through its time.
 
 Shapes: B batch, C channels, H height, W width.
 """
@@ -10,12 +11,16 @@ import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
+from scalelong.train.diffusion.process import VPSDE
 from scalelong.train.objective import Denoiser
 
 Draw = Callable[[], Tensor]
 """Gives standard normal noise (B, C, H, W), anew each time."""
+LAST_TIME = 1e-3
+"""Where Euler-Maruyama ends: below, the SDE's score grows without bound (arXiv:2011.13456, appendix C)."""
 Solver = Callable[[Denoiser, Tensor, Sequence[float], Draw], Tensor]
 
 
@@ -64,6 +69,23 @@ def euler_ancestral(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], 
 def sde_dpm_solver(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], draw: Draw) -> Tensor:
     """SDE-DPM-Solver++(2M): the same for the reverse SDE (arXiv:2211.01095)."""
     return _two_step(denoise, x_BCHW, sigmas, draw)
+
+
+def euler_maruyama(denoise: Denoiser, process: VPSDE, noise_BCHW: Tensor, steps: int, draw: Draw) -> Tensor:
+    """Euler-Maruyama of the reverse SDE in time, without the last noise (arXiv:2011.13456, eq. 6 and 11).
+
+    x is x_t itself here, sqrt(ᾱ) (x_0 + sigma ε): its drift is linear in time, that of x_t / sqrt(ᾱ) is not.
+    """
+    x_BCHW = mean_BCHW = noise_BCHW
+    times = torch.linspace(1, LAST_TIME, steps, dtype=torch.float64)
+    signals, noise_levels = process.levels(times)
+    for time, signal, noise_level in zip(times.tolist(), signals.tolist(), noise_levels.tolist(), strict=True):
+        beta = process.beta_min + time * (process.beta_max - process.beta_min)
+        denoised_BCHW = denoise(x_BCHW / signal, noise_level / signal)
+        score_BCHW = (signal * denoised_BCHW - x_BCHW) / noise_level**2
+        mean_BCHW = x_BCHW + (x_BCHW / 2 + score_BCHW) * beta / steps
+        x_BCHW = mean_BCHW + math.sqrt(beta / steps) * draw()
+    return mean_BCHW
 
 
 def _two_step(denoise: Denoiser, x_BCHW: Tensor, sigmas: Sequence[float], draw: Draw | None) -> Tensor:
