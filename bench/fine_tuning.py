@@ -4,7 +4,7 @@
     python -m scalelong.bench.fine_tuning --images 640 --samples 50
 
 Three runs of the recipe digits-uvit, then the label accuracy of samples with guidance at each checkpoint. Stopped, the
-same command goes on. Rows go to bench/results/trained/fine-tuning.csv, the curves to docs/fine-tuning.png.
+same command goes on. Rows go to bench/results/trained/fine-tuning.csv, the curves to docs/images/fine-tuning.png.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from scalelong.train.write_whole import staged
 FIRST, SECOND = range(5), range(5, 10)
 NUM_POINTS = 10
 OUT = RESULTS / "trained" / "fine-tuning.csv"
-PICTURE = ROOM.parent / "docs" / "fine-tuning.png"
+PICTURE = ROOM.parent / "docs" / "images" / "fine-tuning.png"
 STARTS = ("from weights", "from nothing")
 
 
