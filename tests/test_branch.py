@@ -149,6 +149,7 @@ def test_other_data_other_ranks_and_another_stage(tmp_path, origin):
     arguments = ["--model.width", 32, "--model.depth", 2, "--images-per-step", STEP, "--total-images", 8 * STEP]
     arguments += ["--optimizer.warmup-images", 64, "--sample.num-images", 10, "--sample.steps", 3]
     arguments += ["--run", config.run, "--branch-from", config.branch_from, "--data.path", data.path]
+    arguments += ["--images-per-log", 0]
     run_on_ranks(2, "-m", "scalelong.train", "digits-uvit", *arguments, "--zero-stage", 2)
     assert [row["images_seen"] for row in log_rows(config.run)] == [n * STEP for n in (5, 6, 7, 8)]
     first = load_file(config.run / "checkpoints" / str(4 * STEP) / "model.safetensors")

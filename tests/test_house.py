@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
     {"errors", "monitor", "objective_config", "usage", "write_whole"},
-    {"config", "diffusion", "spikes"},
+    {"config", "diffusion", "parsing", "spikes"},
     {"clipping", "config_json", "guard", "objective", "recipes", "schedule"},
     {"config_file", "run_folder"},
     {"command_line", "report", "run_lock"},

@@ -201,7 +201,7 @@ def test_verdicts_are_plain_whichever_way_they_fall():
     assert verdicts_of([]) == []
     lost = results(none={0.001: [math.inf] * 3}, ls={0.001: [0.2] * 3})
     assert "none diverges at every rate" in verdicts_of(lost)[0].found
-    assert {table.key for table in tables_of(lost)} == {"stability", "losses", "gain"}
+    assert {table.key for table in tables_of(lost)} == {"stability", "losses", "magnitudes", "gain"}
 
 
 def test_a_target_that_no_run_reaches_is_said():

@@ -28,7 +28,7 @@ from scalelong.train.recipes import RECIPES
 STEP = 16
 FLAGS = [
     *("--model.width", "32", "--model.depth", "4", "--images-per-step", str(STEP), "--optimizer.warmup-images", "32"),
-    *("--sample.num-images", "10", "--sample.steps", "2"),
+    *("--sample.num-images", "10", "--sample.steps", "2", "--images-per-log", "0"),
 ]
 FORMS, STAGES, BASE_WIDTHS = ("layer-norm", "plain"), (0, 1, 2, 3), (0, 16)
 SAMPLE = {
@@ -60,6 +60,7 @@ def dit_config(
         base,
         run=run,
         images_per_step=STEP,
+        images_per_log=0,
         skip_scale=make_skip_scale(policy),
         model=replace(base.model, width=32, depth=4, skip=skip, modulation=modulation, **mup(base_width)),
         optimizer=replace(base.optimizer, warmup_images=32),
@@ -159,7 +160,7 @@ def test_a_recipe_is_given_skips_and_their_policy_by_flags():
         (["--skip-scale", "cs"], r"skip scale 'cs', but this DiT has no long skips \(model.skip\): 'none' fits"),
         (["--model.out-channels", "2"], "a learned variance is not trained"),
         (["--model.width", "98"], "width 98 is no multiple of num_heads 4"),
-        (["--model.modulation", "turn"], "modulation: invalid choice 'turn'"),
+        (["--model.modulation", "turn"], "invalid choice 'turn' for argument '--model.modulation'"),
     ],
     ids=["policy", "variance", "width", "modulation"],
 )

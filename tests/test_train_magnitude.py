@@ -36,6 +36,7 @@ def small(name: str, run: Path, **changes) -> TrainConfig:
         base,
         run=run,
         images_per_step=STEP,
+        images_per_log=0,
         images_per_average=2 * STEP,
         model=UNET if name == "edm2" else replace(base.model, width=32, depth=2),
         optimizer=replace(base.optimizer, warmup_images=2 * STEP, stable_images=2 * STEP),
@@ -96,6 +97,7 @@ def test_fifty_steps_on_two_ranks_and_resuming_them_are_exact(tmp_path, recipe, 
     arguments = [
         *(recipe, "--model.width", "32", "--model.depth", "2", "--images-per-step", STEP, "--zero-stage", stage),
         *("--optimizer.warmup-images", "32", "--sample.num-images", "10", "--sample.steps", "2"),
+        *("--images-per-log", "0"),
     ]
     straight, resumed = tmp_path / "straight", tmp_path / "resumed"
     train_on_ranks(2, *arguments, "--run", straight, "--total-images", 50 * STEP)

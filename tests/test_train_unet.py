@@ -26,7 +26,7 @@ STEP = 16
 FLAGS = [
     *("--model.model-channels", "8", "--model.num-groups", "4", "--model.num-res-blocks", "1"),
     *("--images-per-step", str(STEP), "--optimizer.warmup-images", "32"),
-    *("--sample.num-images", "10", "--sample.steps", "2", "--skip-scale", "ls"),
+    *("--sample.num-images", "10", "--sample.steps", "2", "--images-per-log", "0", "--skip-scale", "ls"),
 ]
 
 
@@ -38,6 +38,7 @@ def unet_config(run: Path, **changes) -> TrainConfig:
         base,
         run=run,
         images_per_step=STEP,
+        images_per_log=0,
         model=model,
         skip_scale="ls",
         optimizer=replace(base.optimizer, warmup_images=32),

@@ -22,11 +22,13 @@ def main(argv: list[str] | None = None) -> None:
     bound_spinning(os.environ)  # before torch is loaded
 
     from scalelong.train.command_line import print_config, read_train_arguments
-    from scalelong.train.data.classes import with_classes_of_data
     from scalelong.train.hosts.environment import find_place
 
     speak_as(find_place(os.environ).rank)
-    arguments = read_train_arguments(argv)
+    arguments = read_train_arguments(argv)  # asked for help, it ends here
+
+    from scalelong.train.data.classes import with_classes_of_data
+
     config = with_classes_of_data(arguments)
     if arguments.prints:
         print_config(config)

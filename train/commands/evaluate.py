@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scalelong.train.command_line import parse, without_local_rank
+from scalelong.train.command_line import without_local_rank
 from scalelong.train.commands.load import SamplingArguments, load_sampling
 from scalelong.train.commands.sweep import parse_axes, run_sweep
 from scalelong.train.config import LEAST_REAL_IMAGES, LEAST_SAMPLES, EvaluationConfig, FeaturesName
@@ -24,6 +24,7 @@ from scalelong.train.errors import UserError, speak_as
 from scalelong.train.evaluation import make_judge, score_samples
 from scalelong.train.hosts.environment import find_place
 from scalelong.train.hosts.processes import Processes, join_if_several, leave_processes, to_user_error
+from scalelong.train.parsing import parse
 from scalelong.train.scores import table
 from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.judge import Scores

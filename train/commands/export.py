@@ -11,10 +11,11 @@ from typing import Any, Literal, Protocol
 from scalelong.model.backbone import Backbone
 from scalelong.model.diffusers_export import save_as_unet2d
 from scalelong.train.checkpoint import find_checkpoint, load_weights
-from scalelong.train.command_line import RunArguments, parse
+from scalelong.train.command_line import RunArguments
 from scalelong.train.commands.load import is_export, load_export, open_texts, read_class_names
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError, warn
+from scalelong.train.parsing import parse
 from scalelong.train.run_folder import read_config
 from scalelong.train.sampling.hub import NAME, upload
 from scalelong.train.sampling.model_card import read_scores

@@ -17,7 +17,6 @@ import tyro
 from rich.console import Console
 from rich.progress import Progress
 
-from scalelong.train.command_line import parse
 from scalelong.train.commands.shard_writers import (
     FeatureWriter,
     ImageWriter,
@@ -31,6 +30,7 @@ from scalelong.train.data.stand_ins import BadImage
 from scalelong.train.data.tar_shards import find_shards, make_index, unfinished_path
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.cores import cores_per_process
+from scalelong.train.parsing import parse
 from scalelong.train.write_whole import is_staging, remove_left_over, write_whole
 
 PREPARED_WITH = "prepared_with"

@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from scalelong.train.command_line import parse, without_local_rank
+from scalelong.train.command_line import without_local_rank
 from scalelong.train.commands.load import Sampling, SamplingArguments, load_sampling, read_class_names
 from scalelong.train.errors import UserError, speak_as
 from scalelong.train.hosts.environment import find_place
 from scalelong.train.hosts.processes import Processes, join_if_several, leave_processes, to_user_error
 from scalelong.train.objective import make_objective
+from scalelong.train.parsing import parse
 from scalelong.train.sampling.conditions import spread_texts
 from scalelong.train.sampling.generate import Conditions, generate, labels_in_turn
 from scalelong.train.sampling.grid import FORMATS, grid_columns, picture_format, save_grid

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
-from scalelong.train.command_line import parse, parse_train_arguments
+from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, EXIT_USER_ERROR, UserError, dropped_if_nobody_reads, warn
 from scalelong.train.hosts.environment import USUAL_PORT
 from scalelong.train.hosts.hostfile import (
@@ -32,6 +32,7 @@ from scalelong.train.hosts.preflight import check_hosts
 from scalelong.train.hosts.signals import stop_signals
 from scalelong.train.hosts.watcher import signal_everywhere, watched
 from scalelong.train.hosts.workers import FLAG, GIVEN_COMMAND
+from scalelong.train.parsing import parse
 from scalelong.train.recipes import RECIPES
 from scalelong.train.run_folder import config_path
 
