@@ -144,18 +144,7 @@ def test_two_ranks_and_every_stage_start_alike(tmp_path, origin, stage):
     )
     assert train(config) == 0
     arguments = ["--model.width", 32, "--model.depth", 2, "--images-per-step", STEP, "--total-images", 2 * STEP]
-    arguments += [
-        "--optimizer.warmup-images",
-        64,
-        "--sample.num-images",
-        10,
-        "--sample.steps",
-        3,
-        "--images-per-log",
-        0,
-        "--skip-scale",
-        "ls",
-    ]
+    arguments += ["--optimizer.warmup-images", 64, "--sample.num-images", 10, "--sample.steps", 3, "--skip-scale", "ls"]
     arguments += ["--data.path", images, "--init-from", origin, "--images-per-log", 0, "--zero-stage", stage]
     outputs = run_on_ranks(2, "-m", "scalelong.train", "digits-uvit", *arguments, "--run", tmp_path / "two")
     assert outputs[0].count("  new: gates of the skips") == 1
