@@ -428,7 +428,8 @@ def choose_tiling(
     span = D // 2 if turns else D
     vector = math.gcd(16 // itemsize, span)
     warps_per_row = 1
-    while warps_per_row < MAX_WARPS and numbers * 32 * warps_per_row < D:
+    # No more than there are whole vectors in a half row: the others would wait for them.
+    while warps_per_row < MAX_WARPS and numbers * 32 * warps_per_row < D and 32 * warps_per_row * vector < span:
         warps_per_row *= 2
     num_warps = max(4, warps_per_row)
     rows, piece = num_warps // warps_per_row, 32 * warps_per_row * vector
