@@ -49,8 +49,8 @@ train: install
 	$(BIN)/python -m scalelong.train digits-uvit $(ARGS)
 
 # Most tests run TEST_WORKERS at a time, those that nothing may run beside after them. ARGS may select none of either (5).
-# One more than there are cores, as many tests wait for processes that they have started; at most 8.
-TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 7 ? n + 1 : 8)))
+# Two more than there are cores, as many tests wait for processes that they have started; at most 8.
+TEST_WORKERS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n < 6 ? n + 2 : 8)))
 
 test: install
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist worksteal --durations 20 -m "not alone and not exhaustive" $(ARGS) || [ $$? = 5 ]
