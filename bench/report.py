@@ -16,7 +16,8 @@ from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
 from scalelong.bench.mup import experiments
-from scalelong.bench.trained import TABLES, read_lines
+from scalelong.bench.objectives import finished
+from scalelong.bench.trained import TABLES
 from scalelong.bench.trained import where as sources
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.objective_config import ObjectiveConfig
@@ -106,7 +107,7 @@ def trained_section(folder: Path, name: str) -> str:
     if name not in TABLES:
         raise UserError(f"no table of trainings {name!r}; there are {', '.join(TABLES)}")
     module, make_table = TABLES[name]
-    rows = read_lines(folder / f"{name}.csv")
+    rows = finished(folder / f"{name}.csv")
     if not rows:
         return f"Not measured yet: `python -m {module}`."
     table = make_table(rows)

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from scalelong.bench.modules import run_module
+from scalelong.bench.objectives import finished
 from scalelong.bench.record import RESULTS, commit, device_name
 from scalelong.train.recipes import RECIPES
 from scalelong.train.write_whole import staged
@@ -65,8 +66,7 @@ def train_and_score(recipe: str, run: Path, total_images: int, num_images: int) 
             table = Path(folder) / "sweep.csv"
             sweep = ["scalelong", "evaluate", run, "--num-images", num_images, "--sweep", axis]
             run_module([*sweep, "--out", table], processes)
-            with table.open(newline="") as file:
-                rows += [row_of(recipe, processes, line) for line in csv.DictReader(file)]
+            rows += [row_of(recipe, processes, line) for line in finished(table)]
     return rows
 
 
@@ -84,10 +84,7 @@ def row_of(recipe: str, processes: int, line: dict[str, str]) -> Row:
 
 def read_rows(path: Path = OUT) -> list[Row]:
     """Those that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return [Row(**line) for line in csv.DictReader(file)]
+    return [Row(**line) for line in finished(path)]
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:

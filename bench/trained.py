@@ -3,9 +3,7 @@
 Each gives a ``Table`` whose note names the command, commit, machine and date; None where there are no rows yet.
 """
 
-import csv
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 from scalelong.bench.lab.summary import Table, Value
 from scalelong.bench.objectives import VARIED
@@ -67,14 +65,6 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], Table]]] = {
     "fine-tuning": ("scalelong.bench.fine_tuning", fine_tuning),
 }
 """The name of a table and of its file, the module that makes the rows, and what makes a table of them."""
-
-
-def read_lines(path: Path) -> list[Line]:
-    """The rows of a file; none where there is none."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def where(rows: Sequence[Line]) -> str:
