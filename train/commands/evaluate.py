@@ -23,7 +23,7 @@ from scalelong.train.config import LEAST_REAL_IMAGES, LEAST_SAMPLES, EvaluationC
 from scalelong.train.errors import UserError, speak_as
 from scalelong.train.evaluation import make_judge, score_samples
 from scalelong.train.hosts.environment import find_place
-from scalelong.train.hosts.processes import Processes, join_if_several, leave_processes, to_user_error
+from scalelong.train.hosts.processes import Processes, working_together
 from scalelong.train.parsing import parse
 from scalelong.train.scores import table
 from scalelong.train.scores.feature_spaces import check_feature_space
@@ -107,19 +107,11 @@ def main(argv: list[str] | None = None) -> None:
             f"distance needs so many"
         )
     axes = parse_axes(arguments.sweep)
-    processes = join_if_several()
-    try:
+    with working_together() as processes:
         if axes:
             run_sweep(arguments, arguments.evaluation, axes, arguments.out or arguments.run / "sweep.csv", processes)
         else:
             write_scores(arguments, evaluate(arguments, processes), processes)
-    except RuntimeError as error:
-        told = to_user_error(error)
-        if told is None:
-            raise
-        raise told from None
-    if processes.world_size > 1:
-        leave_processes()
 
 
 def write_scores(arguments: EvaluateArguments, scores: dict[str, Any], processes: Processes) -> None:

@@ -16,7 +16,7 @@ from scalelong.train.command_line import without_local_rank
 from scalelong.train.commands.load import Sampling, SamplingArguments, load_sampling, read_class_names
 from scalelong.train.errors import UserError, speak_as
 from scalelong.train.hosts.environment import find_place
-from scalelong.train.hosts.processes import Processes, join_if_several, leave_processes, to_user_error
+from scalelong.train.hosts.processes import Processes, working_together
 from scalelong.train.objective import make_objective
 from scalelong.train.parsing import parse
 from scalelong.train.sampling.conditions import spread_texts
@@ -57,18 +57,10 @@ def main(argv: list[str] | None = None) -> None:
         raise UserError(f"--npz is of single files: --out names a folder, not {arguments.out}")
     if not is_grid and arguments.out.is_file():
         raise UserError(f"{arguments.out} is a file, and no picture by its name, which would end in .png or .jpg")
-    processes = join_if_several()
-    try:
+    with working_together() as processes:
         sampling = processes.agree(lambda: load_sampling(arguments))
         labels = processes.agree(lambda: chosen_labels(arguments, sampling))
         (draw_grid if is_grid else draw_files)(arguments, sampling, labels, processes)
-    except RuntimeError as error:
-        told = to_user_error(error)
-        if told is None:
-            raise
-        raise told from None
-    if processes.world_size > 1:
-        leave_processes()
 
 
 def is_picture(out: Path) -> bool:

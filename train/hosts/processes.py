@@ -8,7 +8,8 @@ import os
 import re
 import socket
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -137,6 +138,25 @@ def join_if_several() -> Processes:
         return join_processes()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Processes(rank=0, world_size=1, local_rank=0, device=device, control_group=None)
+
+
+@contextmanager
+def working_together() -> Iterator[Processes]:
+    """``join_if_several`` for the work of a command, which all processes leave at its end.
+
+    Raises:
+        UserError: as ``join_if_several`` does, or a connection that was lost during the work, in one line.
+    """
+    processes = join_if_several()
+    try:
+        yield processes
+    except RuntimeError as error:
+        told = to_user_error(error)
+        if told is None:
+            raise
+        raise told from None
+    if processes.world_size > 1:
+        leave_processes()
 
 
 def others_at_work(processes: Processes) -> str | None:
