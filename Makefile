@@ -115,7 +115,8 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build -q --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build -q --strict $(ARGS)
+	@echo "to look at: site/index.html"
 
 release-check: install
 	$(BIN)/python tests/release.py $(ARGS)
