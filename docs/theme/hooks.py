@@ -107,3 +107,8 @@ def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
     for fetched in FETCHES.findall(output):
         log.warning("%s fetches %s", page.file.dest_uri, fetched)
     return output
+
+
+def on_post_template(output: str, *, template_name: str, config: MkDocsConfig) -> str:
+    """The same for the page that says that there is no such page."""
+    return output.replace(FETCHED, "theme/worker.js") if template_name == "404.html" else output
