@@ -185,7 +185,7 @@ def test_all_commands_of_the_readme_run_in_a_fresh_clone(tmp_path):
     for number in range(16):
         name = f"my-photos/{('cat', 'dog')[number % 2]}/{number}.png"
         write_image(clone / name, random_pixels(40, 36, seed=number))
-    path = f"{bin_folder}:{environment()['PATH']}"
+    path = f"{bin_folder}:{Path(sys.executable).parent}:{environment()['PATH']}"
     env = environment({"PATH": path, "PYTHONPATH": clone / "src", "OMP_NUM_THREADS": 1, "DS_ACCELERATOR": "cpu"})
     for line in commands_of(ROOT / "README.md"):
         if line.startswith(NEEDS_MORE):
