@@ -1,6 +1,7 @@
 """What is handed out: the wheel's files and metadata, how the software is cited, and what a missing extra says."""
 
 import email
+import email.message
 import re
 import subprocess
 import sys
