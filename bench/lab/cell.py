@@ -18,7 +18,7 @@ import torch
 
 from scalelong.bench.lab.cells import STARTS, Cell, digest_of
 from scalelong.bench.lab.metrics import oscillation_range, smoothed, spike_score
-from scalelong.bench.lab.probes import preserve_norms, probe
+from scalelong.bench.lab.probes import operators_speedup, preserve_norms, probe
 from scalelong.bench.lab.table import Row
 from scalelong.bench.record import commit, device_name
 from scalelong.model.architectures import make_backbone
@@ -109,7 +109,7 @@ def measure_trained(cell: Cell, config: TrainConfig) -> Row | None:
     found: dict[str, Any] = measures_of(rows, config, outcome)
     if found["state"] == "finished":
         model, _ = load_model(config.run, weights="model")
-        found |= probe(model, config)
+        found |= probe(model, config) | {"operators_speedup": operators_speedup(model, config)}
     return _row(cell, config, **found)
 
 
@@ -159,8 +159,10 @@ def measures_of(rows: Sequence[LogRow], config: TrainConfig, outcome: Outcome) -
     found["hidden_norm"] = float(np.median(outermost_T[-_quarter(rows) :]))
     weights_T = _weight_norms(rows)
     found |= magnitudes_of(rows, weights_T)
-    scored = [row["kernel_distance"] for row in rows if row.get("kernel_distance") is not None]
-    found["kernel_distance"] = float(scored[-1]) if scored else math.nan
+    scored = [row for row in rows if row.get("kernel_distance") is not None]
+    found["curve_scored_images"] = [float(row["images_seen"]) for row in scored]
+    found["curve_kernel_distance"] = [float(row["kernel_distance"]) for row in scored]
+    found["kernel_distance"] = found["curve_kernel_distance"][-1] if scored else math.nan
     if outcome.state == "finished":
         found |= dict(zip(("final_loss", "final_is"), final_loss(rows), strict=True))
         if not found["final_loss"] < found["start_loss"]:  # training has undone what there was
