@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from scalelong.bench.lab.cells import STARTS, Cell, digest_of
 from scalelong.bench.lab.metrics import oscillation_range, smoothed, spike_score
 from scalelong.bench.lab.probes import operators_speedup, preserve_norms, probe
 from scalelong.bench.lab.table import Row
-from scalelong.bench.record import commit, device_name
+from scalelong.bench.record import provenance
 from scalelong.model.architectures import make_backbone
 from scalelong.train import report
 from scalelong.train.checkpoint import list_checkpoints, load_model
@@ -120,15 +119,14 @@ def has_ended(run: Path, outcome: Outcome) -> bool:
 
 def _row(cell: Cell, config: TrainConfig, **found: Any) -> Row:
     values = {name.replace(".", "_"): value for name, value in found.items()}
+    made_by = provenance("cuda" if torch.cuda.is_available() else "cpu")
     return Row(
         cell=cell.name,
         digest=digest_of(cell, config),
         preset=cell.preset,
         images_per_step=float(config.images_per_step),
-        date=datetime.now(UTC).date().isoformat(),
-        commit=commit(),
-        device=device_name("cuda" if torch.cuda.is_available() else "cpu"),
         command=cell.command(),
+        **{name: made_by[name] for name in ("date", "commit", "device")},
         **values,
     )
 
