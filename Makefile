@@ -8,7 +8,7 @@ ARGS ?=
 # Of make gpu: first, second, or one of their parts.
 PART ?= first
 
-.PHONY: help install train test test-fast test-all test-oldest soak lint format bench kernel-report gpu clean
+.PHONY: help install train test test-fast test-all test-oldest soak lint format bench kernel-report docs release-check gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
@@ -23,6 +23,8 @@ help:
 	@echo "make kernel-report  what the GroupNorm kernels cost an H100, read from their machine code; writes docs/kernel-report.md"
 	@echo "make gpu        on a machine with a GPU, with its own Python, without network: PART=first (380 s) parity, ceilings,"
 	@echo "                norms, steps; PART=second (300 s) tilings, attention, products; SCALELONG_DRY_RUN=1 tries it on a CPU"
+	@echo "make docs       the documentation as a site, site/index.html; fails on a broken link"
+	@echo "make release-check  the wheel and the sdist, each tried where only the core and Pillow are; leaves them in dist/"
 	@echo "make install    only set up $(VENV)"
 
 # Builds the native library again only where its sources are newer.
@@ -102,8 +104,24 @@ bench: install
 kernel-report: install
 	$(BIN)/python -m scalelong.bench.kernel_report --write
 
+# Without torch: what documents the public functions reads their sources.
+DOCS ?= .venv-docs
+DOCS_NEED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
+
+$(DOCS)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(PYTHON) -c '$(DOCS_NEED)' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/python -m pip install -q -c constraints.txt -r $(DOCS)/requirements.txt
+	@touch $@
+
+docs: $(DOCS)/.installed
+	$(DOCS)/bin/mkdocs build -q --strict $(ARGS)
+
+release-check: install
+	$(BIN)/python tests/release.py $(ARGS)
+
 gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m scalelong.bench.gpu $(PART) $(ARGS)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info src/*.egg-info $(NATIVE)
+	rm -rf $(VENV) $(DOCS) build dist site *.egg-info src/*.egg-info $(NATIVE)

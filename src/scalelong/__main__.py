@@ -4,6 +4,7 @@ import importlib
 import os
 import sys
 
+from scalelong import __version__
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.hosts.cores import bound_spinning
 
@@ -34,7 +35,10 @@ def _main() -> None:
         print("usage: scalelong COMMAND ...\n\ncommands:")
         for name, (_, description) in COMMANDS.items():
             print(f"  {name:<12} {description}")
-        print("\nscalelong COMMAND --help says more.")
+        print("\nscalelong COMMAND --help says more; scalelong --version, which this is.")
+        return
+    if sys.argv[1] == "--version":
+        print(f"scalelong {__version__}")
         return
     name, *arguments = sys.argv[1:]
     if name not in COMMANDS:
