@@ -11,12 +11,9 @@ import argparse
 import csv
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
 from pathlib import Path
 
-import torch
-
-from scalelong.bench.record import RESULTS, ROOM, commit, device_name
+from scalelong.bench.record import RESULTS, ROOM, provenance
 from scalelong.train.checkpoint import list_checkpoints, load_model
 from scalelong.train.commands.evaluate import EvaluateArguments, evaluate
 from scalelong.train.commands.export import write_export
@@ -103,12 +100,7 @@ def main() -> None:
     train(first)
     if not (work / "export").exists():
         write_export(load_model(first.run)[0], work / "export")
-    where = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "device": device_name("cpu"),
-        "torch": torch.__version__,
-    }
+    where = provenance("cpu")
     rows = []
     for start, init_from in zip(STARTS, (work / "export", None), strict=True):
         config = config_of(work, start.replace(" ", "-"), SECOND, images, init_from)

@@ -16,14 +16,11 @@ import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
-
 from scalelong.bench.modules import run_module
-from scalelong.bench.record import RESULTS, commit, device_name
+from scalelong.bench.record import RESULTS, provenance
 from scalelong.train.config import ScheduleName
 from scalelong.train.objective_config import PredictionName, TimesName, WeightingName
 from scalelong.train.recipes import RECIPES
@@ -148,10 +145,7 @@ def row_of(trial: Trial, run: Path) -> Row:
         distance=plain.get("distance"),
         kernel_distance=plain.get("kernel_distance"),
         sampler=f"{sample.sampler}, {sample.steps} steps, guidance {guided['guidance']:g}",
-        date=datetime.now(UTC).date().isoformat(),
-        commit=commit(),
-        device=device_name("cpu").partition(",")[0] + ", 1 thread",
-        torch=torch.__version__,
+        **provenance("cpu", "1 thread"),
     )
 
 

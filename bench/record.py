@@ -107,12 +107,21 @@ def print_table(rows: Iterable[Row]) -> None:
 @cache
 def environment(device: torch.device | str) -> dict[str, Any]:
     """The columns that are the same for all rows of a session."""
+    return {**provenance(device), "triton": triton_version()}
+
+
+def provenance(device: torch.device | str, threads: str = "") -> dict[str, Any]:
+    """The columns of every table of rows: when, by which version and on what they were made.
+
+    Args:
+        threads: of a CPU, where it is not this process that computes: "1 thread a process".
+    """
+    name = device_name(device)
     return {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
-        "device": device_name(device),
+        "device": f"{name.partition(',')[0]}, {threads}" if threads else name,
         "torch": torch.__version__,
-        "triton": triton_version(),
     }
 
 

@@ -12,14 +12,11 @@ import csv
 import sys
 import tempfile
 from dataclasses import astuple, dataclass, fields
-from datetime import UTC, datetime
 from pathlib import Path
-
-import torch
 
 from scalelong.bench.modules import run_module
 from scalelong.bench.objectives import finished
-from scalelong.bench.record import RESULTS, commit, device_name
+from scalelong.bench.record import RESULTS, provenance
 from scalelong.train.recipes import RECIPES
 from scalelong.train.write_whole import staged
 
@@ -72,14 +69,8 @@ def train_and_score(recipe: str, run: Path, total_images: int, num_images: int) 
 
 def row_of(recipe: str, processes: int, line: dict[str, str]) -> Row:
     """A row of what the sweep wrote."""
-    where = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit(),
-        "device": device_name("cpu").partition(",")[0] + ", 1 thread a process",
-        "torch": torch.__version__,
-    }
     scores = {field.name: line[field.name] for field in fields(Row) if field.name in line}
-    return Row(recipe=recipe, processes=str(processes), **scores, **where)
+    return Row(recipe=recipe, processes=str(processes), **scores, **provenance("cpu", "1 thread a process"))
 
 
 def read_rows(path: Path = OUT) -> list[Row]:

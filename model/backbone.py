@@ -17,6 +17,7 @@ from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
 from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
+from scalelong.model.skip_tuning import SkipTuning
 
 
 class ParameterGroup(NamedTuple):
@@ -52,6 +53,8 @@ class Backbone(nn.Module):
     config: Any
     skips: tuple[SkipShape, ...] = ()
     """The long skips, in execution order: the first is i = N, the innermost."""
+    skip_tuning: SkipTuning | None = None
+    """While it samples: what the skips are multiplied by besides (``skip_tuning.tuned_skips``)."""
     __call__: Callable[..., Any]
 
     def __init__(self, config: BackboneConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
@@ -155,7 +158,8 @@ class Backbone(nn.Module):
 
     def _long_skip(self, executed: int, features: Tensor, gates: nn.Module | None) -> LongSkip:
         """The long skip that the decoder's block number ``executed`` takes in."""
-        return self.skip_scale.long_skip(len(self.skips) - executed, self.skips, features, gates)
+        skip = self.skip_scale.long_skip(len(self.skips) - executed, self.skips, features, gates)
+        return skip if self.skip_tuning is None else self.skip_tuning.tune(skip, len(self.skips))
 
     def parameter_kinds(self) -> Sequence[ParameterKind]:
         """The table that ``init_weights`` and ``parameter_groups`` read. A parametrisation overrides it."""

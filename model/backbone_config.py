@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 from numbers import Integral
 from typing import TYPE_CHECKING, ClassVar, Literal, Self, TypeVar, get_args
 
+from scalelong.model.skip_tuning import SkipTuning
+
 if TYPE_CHECKING:
     from scalelong.model.backbone import Backbone
     from scalelong.model.skip_scale import SkipScale
@@ -151,6 +153,17 @@ class BackboneConfig:
             raise ValueError(
                 f"skip scale {policy.kind!r}, but this {self.architecture} has no long skips (model.skip): 'none' fits"
             )
+
+    def check_skip_tuning(self, tuning: tuple[float, float] | None) -> None:
+        """
+        Raises:
+            ValueError: factors that are none, or any for a network without long skips.
+        """
+        if tuning is None:
+            return
+        SkipTuning(*tuning)
+        if not self.has_skips:
+            raise ValueError(f"skip_tuning, but this {self.architecture} has no long skips (model.skip)")
 
     def check_recompute(self, recompute: Recompute) -> None:
         """

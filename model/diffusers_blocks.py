@@ -25,6 +25,7 @@ from scalelong.model.common_factor import CommonFactor, multiplied
 from scalelong.model.diffusers_gates import GATES
 from scalelong.model.layer_calls import has_forward_of_class, is_called_by_class
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
+from scalelong.model.skip_tuning import SkipTuning
 from scalelong.model.unet_config import SkipPosition
 
 
@@ -38,6 +39,8 @@ class NetworkSkips:
     """In execution order."""
     holder: nn.Module | None
     """The module whose child ``skip_gates`` are the learned gates, if there are any."""
+    skip_tuning: SkipTuning | None = None
+    """While it samples: what the skips are multiplied by besides (``skip_tuning.tuned_skips``)."""
 
     @property
     def gates(self) -> nn.Module | None:
@@ -51,7 +54,7 @@ class NetworkSkips:
         elif holder is not None:  # a block is copied without its network
             holder = nn.Module()
             holder.add_module(GATES, copy.deepcopy(self.gates, memo))
-        memo[id(self)] = copied = NetworkSkips(self.policy, self.position, self.shapes, holder)
+        memo[id(self)] = copied = NetworkSkips(self.policy, self.position, self.shapes, holder, self.skip_tuning)
         return copied
 
 
@@ -71,7 +74,9 @@ class SkipPlace:
         return self.network.shapes[len(self.network.shapes) - self.i].stream_width
 
     def scaled(self, skip: Tensor) -> LongSkip:
-        return self.network.policy.long_skip(self.i, self.network.shapes, skip, self.network.gates)
+        network = self.network
+        scaled = network.policy.long_skip(self.i, network.shapes, skip, network.gates)
+        return scaled if network.skip_tuning is None else network.skip_tuning.tune(scaled, len(network.shapes))
 
 
 @dataclass

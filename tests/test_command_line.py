@@ -131,6 +131,7 @@ def test_the_noise_has_a_short_form(flag):
         ("--objective.prediction flow --sample.sampler euler-maruyama", ["euler-maruyama", "vp-sde", "flow"]),
         ("--objective cosine --sample.sampler euler-maruyama", ["euler-maruyama", "vp-sde", "cosine"]),
         ("--sample.guidance-interval 2 1", ["guidance_interval", "LOW < HIGH"]),
+        ("--sample.skip-tuning 0 1", ["skip_tuning", "two positive factors"]),
         ("--optimizer.schedule linear", ["--optimizer.schedule", "linear", "warmup-stable-decay"]),
         ("--optimizer.final-factor 2", ["final_factor", "2.0", "[0, 1]"]),
         ("--optimizer.horizon-images -1", ["horizon_images", "-1", "not negative"]),

@@ -207,7 +207,25 @@ def test_verdicts_are_plain_whichever_way_they_fall():
 def test_a_target_that_no_run_reaches_is_said():
     rows = results(none={0.001: [0.2] * 3}, ls={0.001: [0.4] * 3})
     (table,) = (table for table in tables_of(rows) if table.key == "speed")
-    assert table.lines[1][-2:] == ["not reached", "not reached"]
+    assert table.lines[1][-3:-1] == ["not reached", "not reached"]
+
+
+def test_images_to_the_baselines_kernel_distance_and_the_wall_clock_of_operators():
+    def scored(row: Row) -> Row:
+        halves = 2.0 if "skip-scale=ls" in row.cell else 1.0
+        curve = [1.0, 1 - 0.5 * halves, 0.25 / halves]
+        return replace(
+            row, curve_scored_images=[0.0, 100.0, 200.0], curve_kernel_distance=curve, operators_speedup=halves
+        )
+
+    rows = results(none={0.001: [0.2] * 3}, ls={0.001: [0.2] * 3})
+    tables = {table.key: table for table in tables_of([scored(row) for row in rows])}
+    assert "score-speed" not in {table.key for table in tables_of(rows)}
+    none, ls = (dict(zip(tables["score-speed"].header, line, strict=True)) for line in tables["score-speed"].lines)
+    assert (none["target distance"], none["images to target"]) == (0.25, 200.0)
+    assert ls["images to target"] == 75.0  # from 1 to 0 over the first 100
+    assert str(ls["times fewer"]).startswith("2.67 ")
+    assert [line[-1] for line in tables["speed"].lines] == [1.0, 2.0]
 
 
 def test_groups_are_named_by_what_differs():
@@ -262,7 +280,9 @@ def test_a_grid_of_four_cells_and_again_from_its_table(tmp_path):
     grid = run_grid(cells, tmp_path / "a", trains=True, workers=2, say=said.append)
     assert said[0] == "4 cells: 0 in the table, 4 to run, 0 that cannot"
     assert [row.state for row in grid.rows.values()] == ["finished", "diverged", "finished", "diverged"]
-    assert all(len(row.curve_loss) == 20 and len(row.gain_0_1) == 5 for row in grid.rows.values() if not row.reason)
+    finished = [row for row in grid.rows.values() if not row.reason]
+    assert all(len(row.curve_loss) == 20 and len(row.gain_0_1) == 5 for row in finished)
+    assert all(0.1 < row.operators_speedup < 10 for row in finished)
     assert not list(tmp_path.glob("a/cells/*/checkpoints"))
     # The table alone, elsewhere: nothing is left to run.
     (tmp_path / "b").mkdir()

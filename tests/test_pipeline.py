@@ -107,7 +107,8 @@ def test_a_call_chooses_images_labels_and_settings(pipe):
     np.testing.assert_array_equal(pixels(pipe(num_images=3, seed=1)), three)
     # Alone, but for the rounding of another batch.
     assert np.abs(pixels(pipe("cat", numbers=[2], seed=1)).astype(int) - three[2:]).max() <= 1
-    for changes in ({"seed": 2}, {"steps": 3}, {"guidance": 0.0}, {"sampler": "heun"}, {"labels": [2, 1, 0]}):
+    different = ({"seed": 2}, {"steps": 3}, {"guidance": 0.0}, {"sampler": "heun"}, {"skip_tuning": (0.3, 1.0)})
+    for changes in (*different, {"labels": [2, 1, 0]}):
         assert not np.array_equal(pixels(pipe(**{"labels": [0, 1, 2], "seed": 1, **changes})), three), changes
 
 
@@ -120,6 +121,8 @@ def test_a_call_chooses_images_labels_and_settings(pipe):
         ({"steps": 0}, r"steps must be a whole number in 1 \.\. 1000, got 0"),
         ({"guidance": -1.0}, "guidance must be a number from 0 on"),
         ({"guidance_interval": (2.0, 1.0)}, "guidance_interval"),
+        ({"skip_tuning": (0.0, 1.0)}, "skip_tuning must be two positive factors"),
+        ({"skip_tuning": (0.5,)}, "skip_tuning"),
         ({"sampler": "magic"}, "unknown sampler 'magic'; there are dpm"),
         ({"sampler": "euler-maruyama"}, "needs a run with --objective vp-sde"),
         ({"seed": -1}, "must not be negative"),
@@ -198,6 +201,7 @@ def test_an_export_of_a_newer_version_is_refused_in_one_line(changed):
         ({"pipeline__class_names": ["ant"]}, "1 class names, but the network has 3 classes"),
         ({"pipeline__class_names": 3}, "its class_names makes no sense"),
         ({"pipeline__guidance_interval": [1]}, "its guidance_interval makes no sense"),
+        ({"pipeline__skip_tuning": ["a", 1]}, "its skip_tuning makes no sense"),
         ({"pipeline__autoencoder": "../elsewhere"}, "its autoencoder makes no sense"),
     ],
     ids=str,

@@ -66,12 +66,12 @@ def test_every_combination_is_a_row_of_one_table(run, tmp_path, capsys):
 
 def test_a_row_is_what_evaluate_says_of_the_same_settings(run, tmp_path):
     main([str(run), *CHEAP, "--guidance", "1", "--out", str(tmp_path / "one.json")])
-    main([str(run), *CHEAP, "--sweep", "steps=2,3", "checkpoint=128,256", "--out", str(tmp_path / "sweep.csv")])
+    main([str(run), *CHEAP, "--sweep", "skip-tuning=0.5,1", "checkpoint=128,256", "--out", str(tmp_path / "sweep.csv")])
     alone = json.loads((tmp_path / "one.json").read_text())["samples"][0]
-    rows = {(row["checkpoint"], row["steps"]): row for row in table_of(tmp_path / "sweep.csv")}
+    rows = {(row["checkpoint"], row["skip-tuning"]): row for row in table_of(tmp_path / "sweep.csv")}
     assert len(rows) == 5  # four of samples, and one key for both of the others
-    assert float(rows["256", "2"]["kernel_distance"]) == pytest.approx(alone["kernel_distance"], rel=1e-9)
-    assert float(rows["256", "2"]["accuracy"]) == alone["accuracy"]
+    assert float(rows["256", "1.0"]["kernel_distance"]) == pytest.approx(alone["kernel_distance"], rel=1e-9)
+    assert float(rows["256", "1.0"]["accuracy"]) == alone["accuracy"]
     assert len({row["kernel_distance"] for row in rows.values()}) == 5
 
 
@@ -105,6 +105,7 @@ def test_without_matplotlib_the_table_is_written_and_the_command_said(run, tmp_p
         (["guidance=nan"], "--sweep guidance=nan: expected a strength"),
         (["steps=0"], "--sweep steps=0: expected a number of steps in 1"),
         (["steps=2.5"], "--sweep steps=2.5: expected a number of steps in 1"),
+        (["skip-tuning=0"], "--sweep skip-tuning=0: expected a factor of the innermost skip"),
         (["width=0.1"], "--sweep width=0.1: expected NAME=VALUE,VALUE; there are checkpoint, ema, steps, guidance"),
         (["ema"], "--sweep ema: expected NAME=VALUE"),
         (["ema=0.05", "ema=0.1"], "--sweep has ema twice"),

@@ -124,12 +124,16 @@ class SampleConfig:
     """s in eps_c + s (eps_c - eps_u); 0: no guidance."""
     guidance_interval: tuple[float, float] | None = bookkeeping(None)
     """LOW HIGH: guidance only at noise levels sigma in (LOW, HIGH]; at all of them if not given."""
+    skip_tuning: tuple[float, float] | None = bookkeeping(None)
+    """BOTTOM TOP: factors of the innermost and of the outermost long skip while sampling (Skip-Tuning), those between
+    on a line; as trained if not given."""
     num_images: int = bookkeeping(100)
     """Images in a grid."""
 
     def __post_init__(self):
-        if self.guidance_interval is not None:  # JSON has lists
-            object.__setattr__(self, "guidance_interval", tuple(self.guidance_interval))
+        for name in ("guidance_interval", "skip_tuning"):
+            if getattr(self, name) is not None:  # JSON has lists
+                object.__setattr__(self, name, tuple(getattr(self, name)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +241,7 @@ class TrainConfig:
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")
         _check(self.sample, ("guidance",), lambda v: 0 <= v < math.inf, "finite and not negative")
         check_guidance_interval(self.sample.guidance_interval)
+        self.model.check_skip_tuning(self.sample.skip_tuning)
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         _check(self.data, ("max_bad_share",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")

@@ -8,7 +8,6 @@ import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import UTC, datetime
 from multiprocessing import connection, parent_process
 from pathlib import Path
 from typing import Any
@@ -18,9 +17,9 @@ import torch
 
 from scalelong.bench.lab.cells import STARTS, Cell, digest_of
 from scalelong.bench.lab.metrics import oscillation_range, smoothed, spike_score
-from scalelong.bench.lab.probes import preserve_norms, probe
+from scalelong.bench.lab.probes import operators_speedup, preserve_norms, probe
 from scalelong.bench.lab.table import Row
-from scalelong.bench.record import commit, device_name
+from scalelong.bench.record import provenance
 from scalelong.model.architectures import make_backbone
 from scalelong.train import report
 from scalelong.train.checkpoint import list_checkpoints, load_model
@@ -109,7 +108,7 @@ def measure_trained(cell: Cell, config: TrainConfig) -> Row | None:
     found: dict[str, Any] = measures_of(rows, config, outcome)
     if found["state"] == "finished":
         model, _ = load_model(config.run, weights="model")
-        found |= probe(model, config)
+        found |= probe(model, config) | {"operators_speedup": operators_speedup(model, config)}
     return _row(cell, config, **found)
 
 
@@ -120,15 +119,14 @@ def has_ended(run: Path, outcome: Outcome) -> bool:
 
 def _row(cell: Cell, config: TrainConfig, **found: Any) -> Row:
     values = {name.replace(".", "_"): value for name, value in found.items()}
+    made_by = provenance("cuda" if torch.cuda.is_available() else "cpu")
     return Row(
         cell=cell.name,
         digest=digest_of(cell, config),
         preset=cell.preset,
         images_per_step=float(config.images_per_step),
-        date=datetime.now(UTC).date().isoformat(),
-        commit=commit(),
-        device=device_name("cuda" if torch.cuda.is_available() else "cpu"),
         command=cell.command(),
+        **{name: made_by[name] for name in ("date", "commit", "device")},
         **values,
     )
 
@@ -159,8 +157,10 @@ def measures_of(rows: Sequence[LogRow], config: TrainConfig, outcome: Outcome) -
     found["hidden_norm"] = float(np.median(outermost_T[-_quarter(rows) :]))
     weights_T = _weight_norms(rows)
     found |= magnitudes_of(rows, weights_T)
-    scored = [row["kernel_distance"] for row in rows if row.get("kernel_distance") is not None]
-    found["kernel_distance"] = float(scored[-1]) if scored else math.nan
+    scored = [row for row in rows if row.get("kernel_distance") is not None]
+    found["curve_scored_images"] = [float(row["images_seen"]) for row in scored]
+    found["curve_kernel_distance"] = [float(row["kernel_distance"]) for row in scored]
+    found["kernel_distance"] = found["curve_kernel_distance"][-1] if scored else math.nan
     if outcome.state == "finished":
         found |= dict(zip(("final_loss", "final_is"), final_loss(rows), strict=True))
         if not found["final_loss"] < found["start_loss"]:  # training has undone what there was

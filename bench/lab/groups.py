@@ -130,8 +130,19 @@ def baseline_of(groups: Sequence[Group]) -> Group | None:
     return next((group for group in groups if group.mode.split(", ")[0] == "none"), None)
 
 
+class Curve(NamedTuple):
+    """What falls while a run trains, by the columns of the table."""
+
+    images: str
+    values: str
+
+
+LOSS = Curve("curve_images", "curve_loss")
+KERNEL_DISTANCE = Curve("curve_scored_images", "curve_kernel_distance")
+
+
 class Speed(NamedTuple):
-    """Images to the baseline's best loss, against the baseline at its own best rate."""
+    """Images to the best that the baseline's curve has, against the baseline at its own best rate."""
 
     images: float
     """The median over seeds, at the mode's own best rate; infinite if most never came there."""
@@ -141,19 +152,20 @@ class Speed(NamedTuple):
     num_seeds: int
 
 
-def target_of(baseline: Group) -> float:
-    """The median over seeds of the lowest loss that the baseline's curve has at its best rate.
+def target_of(baseline: Group, curve: Curve = LOSS) -> float:
+    """The median over seeds of the lowest value that the baseline's curve has at its best rate.
 
     The upper one of an even number, so that more than half of the seeds come there.
     """
-    lowest = [min(row.curve_loss, default=math.inf) for row in baseline.at(baseline.best_rate)]
+    lowest = [min(getattr(row, curve.values), default=math.inf) for row in baseline.at(baseline.best_rate)]
     return median_high(lowest)
 
 
-def speed_of(group: Group, baseline: Group) -> Speed:
-    target = target_of(baseline)
+def speed_of(group: Group, baseline: Group, curve: Curve = LOSS) -> Speed:
+    """Rates are the best by the final loss, whatever the curve."""
+    target = target_of(baseline, curve)
     mine, theirs, equal = (
-        [images_to_target(row.curve_images, row.curve_loss, target) for row in rows]
+        [images_to_target(getattr(row, curve.images), getattr(row, curve.values), target) for row in rows]
         for rows in (group.at(group.best_rate), baseline.at(baseline.best_rate), group.at(baseline.best_rate))
     )
     at_equal_rate = ratio_of_medians(theirs, equal) if equal else None

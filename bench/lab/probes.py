@@ -3,9 +3,12 @@
 Shapes: B batch, C channels, H height, W width, N blocks.
 """
 
+import copy
 import math
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from statistics import median
 from typing import NamedTuple
 
 import torch
@@ -16,6 +19,7 @@ from scalelong.bench.lab.metrics import growth_exponent
 from scalelong.bench.lab.probe_points import DELTAS, TIMES
 from scalelong.model.backbone import Backbone
 from scalelong.model.linear_layers import SkipLinear
+from scalelong.model.plain_layers import use_plain_layers
 from scalelong.model.skip_scale import LongSkip
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import Batch, prepare_source, read_batches
@@ -161,6 +165,27 @@ def probe(model: Backbone, config: TrainConfig) -> dict[str, float | list[float]
     found["mean_mode_share"] = [mean_mode_share(features[name]) for name in names]
     law = depth_law_point(model, at)
     return {**found, "kappa_squares": law.kappa_squares, "norm_ratio": law.ratio, **growth(model, at)}
+
+
+def operators_speedup(model: Backbone, config: TrainConfig, *, rounds: int = 5) -> float:
+    """How many times faster the passes of a training step are by this project's operators than by PyTorch's layers.
+
+    Forward and backward of one batch of the run, on the CPU, by the same network with its layers and with PyTorch's
+    (``use_plain_layers``), in turns, so that a busy machine slows both: the median of the ratios of each turn.
+    """
+    at = noisy(config, read_batch(config), 0.5)
+    times = -(-config.images_per_step // len(at.x_BCHW))
+    x_BCHW, t_B = at.x_BCHW.repeat(times, 1, 1, 1), at.t_B.repeat(times)
+    condition = None if at.condition is None else at.condition.repeat(times, *[1] * (at.condition.dim() - 1))
+    networks = use_plain_layers(copy.deepcopy(model)).train(), copy.deepcopy(model).train()
+
+    def seconds(network: Backbone) -> float:
+        began = time.perf_counter()
+        network(x_BCHW, t_B, condition).square().mean().backward()
+        return time.perf_counter() - began
+
+    turns = [[seconds(network) for network in networks] for _ in range(1 + rounds)]
+    return median(plain / fused for plain, fused in turns[1:])
 
 
 def gain_at(model: Backbone, at: Noisy, delta: float) -> float:

@@ -1,7 +1,7 @@
 """What the rows of a grid amount to: tables, for CSV, Markdown and the page alike."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -9,7 +9,10 @@ import numpy as np
 
 from scalelong.bench.lab.cells import place_of, sorted_values
 from scalelong.bench.lab.groups import (
+    KERNEL_DISTANCE,
+    LOSS,
     MIN_SEEDS_OF_SPEED,
+    Curve,
     Group,
     baseline_of,
     contexts_of,
@@ -41,7 +44,8 @@ class Table:
 def tables_of(rows: Sequence[Row]) -> list[Table]:
     """Every table that the rows have something for."""
     groups = groups_of(trained(rows))
-    tables = [stability_table(groups), loss_table(groups), speed_table(groups), magnitude_table(groups)]
+    tables = [stability_table(groups), loss_table(groups), speed_table(groups), score_speed_table(groups)]
+    tables.append(magnitude_table(groups))
     tables += start_tables(untrained(rows))
     tables.append(gain_table(groups_of([row for row in rows if row.gain_0_1])))
     return [table for table in tables if table.lines]
@@ -98,26 +102,41 @@ def loss_table(groups: Sequence[Group]) -> Table:
 
 
 def speed_table(groups: Sequence[Group]) -> Table:
-    lines: list[list[Value]] = []
-    for context, modes in contexts_of(groups).items():
-        baseline = baseline_of(modes)
-        if baseline is None or math.isinf(baseline.best_loss):
-            continue
-        for group in modes:
-            speed = speed_of(group, baseline)
-            lines.append(
-                [
-                    *(context, group.mode, group.best_rate, speed.num_seeds, target_of(baseline), speed.images),
-                    *(show_ratio(speed.at_own_rate), show_ratio(speed.at_equal_rate)),
-                ]
-            )
-    header = ("network", "mode", "rate", "seeds", "target loss", "images to target", "times fewer", "at equal rate")
+    header = ("network", "mode", "rate", "seeds", "target loss", *SPEED_HEADER, "operators")
     note = (
         "Images until the loss reaches the best of the unscaled network at its own best rate, and how many times fewer "
         "that is (ratio of medians over seeds, 95 % of bootstrap replicates); at equal rate: the mode at the "
-        f"baseline's rate. Of fewer than {MIN_SEEDS_OF_SPEED} seeds an interval says little."
+        f"baseline's rate. Of fewer than {MIN_SEEDS_OF_SPEED} seeds an interval says little. Operators: how many times "
+        "faster this project's make the passes of a step, beside PyTorch's layers in turns, which multiplies what "
+        "fewer images save."
     )
+    lines = [[*line, group.median_at_best("operators_speedup")] for group, line in speed_lines(groups, LOSS)]
     return Table("speed", "Images to the baseline's best loss", note, header, lines)
+
+
+def score_speed_table(groups: Sequence[Group]) -> Table:
+    header = ("network", "mode", "rate", "seeds", "target distance", *SPEED_HEADER)
+    note = (
+        "As for the loss, of the kernel distance of samples to real images, of runs that are scored while they train; "
+        "rates are the best by the loss."
+    )
+    lines = [line for _, line in speed_lines(groups, KERNEL_DISTANCE)]
+    return Table("score-speed", "Images to the baseline's best kernel distance", note, header, lines)
+
+
+SPEED_HEADER = ("images to target", "times fewer", "at equal rate")
+
+
+def speed_lines(groups: Sequence[Group], curve: Curve) -> Iterator[tuple[Group, list[Value]]]:
+    """A line for each mode of the contexts whose baseline has the curve."""
+    for context, modes in contexts_of(groups).items():
+        baseline = baseline_of(modes)
+        if baseline is None or math.isinf(baseline.best_loss) or math.isinf(target := target_of(baseline, curve)):
+            continue
+        for group in modes:
+            speed = speed_of(group, baseline, curve)
+            ratios = (show_ratio(speed.at_own_rate), show_ratio(speed.at_equal_rate))
+            yield group, [context, group.mode, group.best_rate, speed.num_seeds, target, speed.images, *ratios]
 
 
 def show_ratio(ratio: Ratio | None) -> str:

@@ -73,6 +73,11 @@ class Row:
     curve_gradient: List = field(default_factory=list)
     curve_hidden: List = field(default_factory=list)
     curve_weights: List = field(default_factory=list)
+    curve_scored_images: List = field(default_factory=list)
+    curve_kernel_distance: List = field(default_factory=list)
+    """Of samples to real images, at the scores that the run takes while it trains."""
+    operators_speedup: float = math.nan
+    """How many times faster this project's operators make the passes of a training step (probes.operators_speedup)."""
     images_per_second: float = math.nan
     seconds: float = math.nan
     date: str = ""
@@ -82,7 +87,7 @@ class Row:
 
 
 COLUMNS = tuple(f.name for f in fields(Row))
-COST = ("images_per_second", "seconds", "date", "commit", "device")
+COST = ("operators_speedup", "images_per_second", "seconds", "date", "commit", "device")
 """What differs from one time to the next."""
 TEXTS = {f.name for f in fields(Row) if f.type is str}
 LISTS = {f.name for f in fields(Row) if f.type is List}

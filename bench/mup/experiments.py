@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from scalelong.bench.lab.table import read_table
 from scalelong.bench.mup.coordinates import BUGS, MODELS, Check, Curve, curves_of, networks
 from scalelong.bench.mup.lr_transfer import main as run_transfer
 from scalelong.bench.mup.transfer import FIXED_RATE, tables_of
-from scalelong.bench.record import commit, device_name
+from scalelong.bench.record import provenance
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.write_whole import write_whole
@@ -79,7 +78,7 @@ def cases() -> Iterator[tuple[str, str, str, str | None]]:
 
 def measure_coordinates() -> None:
     check, lines, shown = Check(), [], {}
-    made_by = [datetime.now(UTC).date().isoformat(), commit(), device_name("cpu")]
+    made_by = [provenance("cpu")[name] for name in MADE_BY]
     for model, parametrization, policy, bug in cases():
         changes: dict[str, Any] = {"parametrization": "mup", "base_width": 64} if parametrization == "mup" else {}
         make = networks(replace(MODELS[model], **changes), make_skip_scale(policy), bug)

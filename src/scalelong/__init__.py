@@ -19,6 +19,7 @@ _PUBLIC = {
     "PatchReport": "scalelong.model.diffusers_patch",
     "Pipeline": "scalelong.train.sampling.pipeline",
     "patch_diffusers": "scalelong.model.diffusers_patch",
+    "tuned_skips": "scalelong.model.skip_tuning",
     "unpatch_diffusers": "scalelong.model.diffusers_patch",
 }
 __all__ = ["__version__", *_PUBLIC]  # pyright: ignore[reportUnsupportedDunderAll]

@@ -44,6 +44,9 @@ class SamplingArguments(RunArguments):
     """s in eps_c + s (eps_c - eps_u); 0: none. The run's own if not given."""
     guidance_interval: tuple[float, float] | None = None
     """LOW HIGH: guidance only at noise levels sigma in (LOW, HIGH]. The run's own if not given."""
+    skip_tuning: tuple[float, float] | None = None
+    """BOTTOM TOP: factors of the innermost and of the outermost long skip, those between on a line (docs/methods.md).
+    The run's own if not given."""
     sampler: SamplerName | None = None
     """The run's own if not given."""
     steps: int | None = None
@@ -60,7 +63,8 @@ class Sampling:
     config: TrainConfig
     """Of an export, what of its run's configuration it says."""
     settings: dict[str, Any]
-    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, its interval, seed, to_pictures."""
+    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, its interval, skip_tuning, seed,
+    to_pictures."""
     texts: LatentSource | None
     """Where the captions are, of a run with text."""
     class_names: tuple[str, ...] | None
@@ -98,6 +102,7 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
     try:
         check_sampler(sampler, config.objective)
         check_guidance_interval(arguments.guidance_interval)
+        config.model.check_skip_tuning(arguments.skip_tuning)
     except ValueError as error:
         raise UserError(str(error)) from error
     texts = open_texts(config)
@@ -107,6 +112,7 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         "steps": arguments.steps or config.sample.steps,
         "guidance": guidance,
         "guidance_interval": arguments.guidance_interval or config.sample.guidance_interval,
+        "skip_tuning": arguments.skip_tuning or config.sample.skip_tuning,
         "seed": arguments.seed,
         "to_pictures": to_pictures(config),
     }
@@ -144,7 +150,9 @@ def config_of(pipeline: Pipeline, folder: Path) -> TrainConfig:
     """
     model, config = pipeline.model, pipeline.config
     is_guided = config.null_label is not None or pipeline.empty_context is not None
-    sample = {name: getattr(config, name) for name in ("sampler", "steps", "guidance", "guidance_interval")}
+    sample = {
+        name: getattr(config, name) for name in ("sampler", "steps", "guidance", "guidance_interval", "skip_tuning")
+    }
     # Only the embedded data is where its name says.
     data = config.training.get("data")
     try:

@@ -44,6 +44,7 @@ AXES = {
     "ema": Axis(float, lambda v: 0 < v < 1, "a relative width of the averaged weights"),
     "steps": Axis(int, lambda v: 1 <= v <= NUM_TIMES, f"a number of steps in 1 .. {NUM_TIMES}"),
     "guidance": Axis(float, lambda v: 0 <= v < math.inf, "a strength from 0 on"),
+    "skip-tuning": Axis(float, lambda v: 0 < v < math.inf, "a factor of the innermost skip"),
 }
 
 
@@ -128,6 +129,8 @@ def check_axes(arguments: SamplingArguments, axes: Axes) -> None:
         config = config_of(load_export(arguments), arguments.run)
     else:
         config = read_config(arguments.run)
+    if "skip-tuning" in axes and not config.model.has_skips:
+        raise UserError("--sweep skip-tuning needs a network with long skips")
     if any(axes.get("guidance", ())) and not config.label_drop:
         raise UserError("--sweep guidance needs a run that was trained with --label-drop above 0")
     for at in axes.get("checkpoint", [arguments.checkpoint]):
@@ -147,10 +150,11 @@ def combinations(
             plan = plan_average(arguments.run, width, at=at, largest_error=LARGEST_ERROR, flag="--sweep ema=")
             loaded.model.load_state_dict(combine(*plan[:2]))
         steps, strengths = axes.get("steps", [loaded.settings["steps"]]), axes.get("guidance", [None])
-        for num_steps, guidance in itertools.product(steps, strengths):
+        for num_steps, guidance, bottom in itertools.product(steps, strengths, axes.get("skip-tuning", [None])):
             strength = loaded.settings["guidance"] if guidance is None else guidance
-            chosen = {"checkpoint": at, "ema": width, "steps": num_steps, "guidance": strength}
-            how = {**loaded.settings, "steps": num_steps, "guidance": strength}
+            tuning = loaded.settings["skip_tuning"] if bottom is None else (bottom, 1.0)
+            chosen = {"checkpoint": at, "ema": width, "steps": num_steps, "guidance": strength, "skip-tuning": bottom}
+            how = {**loaded.settings, "steps": num_steps, "guidance": strength, "skip_tuning": tuning}
             yield {name: chosen[name] for name in axes}, loaded.model, how
 
 

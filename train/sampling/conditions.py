@@ -35,6 +35,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "steps": sample.steps,
         "guidance": sample.guidance,
         "guidance_interval": sample.guidance_interval,
+        "skip_tuning": sample.skip_tuning,
         "seed": config.seed,
     }
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from scalelong.model.backbone import Backbone
+from scalelong.model.skip_tuning import tuned_skips
 from scalelong.train.data.order import Stream, draw_noise, draw_seed
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.objective import Denoiser, Objective
@@ -80,6 +81,7 @@ def generate(
     steps: int,
     guidance: float,
     guidance_interval: tuple[float, float] | None = None,
+    skip_tuning: tuple[float, float] | None = None,
     seed: int = 0,
     batch_size: int = 256,
     autocast: torch.dtype | None = None,
@@ -93,6 +95,8 @@ def generate(
 
     Args:
         null_condition, autocast, guidance_interval: as ``guided`` takes them.
+        skip_tuning: factors of the long skips while it draws, of the innermost and of the outermost
+            (model/skip_tuning.py); None: as it was trained.
         batch_size: at most so many images together.
         to_pictures: makes images (B, C, H, W) in [-1, 1] of what the model draws; None: it draws images.
         processes: that share the work. Each must ask for the same numbers to the end, and gets all the images.
@@ -105,6 +109,10 @@ def generate(
     shape = (config.in_channels, config.img_size, config.img_size)
 
     def draw(batch: Sequence[int]) -> np.ndarray:
+        with tuned_skips(model, skip_tuning):
+            return draw_as_it_is(batch)
+
+    def draw_as_it_is(batch: Sequence[int]) -> np.ndarray:
         noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in batch])
         condition = conditions(batch)
         condition = None if condition is None else condition.to(device)

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
@@ -129,6 +129,7 @@ class Pipeline:
         steps: int | None = None,
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
+        skip_tuning: tuple[float, float] | None = None,
         sampler: str | None = None,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
@@ -143,6 +144,7 @@ class Pipeline:
             steps: network evaluations for each image; the export's own if not given, as all below.
             guidance: s in eps_c + s (eps_c - eps_u); 0: none.
             guidance_interval: guidance only at noise levels sigma in (low, high].
+            skip_tuning: factors of the innermost and of the outermost long skip, those between on a line.
             sampler: docs/objectives.md.
             seed: of the noise.
             numbers: which images of the seed; the first ``num_images`` if not given.
@@ -154,7 +156,8 @@ class Pipeline:
         Raises:
             ValueError: a label, a text or a setting that the network cannot serve.
         """
-        how = {"steps": steps, "guidance": guidance, "guidance_interval": guidance_interval, "sampler": sampler}
+        how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
+        how |= {"guidance_interval": guidance_interval, "skip_tuning": skip_tuning}
         config = replace(self.config, **{name: value for name, value in how.items() if value is not None})
         conditions, count = self._conditions(labels, contexts)
         chosen = list(range(count if num_images is None else num_images) if numbers is None else numbers)
@@ -173,6 +176,7 @@ class Pipeline:
                 steps=config.steps,
                 guidance=config.guidance,
                 guidance_interval=config.guidance_interval,
+                skip_tuning=config.skip_tuning,
                 seed=seed,
                 batch_size=batch_size,
                 to_pictures=self._to_pictures,

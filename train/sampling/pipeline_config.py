@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from scalelong.model.skip_tuning import SkipTuning
 from scalelong.train.objective_config import (
     NUM_TIMES,
     SAMPLER_NAMES,
@@ -40,6 +41,8 @@ class PipelineConfig:
     """s in eps_c + s (eps_c - eps_u); 0: no guidance."""
     guidance_interval: tuple[float, float] | None = None
     """Guidance only at noise levels sigma in (low, high]; None: at all of them."""
+    skip_tuning: tuple[float, float] | None = None
+    """Factors of the innermost and of the outermost long skip while sampling; None: as trained."""
     autoencoder: str | None = None
     """Folder of the AutoencoderKL in the export; None: the network draws pictures, or none was given."""
     empty_context: str | None = None
@@ -71,6 +74,15 @@ class PipelineConfig:
             _check(is_pair, "guidance_interval", self)
             object.__setattr__(self, "guidance_interval", tuple(interval))
             check_guidance_interval(self.guidance_interval)
+        if self.skip_tuning is not None:
+            tuning = self.skip_tuning
+            _check(
+                isinstance(tuning, list | tuple) and len(tuning) == 2 and all(map(_is_number, tuning)),
+                "skip_tuning",
+                self,
+            )
+            object.__setattr__(self, "skip_tuning", tuple(tuning))
+            SkipTuning(*tuning)
 
     def check_fits(self, num_classes: int) -> None:
         """Checks that the labels are those of a network.
