@@ -104,7 +104,7 @@ bench: install
 kernel-report: install
 	$(BIN)/python -m scalelong.bench.kernel_report --write
 
-# Without torch: what documents the public functions reads their sources.
+# Without torch: what documents the public functions reads their sources. With -q MkDocs would count no warnings.
 DOCS ?= .venv-docs
 DOCS_NEED := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")
 
@@ -115,7 +115,8 @@ $(DOCS)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 docs: $(DOCS)/.installed
-	$(DOCS)/bin/mkdocs build -q --strict $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict $(ARGS)
+	@echo "to look at: site/index.html"
 
 release-check: install
 	$(BIN)/python tests/release.py $(ARGS)

@@ -88,7 +88,7 @@ def recipes_table() -> Table:
 
 
 def costs_table() -> Table:
-    """What each recipe computes: its network counted on tensors without data, a training step as three forward passes."""
+    """What each recipe computes: the network on tensors without data, a training step as three forward passes."""
     lines: list[list[Value]] = []
     for name, config in RECIPES.items():
         with torch.device("meta"):

@@ -177,6 +177,7 @@ class Backbone(nn.Module):
                 module.reset_buffers()
 
     def num_params(self) -> int:
+        """How many numbers the parameters hold, gates included."""
         return sum(p.numel() for p in self.parameters())
 
     def parameter_groups(self) -> list[ParameterGroup]:

@@ -1,5 +1,6 @@
 """The examples, run as commands."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -76,3 +77,28 @@ def test_a_resumed_run_goes_on_with_the_averages_of_all_parameters(tmp_path):
     moved = {name: (averages[1][name] - averages[0][name]).abs() for name in before}
     assert all((moved[name] <= (after[name] - averages[0][name]).abs() + 1e-6).all() for name in before)
     assert not all(torch.equal(averages[1][name], after[name]) for name in before)
+
+
+NOTEBOOK = DIFFUSERS.with_name("scalelong.ipynb")
+
+
+def cells_of_notebook() -> list[dict[str, Any]]:
+    return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
+
+
+def test_the_notebook_runs_from_top_to_bottom(capsys):
+    """Without Jupyter: its cells are Python and nothing else, one after the other in one namespace."""
+    names: dict[str, Any] = {}
+    for cell in cells_of_notebook():
+        exec(compile("".join(cell["source"]), NOTEBOOK.name, "exec"), names)
+    printed = capsys.readouterr().out
+    assert [picture.size for picture in names["pictures"]] == [(8, 8), (8, 8)]
+    assert "skips scaled by ConstantScale" in printed
+    assert not torch.equal(names["scaled"], names["before"])
+    assert "it is what it was: True" in printed
+    assert names["difference"] < 1e-5
+    assert names["scale"].grad is not None
+
+
+def test_the_notebook_is_committed_without_outputs():
+    assert all((cell["outputs"], cell["execution_count"]) == ([], None) for cell in cells_of_notebook())

@@ -1,7 +1,8 @@
 """Hooks of MkDocs: the site is docs/ and a few files of the repository that stand outside of it.
 
-README.md is the front page. A link out of docs/ that reads well on GitHub (``../CONTRIBUTING.md``, ``../bench/results/x.png``)
-is turned to a page of the site or to a copy in it; one to a file that is not there fails ``mkdocs build --strict``.
+README.md is the front page. A link out of docs/ that reads well on GitHub (``../CONTRIBUTING.md``, ``../bench/x.png``)
+is turned to a page of the site or to a copy in it. With ``--strict`` a link to nothing fails, and so does a page that
+would fetch anything.
 """
 
 import posixpath
@@ -22,6 +23,7 @@ COPIES = "files"
 """Where copies of other files stand in the site."""
 LINK = re.compile(r"(\]\()([^)#\s]+)((?:#[^)\s]*)?\))")
 FETCHED = "https://unpkg.com/iframe-worker/shim"
+FETCHES = re.compile(r"<(?:script|img|link rel=.stylesheet.)[^>]*(?:src|href)=.(https?://[^\"' >]+)")
 CODE = re.compile(r"(^```.*?^```|`[^`\n]+`)", re.DOTALL | re.MULTILINE)
 
 PACKAGE = tempfile.TemporaryDirectory(prefix="scalelong-docs-")  # gone when the program ends
@@ -50,7 +52,7 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     documents |= {Path(file.abs_src_path or ""): f"docs/{file.src_uri}" for file in files.documentation_pages()}
     copies = set()
     for path, name in documents.items():
-        copies |= {target for target in map(lambda link: target_of(name, link), links_in(path)) if is_copied(target)}
+        copies |= {target for link in links_in(path) if is_copied(target := target_of(name, link))}
     for name, page in PAGES.items():
         files.append(File.generated(config, page, content=(ROOT / name).read_text(encoding="utf-8")))
     for name in sorted(copies):
@@ -101,4 +103,12 @@ def place_of(target: str) -> str:
 def on_post_page(output: str, *, page: Page, config: MkDocsConfig) -> str:
     """Puts our own script in the place of the one that the theme would fetch for search in pages from a file."""
     own = posixpath.relpath("theme/worker.js", posixpath.dirname(page.file.dest_uri) or ".")
-    return output.replace(FETCHED, own)
+    output = output.replace(FETCHED, own)
+    for fetched in FETCHES.findall(output):
+        log.warning("%s fetches %s", page.file.dest_uri, fetched)
+    return output
+
+
+def on_post_template(output: str, *, template_name: str, config: MkDocsConfig) -> str:
+    """The same for the page that says that there is no such page."""
+    return output.replace(FETCHED, "theme/worker.js") if template_name == "404.html" else output
