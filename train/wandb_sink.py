@@ -19,6 +19,8 @@ from scalelong.train.errors import UserError, warn
 from scalelong.train.run_folder import config_path, grid_path, log_path, wandb_path
 from scalelong.train.write_whole import write_whole
 
+OFFLINE = "offline-run-"
+"""How W&B's names of the folders of offline starts begin."""
 SECONDS_TO_FINISH = 60.0
 """How long the end of a run waits for what is still to be sent; ``wandb sync`` sends the rest."""
 
@@ -32,7 +34,7 @@ class Tracked:
     sent_to: int = -1
     """The images_seen up to which W&B has rows and grids, or the files of starts that ended as they should have."""
     unfinished: str = ""
-    """The offline folder of a start that is under way, or was killed, whose file may lack its end."""
+    """The name of the offline folder of a start that is under way, or was killed: its file may lack its end."""
 
 
 def check_wandb() -> None:
@@ -68,8 +70,8 @@ class WeightsAndBiases:
 
         self._run, self._image = run, wandb.Image
         self._tracked = tracked = tracked_run(run, project)
-        if tracked.unfinished:
-            shutil.rmtree(tracked.unfinished, ignore_errors=True)
+        if tracked.unfinished.startswith(OFFLINE):
+            shutil.rmtree(run / "wandb" / tracked.unfinished, ignore_errors=True)
         config = json.loads(config_path(run).read_text()) if config_path(run).is_file() else {}
         self._there = wandb.init(
             project=project,
@@ -83,10 +85,10 @@ class WeightsAndBiases:
         is_offline = self._there.offline
         # On resuming, the server says which step would be the next.
         self._sent_to = self._there.step - 1 if self._there.resumed and not is_offline else tracked.sent_to
-        self._tracked = replace(tracked, unfinished=str(Path(self._there.dir).parent) if is_offline else "")
+        self._tracked = replace(tracked, unfinished=Path(self._there.dir).parent.name if is_offline else "")
         self._write()
         self._send_what_lacks(images_seen)
-        where = f"wandb sync {self._tracked.unfinished}" if is_offline else self._there.url
+        where = f"wandb sync {run / 'wandb' / self._tracked.unfinished}" if is_offline else self._there.url
         print(f"Weights & Biases, project {project}: {where}", flush=True)
 
     def log(self, row: Mapping[str, Any]) -> None:
