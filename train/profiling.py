@@ -33,10 +33,11 @@ def tracing(path: Path, num_steps: int | None, device: torch.device) -> Iterator
 
     def write(profiler: profile) -> None:
         try:
-            with staged(path) as staging, tempfile.NamedTemporaryFile(suffix=".json") as plain:
-                profiler.export_chrome_trace(plain.name)
-                with gzip.open(staging, "wb", compresslevel=6) as packed:
-                    shutil.copyfileobj(plain, packed)
+            with staged(path) as staging, tempfile.TemporaryDirectory() as folder:
+                plain = Path(folder, "trace.json")
+                profiler.export_chrome_trace(str(plain))
+                with plain.open("rb") as source, gzip.open(staging, "wb", compresslevel=6) as packed:
+                    shutil.copyfileobj(source, packed)
         except OSError as error:
             warn(f"cannot write {path}: {error.strerror}")
 

@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from scalelong.train.command_line import TrainArguments
 from scalelong.train.config import TrainConfig
+from scalelong.train.data.image_folder import NoClassFoldersError
 from scalelong.train.data.source import recognise_source
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import FOR_ONES_OWN
@@ -29,7 +30,12 @@ def with_classes_of_data(arguments: TrainArguments) -> TrainConfig:
         return config
     if not config.model.num_classes and not is_for_any:
         return config
-    source = recognise_source(path, img_size=config.model.img_size)
+    try:
+        source = recognise_source(path, img_size=config.model.img_size)
+    except NoClassFoldersError:
+        if not is_for_any:
+            raise
+        source = recognise_source(path, labelled=False)
     if source.holds == "features":
         return config
     if is_for_any and len(source) < config.images_per_step:
