@@ -1,6 +1,6 @@
 """``--compile``: the same steps and names, exact resuming, and what is refused.
 
-Here graphs are run as they were traced, which gives the bits of the uncompiled network; the exhaustive test compiles.
+Here graphs are run as they were traced; the exhaustive test compiles them.
 """
 
 from dataclasses import replace
@@ -57,17 +57,20 @@ def test_a_compiled_run_takes_the_same_steps(tmp_path, monkeypatch, recipe, what
     train(plain)
     counters.clear()
     compiled = replace(plain, run=tmp_path / "compiled", compile=what)
-    resumed(compiled)
-    assert counters["stats"]["unique_graphs"] >= (2 if what == "model" else 4)  # of both starts
+    train(compiled)
+    assert counters["stats"]["unique_graphs"] >= (1 if what == "model" else 2)
     assert not counters["graph_break"]
-    assert losses(compiled.run) == losses(plain.run)
+    twice = replace(compiled, run=tmp_path / "twice")
+    resumed(twice)
+    assert losses(twice.run) == losses(compiled.run)
+    assert losses(compiled.run) == pytest.approx(losses(plain.run), rel=1e-6 if stage < 2 else 1e-3)  # bf16
     weights = [load_file(run / "checkpoints/128/model.safetensors") for run in (plain.run, compiled.run)]
     assert weights[0].keys() == weights[1].keys()
     # What is watched of blocks and skips is there too.
     for before, now in zip(log_rows(plain.run), log_rows(compiled.run), strict=True):
         watched = [name for name in before if name.startswith(("block/", "skip/"))]
         assert before.keys() == now.keys()
-        assert [now[name] for name in watched] == pytest.approx([before[name] for name in watched], rel=1e-4, abs=1e-6)
+        assert [now[name] for name in watched] == pytest.approx([before[name] for name in watched], rel=1e-3 if stage < 2 else 0.05, abs=1e-6)
 
 
 @pytest.mark.exhaustive
