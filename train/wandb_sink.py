@@ -10,6 +10,7 @@ import json
 import math
 import secrets
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -116,13 +117,18 @@ class WeightsAndBiases:
         """Rows and grids of the folder up to there that W&B has not."""
         if self._sent_to >= images_seen or not log_path(self._run).is_file():
             return
+        drawn = sorted(int(path.stem) for path in grid_path(self._run, 0).parent.glob("*.png") if path.stem.isdigit())
+        pictures = deque(number for number in drawn if number <= images_seen)
         with log_path(self._run).open() as log:
-            for line in log:
-                row = json.loads(line)
+            for row in map(json.loads, log):
+                while pictures and pictures[0] < row["images_seen"]:  # steps go up there
+                    self._show_drawn(pictures.popleft())
                 self.log(row)
-                picture = grid_path(self._run, int(row["images_seen"]))
-                if picture.is_file():
-                    self.show(picture, int(row["images_seen"]))
+        for number in pictures:
+            self._show_drawn(number)
+
+    def _show_drawn(self, images_seen: int) -> None:
+        self.show(grid_path(self._run, images_seen), images_seen)
 
     def _write(self) -> None:
         write_whole(wandb_path(self._run), (json.dumps(asdict(self._tracked)) + "\n").encode())
