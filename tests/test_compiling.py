@@ -41,12 +41,14 @@ def resumed(config: TrainConfig) -> None:
 @pytest.mark.parametrize(
     ("recipe", "what", "stage", "recompute"),
     [
-        ("digits-uvit", "model", 1, "none"),
-        ("digits-dit", "blocks", 2, "blocks"),
+        ("digits-dit", "model", 1, "none"),
+        ("digits-uvit", "blocks", 2, "blocks"),
         *(
             pytest.param(*case, marks=pytest.mark.exhaustive)
             for case in (
+                ("digits-uvit", "model", 1, "none"),
                 ("digits-uvit", "model", 0, 0.5),
+                ("digits-dit", "blocks", 2, "blocks"),
                 ("digits-unet", "blocks", 1, "none"),
                 ("digits-unet", "model", 2, "none"),
                 ("digits-mpuvit", "blocks", 1, "none"),
