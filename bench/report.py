@@ -4,7 +4,8 @@ In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of 
 ``<!-- lab NAME TABLE COLUMN, COLUMN -->`` has some of its columns alone. What stands between them is written here and
 nowhere else: no figure is typed by hand. ``<!-- trained NAME -->`` is the same for ``bench/results/trained/NAME.csv``,
 ``<!-- mup coordinates -->`` and ``<!-- mup transfer-uvit transfer -->`` for tables of ``bench/results/mup``, and
-``<!-- recipes -->`` for the table of published recipes, ``<!-- recipe costs -->`` for what each recipe computes.
+``<!-- recipes -->`` for the table of published recipes, ``<!-- recipes of images -->`` for that of one's own images,
+``<!-- recipe costs -->`` for what each recipe computes.
 """
 
 import re
@@ -24,14 +25,15 @@ from scalelong.bench.trained import where as sources
 from scalelong.model.architectures import make_backbone
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.objective_config import ObjectiveConfig
-from scalelong.train.recipes import RECIPES
+from scalelong.train.recipes import FOR_ONES_OWN, RECIPES
 from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in ("results", "recipes", "mup", *TABLES)))
+NAMES = ("results", "recipes", "training", "mup", *TABLES)
+DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
-RECIPE_TABLE = re.compile(r"(<!-- recipes -->\n).*?(<!-- end -->)", re.DOTALL)
+RECIPE_TABLE = re.compile(r"(<!-- recipes( of images)? -->\n).*?(<!-- end -->)", re.DOTALL)
 COSTS_TABLE = re.compile(r"(<!-- recipe costs -->\n).*?(<!-- end -->)", re.DOTALL)
 MUP_TABLE = re.compile(r"(<!-- mup ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -53,7 +55,7 @@ def rebuilt(
     text = MUP_TABLE.sub(lambda mark: f"{mark[1]}\n{mup_section(mup_results, mark[2])}\n\n{mark[3]}", text)
     text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
     text = COSTS_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(costs_table())}\n\n{mark[2]}", text)
-    return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table())}\n\n{mark[2]}", text)
+    return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table(mark[2]))}\n\n{mark[3]}", text)
 
 
 def mup_section(results: Path, name: str) -> str:
@@ -74,11 +76,11 @@ def mup_section(results: Path, name: str) -> str:
     return text
 
 
-def recipes_table() -> Table:
-    """The recipes of published networks, whose data has to be given."""
+def recipes_table(of_images: str | None) -> Table:
+    """The recipes of published networks, whose data has to be given; or those for images of one's own."""
     lines: list[list[Value]] = []
     for name, config in RECIPES.items():
-        if config.data.path:
+        if config.data.path or (name in FOR_ONES_OWN) != bool(of_images):
             continue
         o, steps = config.optimizer, config.total_images // config.images_per_step
         rates = [f"{o.learning_rate:g}", f"{o.beta1:g}, {o.beta2:g}", f"{o.weight_decay:g}", o.warmup_images]

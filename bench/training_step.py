@@ -14,14 +14,13 @@ from scalelong.bench.record import Row, environment
 from scalelong.bench.timing import IS_DRY_RUN, Timing, measure
 from scalelong.model.backbone import Backbone
 from scalelong.model.backbone_config import BackboneConfig
+from scalelong.train.resources import FORWARD_AND_BACKWARD, peak_flops
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture
 
 Network = Callable[..., Tensor]
 MAX_SECONDS = 2.0 if ON_GPU else 10.0
-# Dense bf16 products per second, by compute capability: the datasheets of A100 and of H100 and H200 (SXM).
-PEAK_FLOPS = {(8, 0): 312e12, (9, 0): 989e12}
 
 
 class Trainer:
@@ -87,7 +86,7 @@ def step_rows(
 
 def speed(model: Backbone, batch: int, name: str, timing: Timing) -> str:
     images_per_second = 1e3 * batch / timing.ms_median
-    flops = 3 * model.flops() * images_per_second
+    flops = FORWARD_AND_BACKWARD * model.flops() * images_per_second
     line = f"{name} {images_per_second:.4g} images/s, {flops / 1e12:.3g} TFLOP/s"
-    peak = PEAK_FLOPS.get(torch.cuda.get_device_capability(DEVICE)) if DEVICE.type == "cuda" else None
+    peak = peak_flops(torch.cuda.get_device_name(DEVICE), "bf16") if DEVICE.type == "cuda" else None
     return line if peak is None else f"{line}, MFU {100 * flops / peak:.3g} %"

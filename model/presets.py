@@ -30,6 +30,9 @@ UVIT_PRESETS: dict[str, UViTConfig] = {
     "photos32-uvit":       _uvit(32, 4, 3,  128,  4,  4),
     "cifar10-uvit-s2":     _uvit(32, 2, 3,  512, 12,  8),
     "celeba64-uvit-s4":    _uvit(64, 4, 3,  512, 12,  8),
+    # Of ten classes and a null label: a recipe takes those of its data.
+    "images32-uvit":       _uvit(32, 2, 3,  512, 12,  8, num_classes=11),
+    "images64-uvit":       _uvit(64, 4, 3,  512, 12,  8, num_classes=11),
     "imagenet64-uvit-m4":  _uvit(64, 4, 3,  768, 16, 12, num_classes=1000),
     "imagenet64-uvit-l4":  _uvit(64, 4, 3, 1024, 20, 16, num_classes=1000),
     "imagenet256-uvit-l2": _uvit(32, 2, 4, 1024, 20, 16, num_classes=1001),
@@ -76,6 +79,11 @@ UNET_PRESETS: dict[str, UNetConfig] = {
     "cifar10-ddpm-unet": UNetConfig(
         img_size=32, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=2, attention_resolutions=(2,),
         same_padding=True, norm_eps=1e-6, dropout=0.1,
+    ),
+    # The sizes of EDM for FFHQ and AFHQ (arXiv:2206.00364, table 7), in the blocks of ADM.
+    "images64-unet": UNetConfig(
+        img_size=64, model_channels=128, channel_mult=(1, 2, 2, 2), num_res_blocks=4, attention_resolutions=(4,),
+        num_head_channels=64, use_scale_shift_norm=True, resblock_updown=True, dropout=0.05, num_classes=11,
     ),
     # Six channels out: the published network learns the variance as well.
     "imagenet64-adm": UNetConfig(

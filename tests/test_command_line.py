@@ -13,12 +13,12 @@ from scalelong import __main__ as cli
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, ConstantScale, LearnedScale, make_skip_scale
 from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.config import TrainConfig
-from scalelong.train.config_json import config_differences, config_from_dict, config_to_dict
+from scalelong.train.config_json import config_differences, config_from_dict, config_to_dict, flag_values
 from scalelong.train.errors import EXIT_USER_ERROR, RankError, UserError, run_command
 from scalelong.train.loop import command_to_resume
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.recipes import RECIPES
-from scalelong.train.usage import DESCRIPTIONS
+from scalelong.train.usage import DESCRIPTIONS, OFTEN_USED
 
 FLAT_FLAGS = {
     "--run": ("elsewhere/run", Path("elsewhere/run")),
@@ -244,6 +244,10 @@ def test_a_misspelt_recipe_is_suggested():
         (["--seed", "-1"], ["seed", "-1", "not negative"]),
         (["--seed", str(2**63)], ["seed", str(2**63)]),
         (["--keep-checkpoints", "1"], ["keep_checkpoints", "1", "at least 2"]),
+        (["--profile", "0"], ["profile", "0", "at least 1"]),
+        (["--profile", "-3"], ["profile", "-3", "at least 1"]),
+        (["--compile", "all"], ["--compile", "all", "blocks"]),
+        (["--log.wand", "p"], ["--log.wand", "perhaps you meant", "--log.wandb"]),
         (["--label-drop", "1"], ["label_drop", "1.0", "[0, 1)"]),
         (["--optimizer.learning-rate", "0"], ["learning_rate", "0.0", "positive"]),
         (["--optimizer.ema-decay", "1"], ["ema_decay", "1.0", "[0, 1)"]),
@@ -292,15 +296,29 @@ def help_of(capsys, *argv: str) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["-h", "--help"])
+@pytest.mark.parametrize("flag", ["-h", "--help", "--help-all"])
 def test_help_lists_the_recipes_with_a_word_on_each(flag, capsys):
     shown = help_of(capsys, flag)
     assert all(f"{recipe} " in shown and DESCRIPTIONS[recipe] in shown for recipe in RECIPES)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_short_help_of_a_recipe_is_a_screen(recipe, capsys):
+    shown = help_of(capsys, recipe, "--seed", "3", "-h").splitlines()
+    assert len(shown) <= 30
+    assert max(map(len, shown)) <= 110
+    values = dict(flag_values(RECIPES[recipe]))
+    listed = dict(re.findall(r"(--[a-z][\w.-]*)  +\w.* \[(.*)\]$", "\n".join(shown), re.MULTILINE))
+    assert 18 <= len(listed) <= 25
+    assert {flag: str(values[flag] if values[flag] not in (None, "") else "-") for flag in listed} == listed
+    # Whatever a recipe lacks of those that are used most, another one has.
+    everything = {flag for config in RECIPES.values() for flag, _ in flag_values(config)}
+    assert {f"--{name}" for group in OFTEN_USED.values() for name in group} <= everything
+
+
 @each_recipe
 def test_help_of_a_recipe_says_something_of_every_flag_and_its_value(recipe, capsys):
-    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, recipe, "--help"))
+    shown = re.sub(r"[│╭╮╰╯─\s]+", " ", help_of(capsys, recipe, "--help-all"))
     entries = dict(re.findall(r"(--[a-z][\w.-]*) (.*?)(?= --[a-z]| \w+ options |$)", shown))
     assert FLAT_FLAGS.keys() <= entries.keys()
     for flag in FLAT_FLAGS:
@@ -408,6 +426,7 @@ def test_a_field_of_another_version_is_named(part):
         ["--data.reader", "pillow"],
         ["--data.path", "elsewhere"],
         ["--sample.steps", "7"],
+        ["--compile", "blocks", "--profile", "3", "--log.wandb", "p"],
         ["--sample.guidance-interval", "0.1", "5"],
         ["--optimizer.schedule", "cosine"],  # where the rates that were used stay as they are
     ],

@@ -1,6 +1,7 @@
 """``--config FILE``, ``--print-config``, and a run in the place of a recipe."""
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,11 +13,13 @@ pytest.importorskip("yaml")
 from images import random_pixels, write_image
 
 from scalelong.model.skip_scale import ConstantScale, make_skip_scale
+from scalelong.train.__main__ import main as train_main
 from scalelong.train.command_line import parse_train_arguments, read_train_arguments
-from scalelong.train.config_json import config_to_dict
+from scalelong.train.config_json import config_from_dict, config_to_dict
 from scalelong.train.data.classes import with_classes_of_data
 from scalelong.train.errors import UserError
-from scalelong.train.recipes import RECIPES
+from scalelong.train.hosts.launch import main as launch_main
+from scalelong.train.recipes import FOR_ONES_OWN, RECIPES
 from scalelong.train.run_folder import write_config
 
 DIGITS = RECIPES["digits-uvit"]
@@ -99,6 +102,45 @@ def test_a_model_has_the_classes_of_a_folder_of_ones_own(tmp_path):
         (["imagenet64-uvit-m4", *own[1:]], RECIPES["imagenet64-uvit-m4"].model.num_classes),
     ):
         assert with_classes_of_data(read_train_arguments(flags)).model.num_classes == expected, flags
+
+
+@pytest.mark.parametrize("recipe", FOR_ONES_OWN)
+def test_a_recipe_for_ones_own_images_learns_what_the_folder_has(tmp_path, recipe):
+    plain, three = RECIPES[recipe], tmp_path / "three"
+    for name in ("ant", "bee", "cat"):
+        write_image(three / name / "0.png", random_pixels(8, 8, seed=0))
+    flags = [recipe, "--images-per-step", "2", "--data.path"]
+    found = with_classes_of_data(read_train_arguments([*flags, str(three)]))
+    assert (found.model, found.label_drop, found.sample) == (replace(plain.model, num_classes=4), 0.1, plain.sample)
+    given = with_classes_of_data(read_train_arguments([*flags, str(three), "--model.num-classes", "6"]))
+    assert given.model.num_classes == 6
+    for folder in (three / "ant", tmp_path / "one"):  # images without labels, or with one for all
+        write_image(tmp_path / "one" / "ant" / "0.png", random_pixels(8, 8, seed=0))
+        write_image(folder / ("1.png" if folder.name == "ant" else "ant/1.png"), random_pixels(8, 8, seed=1))
+        alone = with_classes_of_data(read_train_arguments([*flags, str(folder)]))
+        assert (alone.model.num_classes, alone.label_drop, alone.sample.guidance) == (0, 0, 0)
+        assert config_from_dict(config_to_dict(alone)) == alone
+    with pytest.raises(UserError, match=r"three has 4 images, fewer than the \d+ of one step") as raised:
+        with_classes_of_data(read_train_arguments([recipe, "--data.path", str(three)]))
+    assert "\n" not in str(raised.value)
+    assert with_classes_of_data(read_train_arguments([recipe])) == plain
+
+
+def test_a_launch_prints_what_the_run_will_have(tmp_path, monkeypatch, capsys):
+    for name in ("ant", "bee"):
+        write_image(tmp_path / name / "0.png", random_pixels(8, 8, seed=0))
+
+    def here(line: list[str]) -> int:
+        assert line[1:3] == ["-m", "scalelong.train"]
+        with pytest.raises(SystemExit) as stopped:
+            train_main(line[3:])
+        return int(stopped.value.code or 0)
+
+    monkeypatch.setattr(subprocess, "call", here)
+    with pytest.raises(SystemExit) as stopped:
+        launch_main(["--num-accelerators", "2", "digits-uvit", "--data.path", str(tmp_path), "--print-config"])
+    assert stopped.value.code == 0
+    assert "num_classes: 3\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -18,11 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
     {"errors", "monitor", "objective_config", "usage", "write_whole"},
-    {"config", "diffusion", "parsing", "spikes"},
-    {"clipping", "config_json", "guard", "objective", "recipes", "schedule"},
+    {"config", "diffusion", "pace", "parsing", "profiling", "spikes"},
+    {"clipping", "compiling", "config_json", "guard", "objective", "recipes", "resources", "schedule"},
     {"config_file", "run_folder"},
-    {"command_line", "report", "run_lock"},
-    {"data", "hosts"},
+    {"command_line", "run_lock", "wandb_sink"},
+    {"data", "hosts", "report"},
     {"outcome", "sampling", "scores", "zero"},
     {"checkpoint"},
     {"branch"},
@@ -203,7 +203,7 @@ def test_help_does_not_load_torch(line):
 
 
 @pytest.mark.parametrize(
-    "line", [["scalelong", "train", "digits-unet", "--help"], ["scalelong.train", "digits-uvit", "-h"]]
+    "line", [["scalelong", "train", "digits-unet", "--help"], ["scalelong.train", "digits-uvit", "--help-all"]]
 )
 def test_help_of_a_recipe_does_not_load_torch(line):
     """Nor do the configurations, the policies and the checks of options: a command line is read without torch."""

@@ -63,7 +63,7 @@ def test_a_run_leaves_what_the_house_promises(straight):
     rows = log_rows(straight)
     assert [row["step"] for row in rows] == list(range(1, 21))
     expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
-    expected |= {"data_wait", "bad_images"}
+    expected |= {"data_wait", "bad_images", "wall_seconds", "memory_gb", "tflops_per_device"}
     expected |= {f"skip/1/{what}" for what in ("scale", "kappa_eff", "scale_spread", "feature_norm", "hidden_norm")}
     expected |= {f"block/{n}/{what}" for n in range(3) for what in ("feature_norm", "magnitude")}
     of_weights = ("gradient_norm", "weight_norm", "gradient_alignment")

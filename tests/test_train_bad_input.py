@@ -57,6 +57,8 @@ def expect_one_line_error(done: subprocess.CompletedProcess[str], *words: str) -
         (["digits-uvit", "--images-per-step", "10000000000000"], ["10000000000000", "GB", "--accumulation-steps"]),
         (["cifar10-uvit-s2"], ["--data.path"]),
         (["cifar10-uvit-s2", "--data.path", "no/such/folder"], ["no/such/folder"]),
+        (["images64-unet"], ["--data.path"]),
+        (["images32-uvit", "--data.path", "no/such/folder"], ["no/such/folder"]),
     ],
 )
 def test_bad_input_gets_one_line_and_writes_nothing(tmp_path, arguments, words):

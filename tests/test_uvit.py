@@ -77,7 +77,7 @@ def test_flops_are_those_that_torch_counts(config):
 
 
 def test_every_preset_but_the_embedded_default_is_published():
-    assert UVIT_PRESETS.keys() - PUBLISHED.keys() == {"digits-uvit", "photos32-uvit"}
+    assert UVIT_PRESETS.keys() - PUBLISHED.keys() == {"digits-uvit", "photos32-uvit", "images32-uvit", "images64-uvit"}
 
 
 def tokens_before_the_blocks(model: UViT, inputs: tuple) -> Tensor:

@@ -5,7 +5,7 @@ import sys
 import time
 
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, dropped_if_nobody_reads, run_command, speak_as
-from scalelong.train.usage import usage
+from scalelong.train.usage import HELP_FLAGS, usage
 
 SECONDS_BEHIND_THE_DEAD = 3.0
 
@@ -13,7 +13,7 @@ SECONDS_BEHIND_THE_DEAD = 3.0
 def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong train``."""
     argv = sys.argv[1:] if argv is None else argv
-    if argv and argv[0] in ("-h", "--help"):  # at once, before the imports that take seconds
+    if argv and argv[0] in HELP_FLAGS:  # at once, before the imports that take seconds
         print(usage())
         return
 

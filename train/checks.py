@@ -8,6 +8,7 @@ import psutil
 
 from scalelong.train.branch import find_origin, keep_origin, with_origin
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
+from scalelong.train.compiling import check_compile
 from scalelong.train.config import TrainConfig
 from scalelong.train.config_json import config_differences, flag_values
 from scalelong.train.data.batches import (
@@ -29,6 +30,7 @@ from scalelong.train.run_folder import checkpoints_folder, config_path, holds_so
 from scalelong.train.schedule import check_rates, with_horizon
 from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.real_images import check_real_images
+from scalelong.train.wandb_sink import check_wandb
 from scalelong.train.zero.engine_config import check_engine_config
 
 OF_ONE_HOST = {
@@ -209,6 +211,9 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
         raise UserError(str(error)) from error
     check_memory(config, plan)
     check_engine_config(config, plan.micro_batch)
+    check_compile(config, processes.device)
+    if config.log.wandb:
+        check_wandb()
     source = open_data(config)
     fingerprint = source.fingerprint()
     prepared = prepare_source(config, source)

@@ -15,12 +15,13 @@ from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, 
 from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
 from scalelong.train.config_file import flags_of, printed, read_config_file, whole_config, without_given
+from scalelong.train.config_json import flag_values
 from scalelong.train.errors import UserError, is_main_process, warn
 from scalelong.train.objective_config import NOISE_NAMES, check_sampler
 from scalelong.train.parsing import parse
 from scalelong.train.recipes import RECIPES
 from scalelong.train.run_folder import config_path, read_config
-from scalelong.train.usage import TRAIN_PROGRAM, usage
+from scalelong.train.usage import HELP_FLAGS, TRAIN_PROGRAM, short_help, usage
 
 R = TypeVar("R", bound="RecipeArguments")
 
@@ -121,13 +122,16 @@ def read_train_arguments(argv: list[str]) -> TrainArguments:
         UserError: an unknown recipe (the recipes are listed) or field, or a value that does not fit.
     """
     argv = without_local_rank(argv)
-    if argv and argv[0] in ("-h", "--help"):
+    if argv and argv[0] in HELP_FLAGS:
         print(usage())
         sys.exit(0)
     argv, file = _take_config_file(argv)
     prints = "--print-config" in argv
     name, base, flags, values = _choose_base([flag for flag in argv if flag != "--print-config"], file)
-    flags = with_short_names(flags)
+    if {"-h", "--help"} & set(flags) and "--help-all" not in flags:
+        print(short_help(name, dict(flag_values(base))))
+        sys.exit(0)
+    flags = with_short_names(["--help" if flag == "--help-all" else flag for flag in flags])
     if file is not None and values:
         flags = [*without_given(flags_of(values, base, file), _names_of(flags)), *flags]
     default = RecipeArguments(train=base)

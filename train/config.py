@@ -20,6 +20,7 @@ ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
 FeaturesName = Literal["efficientnet", "inception", "pixels"]
+CompileName = Literal["none", "model", "blocks"]
 FOLLOWING_CLIPS = ("clip_z_score", "clip_per_tensor")
 """The ways of clipping that follow how large the gradients have been (clipping.py)."""
 # Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
@@ -155,6 +156,14 @@ class EvaluationConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where else a run is watched than in its folder and on the terminal."""
+
+    wandb: str = bookkeeping("")
+    """Project of Weights & Biases that rows and grids go to as well; none if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """A training run. Progress is counted in images."""
 
@@ -206,6 +215,10 @@ class TrainConfig:
     """Micro-batches that make one step on each process."""
     recompute: Recompute = bookkeeping("none")
     """What blocks keep for backward: all, only their inputs ("blocks"), or (U-ViT) at most a share in (0, 1)."""
+    compile: CompileName = bookkeeping("none")
+    """What torch.compile makes of the network in training: nothing, one graph of it, or one of each kind of block."""
+    profile: int | None = bookkeeping(None)
+    """Steps to trace with torch.profiler, after the first ones of the first start, into the run folder."""
     model: BackboneConfig
     """The network."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
@@ -213,6 +226,7 @@ class TrainConfig:
     sample: SampleConfig = field(default_factory=SampleConfig)
     guard: GuardConfig = bookkeeping(default_factory=GuardConfig)
     evaluation: EvaluationConfig = bookkeeping(default_factory=EvaluationConfig)
+    log: LogConfig = bookkeeping(default_factory=LogConfig)
 
     def __post_init__(self):
         if isinstance(self.skip_scale, str):
@@ -225,6 +239,7 @@ class TrainConfig:
         _check(self, positive, lambda v: v >= 1, "at least 1")
         _check(self, not_negative, lambda v: v >= 0, "not negative")
         _check(self, ("keep_checkpoints",), lambda v: v >= 2, "at least 2")
+        _check(self, ("profile",), lambda v: v is None or v >= 1, "at least 1")
         _check(self, ("label_drop",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
         _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")

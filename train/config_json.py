@@ -14,6 +14,7 @@ from scalelong.train.config import (
     DataConfig,
     EvaluationConfig,
     GuardConfig,
+    LogConfig,
     OptimizerConfig,
     SampleConfig,
     TrainConfig,
@@ -42,13 +43,15 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
         "sample": SampleConfig,
         "guard": GuardConfig,
         "evaluation": EvaluationConfig,
+        "log": LogConfig,
     }
     try:
         values = _with_new_names(values)
         values["model"], values["skip_scale"] = model_from_dict(values["model"])
         for name, part in parts.items():
-            # Runs older than the guard and the scores during training have none.
-            values[name] = part(**(values.get(name, {}) if name in ("guard", "evaluation") else values[name]))
+            # Runs older than the guard, the scores during training and trackers have none.
+            is_newer = name in ("guard", "evaluation", "log")
+            values[name] = part(**(values.get(name, {}) if is_newer else values[name]))
         file = values.get("deepspeed_config")
         return TrainConfig(
             **{**values, "run": Path(values["run"]), "deepspeed_config": None if file is None else Path(file)}

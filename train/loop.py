@@ -3,7 +3,7 @@
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Literal
@@ -15,6 +15,7 @@ from scalelong.train.checkpoint import read_state
 from scalelong.train.checks import Start, check_before_training
 from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
+from scalelong.train.data.batches import Batch
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, DivergedError, UserError
 from scalelong.train.evaluation import Evaluation
 from scalelong.train.hosts.heartbeat import Heartbeat, end_process
@@ -24,9 +25,11 @@ from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import make_objective
 from scalelong.train.outcome import OutcomeFile
-from scalelong.train.report import Meter, Report, open_report, truncate_log
+from scalelong.train.pace import Estimate, Meter
+from scalelong.train.profiling import tracing
+from scalelong.train.report import Report, open_report, truncate_log
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
-from scalelong.train.run_folder import grid_path, log_path, spikes_path, write_config
+from scalelong.train.run_folder import grid_path, log_path, profile_path, spikes_path, write_config
 from scalelong.train.run_grid import make_grid
 from scalelong.train.run_lock import RunLock
 from scalelong.train.schedule import learning_rate, what_is_due
@@ -79,7 +82,9 @@ def train_on(start: Start) -> int:
                     report.say(line)
                 if busy := others_at_work(processes):
                     report.say(busy)
-                is_finished = take_steps(run, report, signals, outcome, validation)
+                steps_traced = start.config.profile if processes.is_main else None
+                with tracing(profile_path(start.config.run), steps_traced, processes.device) as trace:
+                    is_finished = take_steps(run, report, signals, outcome, validation, trace)
             if is_finished:
                 outcome.finish()
             else:
@@ -88,9 +93,17 @@ def train_on(start: Start) -> int:
     return 0 if is_finished else EXIT_SAVED_AFTER_SIGNAL
 
 
-def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeFile, validation: Validation) -> bool:
+def take_steps(
+    run: Run,
+    report: Report,
+    signals: StopSignals,
+    outcome: OutcomeFile,
+    validation: Validation,
+    trace: Callable[[], None],
+) -> bool:
     """The loop. Returns whether it came to the end; if not, a signal stopped it."""
     config, meter, evaluation, first = run.config, Meter(), Evaluation(), run.images_seen
+    estimate = Estimate(first, config.total_images, config.images_per_step)
     while True:
         due = what_is_due(config, run.images_seen)
         with meter, says_if_long(run, is_first=run.images_seen == first):
@@ -114,6 +127,7 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
         if due.log:
             note_bad_samples(run)
             speed = meter.take(config.images_per_step, run.batches.take_seconds())
+            speed |= run.resources.figures(speed["images_per_second"])
             figures = validation.losses(run) if due.validation else {}
             if due.evaluation:
                 figures |= evaluation.scores(run)
@@ -131,6 +145,9 @@ def take_steps(run: Run, report: Report, signals: StopSignals, outcome: OutcomeF
         if due.checkpoint or stops:
             report.sync()
             save(run)
+        if (due.log or run.looks_at_each_step) and (said := estimate.line(run.images_seen, run.resources.memory_gb)):
+            report.say(said)
+        trace()
         if due.last or stops:
             return due.last
 
@@ -144,10 +161,13 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     engine, config, objective = run.engine, run.config, make_objective(run.config.objective)
     rate = learning_rate(config, run.images_seen)
     zero.set_learning_rate(engine, rate)
-    run.monitor.active = measures
+    watches_step = measures and config.compile == "none"
+    run.monitor.active = watches_step
     losses, learned = [], loss_weighting(engine)
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
+        if measures and not watches_step:
+            watch_uncompiled(run, batch)
         torch.manual_seed(batch.dropout_seed)
         minimised, loss = objective.training_loss(
             engine, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
@@ -178,6 +198,16 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     if config.guard.skip_steps:
         measured["steps_left_out"] = run.guard.left_out
     return measured
+
+
+@torch.no_grad()
+def watch_uncompiled(run: Run, batch: Batch) -> None:
+    """Takes down what blocks and skips do with a batch, in a forward pass of its own: graphs call no hooks."""
+    run.monitor.active = True
+    torch.manual_seed(batch.dropout_seed)
+    images, noise = batch.images_BCHW, batch.noise_BCHW
+    make_objective(run.config.objective).loss(run.engine, images, noise, batch.time_u_B, batch.condition)
+    run.monitor.active = False
 
 
 def check_losses(run: Run) -> tuple[float, bool]:
@@ -251,7 +281,8 @@ def report_of(run: Run) -> Report:
         raise UserError(f"cannot write {spikes_path(config.run)}: {error.strerror}") from error
     # Every step is whole: the last one may end past the images that were asked for.
     steps = -(-(config.total_images - run.images_seen) // config.images_per_step)
-    return open_report(config.run, run.images_seen, run.images_seen + steps * config.images_per_step)
+    end = run.images_seen + steps * config.images_per_step
+    return open_report(config.run, run.images_seen, end, wandb=config.log.wandb)
 
 
 def says_if_long(run: Run, *, is_first: bool) -> AbstractContextManager[None]:
@@ -291,6 +322,8 @@ def announce_results(config: TrainConfig, images_seen: int) -> None:
     said = [f"{name.replace('_', ' ')} {value:.4g}" for name, value in figures if value is not None]
     if said:
         print(f"scores: {', '.join(said)}")
+    if profile_path(run).is_file():
+        print(f"trace of the profiler, for https://ui.perfetto.dev: {profile_path(run)}")
     here = shlex.quote(str(run))
     print(f"next:\n  scalelong sample {here} --out grid.png")
     if config.model.in_channels in (1, 3):  # latents are not scored

@@ -197,7 +197,44 @@ def _published_edm2(name: str, *, learning_rate: float, stable: int, million_ima
     return replace(base, skip_scale=Geometric(), objective=_EDM2_OBJECTIVE, sample=sample)
 
 
+def _images(name: str, model: BackboneConfig, *, batch: int, objective: ObjectiveConfig | None = None) -> TrainConfig:
+    """A recipe for a folder of one's own, on one GPU or several; its classes are those of the folder."""
+    return TrainConfig(
+        run=Path("runs") / name,
+        total_images=25_600_000,
+        images_per_step=batch,
+        images_per_checkpoint=640_000,
+        images_per_grid=320_000,
+        images_per_average=640_000,
+        images_per_log=6_400,
+        images_per_validation=320_000,
+        label_drop=0.1,
+        precision="bf16",
+        model=model,
+        objective=objective or ObjectiveConfig(),
+        # Averages of the last twentieth of the steps so far (EDM): first grids show more than the initial weights.
+        optimizer=OptimizerConfig(learning_rate=2e-4, beta2=0.99, warmup_images=320_000, ema_rampup=0.05),
+        data=DataConfig(path="", flip=True),
+        sample=SampleConfig(steps=30, guidance=1.0, num_images=64),
+    )
+
+
+_EDM_OBJECTIVE = ObjectiveConfig(prediction="edm", weighting="edm", times="edm")
+_IMAGES64_UNET = _images("images64-unet", UNET_PRESETS["images64-unet"], batch=256, objective=_EDM_OBJECTIVE)
+FOR_ONES_OWN: dict[str, TrainConfig] = {
+    "images32-uvit": _images("images32-uvit", UVIT_PRESETS["images32-uvit"], batch=128),
+    "images64-uvit": _images("images64-uvit", UVIT_PRESETS["images64-uvit"], batch=128),
+    "images64-unet": replace(
+        _IMAGES64_UNET,
+        skip_scale=ConstantScale(kappa=0.7),  # of twenty skips the innermost keeps a thousandth
+        # Adam as EDM has it; heun takes two evaluations a step but for the last.
+        optimizer=replace(_IMAGES64_UNET.optimizer, beta1=0.9, beta2=0.999, weight_decay=0.0),
+        sample=replace(_IMAGES64_UNET.sample, sampler="heun", steps=35),
+    ),
+}
+"""Recipes whose data is a folder of whoever trains, which has to be given."""
 RECIPES: dict[str, TrainConfig] = {
+    **FOR_ONES_OWN,
     "digits-uvit": _DIGITS,
     "photos32-uvit": _PHOTOS,
     **{name: _published(name, UVIT_PRESETS[name], **recipe) for name, recipe in _PUBLISHED.items()},

@@ -17,12 +17,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from scalelong.train.errors import UserError, warn
+from scalelong.train.pace import Pace, clock
 from scalelong.train.run_folder import config_path, log_path, tensorboard_folder
+from scalelong.train.wandb_sink import open_wandb
 from scalelong.train.write_whole import staged, sync
 
 SECONDS_BETWEEN_LINES = 10.0
-SECONDS_OF_A_PACE = 60.0
-"""How long it takes a change of speed to show in the time left, about."""
 Row = dict[str, float | int]
 """What there is to tell of a step: at least images_seen, loss and images_per_second, other figures by their names."""
 
@@ -98,21 +98,27 @@ class Report:
                 warn(f"no more rows go to {type(sink).__name__}: {type(error).__name__}: {error}")
 
 
-def open_report(run: Path, images_seen: int, total_images: int) -> Report:
+def open_report(run: Path, images_seen: int, total_images: int, *, wandb: str = "") -> Report:
     """The report of the main process.
 
     Args:
         run: run folder.
         images_seen: where the run starts or resumes; what the log says of later steps is taken out.
         total_images: where it ends.
+        wandb: project of Weights & Biases that rows go to as well.
 
     Raises:
         UserError: a sink cannot be opened.
     """
+    openers: list[tuple[str, Callable[[Path, int, int], Sink | None]]] = [*SINKS.items()]
+    if wandb:  # between the log, which it reads, and the terminal, whose bar would be written over
+        openers.insert(-1, ("Weights & Biases", lambda run, images_seen, _: open_wandb(wandb, run, images_seen)))
     sinks: list[Sink] = []
-    for name, open_sink in SINKS.items():
+    for name, open_sink in openers:
         try:
-            sinks.append(open_sink(run, images_seen, total_images))
+            sink = open_sink(run, images_seen, total_images)
+            if sink is not None:
+                sinks.append(sink)
         except OSError as error:
             for sink in sinks:
                 sink.close()
@@ -238,61 +244,6 @@ SINKS: dict[str, Callable[[Path, int, int], Sink]] = {
     "terminal": Terminal,
 }
 """Each opened for a run folder, the images seen so far and those in all. The log comes first, the terminal last."""
-
-
-class Pace:
-    """How fast a run gets on, grids and checkpoints included: a mean over time that forgets within a minute or so."""
-
-    def __init__(self):
-        self._images = self._seconds = 0.0
-        self._last: tuple[float, int] | None = None
-
-    def seconds_for(self, images_left: int, *, images_seen: int, speed: float) -> float:
-        """How long the images that are left will take.
-
-        Args:
-            images_seen: now.
-            speed: of the last steps, which is all that is known at the first call.
-        """
-        now = time.monotonic()
-        if self._last is not None:
-            seconds = now - self._last[0]
-            kept = math.exp(-seconds / SECONDS_OF_A_PACE)
-            self._images = kept * self._images + images_seen - self._last[1]
-            self._seconds = kept * self._seconds + seconds
-        self._last = now, images_seen
-        if self._images > 0:
-            return images_left * self._seconds / self._images
-        return images_left / speed if speed > 0 else 0.0
-
-
-def clock(seconds: float) -> str:
-    """Hours, minutes and seconds."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"
-
-
-class Meter:
-    """How fast a run is, and how much of its time it waits for data; entered for each step, so that logs, grids and
-    checkpoints do not count."""
-
-    def __init__(self):
-        self._began = self._seconds = 0.0
-        self._steps = 0
-
-    def __enter__(self) -> None:
-        self._began = time.perf_counter()
-
-    def __exit__(self, *_: object) -> None:
-        self._seconds += time.perf_counter() - self._began
-        self._steps += 1
-
-    def take(self, images_per_step: int, seconds_waited: float) -> dict[str, float]:
-        """Images per second, and the share of the time waited for data, since the last call."""
-        seconds, steps = self._seconds, self._steps
-        self._seconds, self._steps = 0.0, 0
-        return {"images_per_second": steps * images_per_step / seconds, "data_wait": seconds_waited / seconds}
 
 
 def truncate_log(path: Path, images_seen: int) -> None:

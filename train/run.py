@@ -22,6 +22,7 @@ from scalelong.train.checkpoint import (
 )
 from scalelong.train.checks import Start
 from scalelong.train.clipping import Clipping, make_clipping
+from scalelong.train.compiling import compile_network
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import Batch, choose_reader, num_reader_threads, read_batches
 from scalelong.train.data.read_ahead import ReadAhead
@@ -34,6 +35,7 @@ from scalelong.train.hosts.processes import Processes
 from scalelong.train.monitor import Monitor
 from scalelong.train.objective import make_objective
 from scalelong.train.report import Report
+from scalelong.train.resources import Resources, resources_of
 from scalelong.train.run_folder import log_path
 from scalelong.train.spikes import SpikeWatch, last_rows
 from scalelong.train.zero import engine as zero
@@ -54,6 +56,7 @@ class Run:
     bad_samples: BadSamples
     guard: Guard
     clipping: Clipping | None
+    resources: Resources
     images_seen: int
     step: int
     averaged_steps: int
@@ -103,7 +106,10 @@ def start_run(start: Start) -> Run:
     loss_weighting = make_objective(config.objective).make_log_variance()
     if checkpoint is not None and loss_weighting is not None:
         loss_weighting.load_state_dict(read_tensors(checkpoint, shards.LOSS_WEIGHTING))
-    monitor = Monitor(model)
+    monitor, before = Monitor(model), rows_before(start)
+    seconds = (before[-1].get("wall_seconds") or 0.0) if before else 0.0
+    resources = resources_of(model, processes.device, config.precision, processes.world_size, seconds)
+    compile_network(model, config)
     engine = zero.make_engine(model, config, processes, start.plan.micro_batch, loss_weighting)
     o = config.optimizer
     ema = Ema(engine, o.ema_decay, o.ema_stds, rampup=o.ema_rampup)
@@ -116,11 +122,12 @@ def start_run(start: Start) -> Run:
         engine=engine,
         ema=ema,
         monitor=monitor,
-        spikes=SpikeWatch(monitor.blocks, rows_before(start)),
+        spikes=SpikeWatch(monitor.blocks, before),
         batches=ReadAhead(batches),
         bad_samples=BadSamples(len(start.source), config.data.max_bad_share, known),
         guard=Guard(config.guard, config.run),
         clipping=restore_clipping(config, state),
+        resources=resources,
         images_seen=start.plan.first_position,
         step=0 if state is None else state.step,
         averaged_steps=0 if state is None else state.num_averaged,
@@ -162,9 +169,10 @@ def describe(run: Run) -> str:
         how = f"starting from {c.branch_from}"
     elif run.start.initial is not None:
         how = "starting from weights"
+    compiled = "" if c.compile == "none" else f"compiled ({c.compile}), "
     return (
         f"{how}: {parameters:,} parameters, skips {described(c.skip_scale)}, {c.precision}, ZeRO {c.zero_stage}, "
-        f"{p.world_size} x {p.device.type}, images by {choose_reader(c.data.reader)} from {c.data.path}"
+        f"{compiled}{p.world_size} x {p.device.type}, images by {choose_reader(c.data.reader)} from {c.data.path}"
     )
 
 
@@ -191,7 +199,7 @@ def roll_back(run: Run, report: Report) -> Run:
     run.free()
     plan = replace(start.plan, first_position=images_seen)
     fresh = start_run(replace(start, checkpoint=found, plan=plan))
-    return replace(fresh, guard=guard, step=step, spikes=run.spikes)
+    return replace(fresh, guard=guard, step=step, spikes=run.spikes, resources=run.resources)
 
 
 def checkpoint_up_to(config: TrainConfig, images_seen: int) -> Path | None:

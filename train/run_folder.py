@@ -41,6 +41,16 @@ def tensorboard_folder(run: Path) -> Path:
     return run / "tensorboard"
 
 
+def profile_path(run: Path) -> Path:
+    """What torch.profiler has seen of some steps (profiling.py)."""
+    return run / "profile.json.gz"
+
+
+def wandb_path(run: Path) -> Path:
+    """Which run of Weights & Biases this is, and how far it has got there (wandb_sink.py)."""
+    return run / "wandb.json"
+
+
 def grid_path(run: Path, images_seen: int) -> Path:
     """The samples that were drawn then, one picture."""
     return run / "samples" / f"{images_seen}.png"

@@ -1,7 +1,14 @@
-"""What there is to train, in words: known without an import of torch."""
+"""What there is to train and which flags are used most, in words: known without an import of torch."""
+
+from collections.abc import Mapping
+from typing import Any
 
 TRAIN_PROGRAM = "python -m scalelong.train"
+HELP_FLAGS = ("-h", "--help", "--help-all")
 DESCRIPTIONS = {
+    "images32-uvit": "your own images (32x32), with their classes if they have any, U-ViT-S/2, 44 M parameters",
+    "images64-uvit": "your own images (64x64), with their classes if they have any, U-ViT-S/4, 44 M parameters",
+    "images64-unet": "your own images (64x64), with their classes if they have any, the UNet of EDM, 68 M parameters",
     "digits-uvit": "the embedded handwritten digits (8x8), class-conditional with guidance; minutes on two CPU cores",
     "photos32-uvit": "crops (32x32) of the embedded photographs, unconditional; minutes on two CPU cores",
     "cifar10-uvit-s2": "CIFAR-10 (32x32), unconditional, 44 M parameters",
@@ -40,6 +47,68 @@ DESCRIPTIONS = {
 """What each recipe of the command line trains; recipes.py has the recipes."""
 
 
+OFTEN_USED = {
+    "run": {
+        "run": "run folder; the same command goes on with it",
+        "total-images": "images to train on; more go on with a finished run",
+        "images-per-step": "global batch",
+        "seed": "of everything random",
+    },
+    "data": {
+        "data.path": "folder of images, shards or latents, or digits, photos",
+        "data.flip": "mirror half of the images",
+        "label-drop": "share of labels dropped, for guidance",
+    },
+    "network": {
+        "skip-scale": "of long skips: none, inv-sqrt2, cs, geometric, ls, ls-separate",
+        "skip-scale.kappa": "of cs and geometric, in (0, 1]",
+        "model.width": "of tokens",
+        "model.model-channels": "of the first level",
+        "model.depth": "blocks",
+    },
+    "steps": {
+        "optimizer.learning-rate": "after the warm-up",
+        "optimizer.schedule": "constant, cosine, inverse-sqrt, warmup-stable-decay",
+        "precision": "fp32, bf16, fp16",
+        "zero-stage": "of DeepSpeed, 0 to 3",
+        "compile": "by torch.compile: none, model, blocks",
+        "recompute": "in backward, for less memory: none, blocks, or a share kept",
+    },
+    "start": {
+        "init-from": "weights: a file, an export, RUN, a folder of diffusers",
+        "branch-from": "RUN or RUN@IMAGES, with its optimizer and place",
+    },
+    "watching": {
+        "images-per-log": "between rows of the log",
+        "images-per-grid": "between grids of samples",
+        "images-per-evaluation": "between scores of samples; 0: never",
+        "log.wandb": "project of Weights & Biases",
+        "profile": "steps to trace, for Perfetto",
+    },
+}
+"""Names of fields by what they are about, and a word on each: what ``RECIPE --help`` lists of those that it has."""
+
+
+def short_help(name: str, values: Mapping[str, Any]) -> str:
+    """The help of a recipe, on one screen.
+
+    Args:
+        name: the recipe, or what stands in its place.
+        values: every flag and the recipe's value.
+    """
+    lines = [f"usage: {TRAIN_PROGRAM} {name} [--config FILE] [--print-config] [--field value ...]", ""]
+    for group, fields in OFTEN_USED.items():
+        shown = [
+            (f"--{field}", words, values[f"--{field}"]) for field, words in fields.items() if f"--{field}" in values
+        ]
+        heads = [group, *[""] * len(shown)]
+        lines += [
+            f"{head:<8}  {flag:<25}  {words} [{'-' if value in (None, '') else value}]"
+            for head, (flag, words, value) in zip(heads, shown, strict=False)
+        ]
+    return "\n".join([*lines, "", f"{TRAIN_PROGRAM} {name} --help-all lists every field."])
+
+
 def usage() -> str:
     """The help of the command that trains."""
     width = max(map(len, DESCRIPTIONS))
@@ -54,6 +123,6 @@ def usage() -> str:
             "recipes:",
             *lines,
             "",
-            f"{TRAIN_PROGRAM} RECIPE --help lists the fields of a recipe and their values.",
+            f"{TRAIN_PROGRAM} RECIPE --help lists the fields that are used most, --help-all every one.",
         ]
     )

@@ -15,6 +15,10 @@ from scalelong.train.errors import UserError
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "test", "testing"})
 
 
+class NoClassFoldersError(UserError):
+    """Images stand in a folder itself, not in class folders, although labels are wanted."""
+
+
 class ImageFolder:
     """Image files in class folders: ``root/<class>/**/*.png``, classes numbered in sorted order.
 
@@ -46,7 +50,8 @@ class ImageFolder:
                 one = self.root / names[0]
                 raise UserError(f"{self.root} holds {' and '.join(names)}, not classes: take one, --data.path {one}")
             if not found and _image_files(self.root):
-                raise UserError(f"{self.root} has images but no class folders; a model with labels needs one per class")
+                problem = f"{self.root} has images but no class folders; a model with labels needs one per class"
+                raise NoClassFoldersError(problem)
             self.class_names = [_printable(name) for name in names]
             self._paths = [path for _, paths in found for path in paths]
             self._labels = [label for label, (_, paths) in enumerate(found) for _ in paths]

@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> None:
     """The command ``scalelong launch``."""
     options, training = split_arguments(sys.argv[1:] if argv is None else argv)
     config = parse(LaunchConfig, options, prog=PROGRAM)
+    if "--print-config" in training:  # by the command that trains, which looks into the data too
+        sys.exit(subprocess.call([sys.executable, "-m", "scalelong.train", *training]))
     # What is wrong with the training's own arguments is told once, before anything starts.
     parse_train_arguments(training)
     hosts = find_hosts(config)
