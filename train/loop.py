@@ -145,13 +145,18 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     rate = learning_rate(config, run.images_seen)
     zero.set_learning_rate(engine, rate)
     run.monitor.active = measures
-    losses, learned = [], loss_weighting(engine)
+    losses, learned, distillation = [], loss_weighting(engine), run.distillation
+    if distillation is not None:
+        distillation.begin_step()
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
         torch.manual_seed(batch.dropout_seed)
+        network = engine if distillation is None else distillation.student(batch)
         minimised, loss = objective.training_loss(
-            engine, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
+            network, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
         )
+        if distillation is not None:
+            minimised = minimised + distillation.loss(batch)
         losses.append(loss.detach())
         engine.backward(zero.loss_with_telling_gradient(minimised) if config.guard.skip_steps else minimised)
         if micro_batch < config.accumulation_steps - 1:
@@ -168,9 +173,10 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     run.unchecked_losses.append(torch.stack(losses).mean())
     run.unchecked_gradients.append(taken.is_finite)
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1
+    contrast = {} if distillation is None else distillation.take(measures=taken.gradient_norm is not None)
     if taken.gradient_norm is None:
         return {}
-    measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **run.monitor.take()}
+    measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **contrast, **run.monitor.take()}
     if run.clipping is not None and norms_P is not None:
         measured["grad_norm"] = float(torch.linalg.vector_norm(norms_P / scale))  # before it was clipped
     if config.precision == "fp16":
