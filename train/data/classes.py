@@ -4,14 +4,13 @@ from dataclasses import replace
 
 from scalelong.train.command_line import TrainArguments
 from scalelong.train.config import TrainConfig
-from scalelong.train.data.source import recognise_source
-
-EMBEDDED = ("digits", "photos")
-"""Data of recipes that are there to be tried, on other data too. Published ones are of the classes that they name."""
+from scalelong.train.data.source import EMBEDDED, recognise_source
 
 
 def with_classes_of_data(arguments: TrainArguments) -> TrainConfig:
     """The configuration with the classes of the data, where a recipe of embedded data is given other data.
+
+    Those recipes are there to be tried, on other data too. Published ones are of the classes that they name.
 
     A command that gives ``--model.num-classes`` has those. Data that has no labels, or is not there, changes nothing:
     what is wrong with it is said when it is opened.
