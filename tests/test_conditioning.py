@@ -26,7 +26,11 @@ CONFIGS: dict[str, Any] = {
     **{"mpuvit": MP_UVIT, "mptext": TEXT, "mpdit": MP_DIT, "edm2": UNET},
     "mpmodulation": replace(MP_UVIT, self_condition_form="modulation"),
 }
-each_network = pytest.mark.parametrize("name", CONFIGS)
+ALIKE = ("ddpm", "mptext", "mpdit", "mpmodulation")
+"""Networks that have in common with one of the others what is looked at here."""
+each_network = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.exhaustive) if name in ALIKE else name for name in CONFIGS]
+)
 
 
 def make(config: BackboneConfig, mode: str = "ls", **options: Any) -> Any:
@@ -109,7 +113,18 @@ def test_features_and_gradients_are_those_of_forward_whatever_is_recomputed(name
         assert all(p.grad.any() for p in part.parameters())
 
 
-@each_value_once("name,mode", tuple(CONFIGS), ("none", "cs", "geometric", "ls", "inv-sqrt2"))
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", ["uvit", "modulation", "dit", "adm", "edm2"])
+def test_it_compiles_as_one_graph(name):
+    model = drawn(make(replace(CONFIGS[name], self_condition_block=1, augment_dim=9))).eval()
+    labels = (*batch_of(CONFIGS[name]), torch.randn(2, 9))
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(*labels), model(*labels))
+
+
+@each_value_once(
+    "name,mode", tuple(name for name in CONFIGS if name not in ALIKE), ("none", "cs", "geometric", "ls", "inv-sqrt2")
+)
 def test_an_export_has_it(tmp_path, name, mode):
     model = drawn(make(replace(CONFIGS[name], self_condition_block=1, augment_dim=9), mode)).eval()
     model.save_pretrained(tmp_path)
