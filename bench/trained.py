@@ -3,8 +3,10 @@
 Each gives a ``Table`` whose note names the command, commit, machine and date; None where there are no rows yet.
 """
 
+import statistics
 from collections.abc import Callable, Sequence
 
+from scalelong.bench import probe_comparison
 from scalelong.bench.lab.summary import Table, Value
 from scalelong.bench.objectives import VARIED
 
@@ -59,10 +61,37 @@ def fine_tuning(rows: Sequence[Line]) -> Table:
     return Table("fine-tuning", "", "Label accuracy of samples with guidance", ("images", *starts), lines)
 
 
+def ddae(rows: Sequence[Line]) -> Table:
+    """Of each method and kappa over the seeds: the best block, its probe, the kernel distance, the validation loss."""
+    lines: list[list[Value]] = []
+    for (method, kappa), those in probe_comparison.methods_of(rows).items():
+        blocks = {block: statistics.fmean(values) for block, values in probe_comparison.accuracies_of(those).items()}
+        best = max(blocks, key=lambda block: blocks[block])
+        of_best = [100 * float(row["accuracy"]) for row in those if row["block"] == best]
+        runs = {row["seed"]: row for row in those}.values()
+        distances = [1000 * float(row["kernel_distance"]) for row in runs]
+        losses = [float(row["validation_loss"]) for row in runs]
+        spread = [_with_spread(of_best, 1, " %"), _with_spread(distances, 2), _with_spread(losses, 4)]
+        lines.append([method, kappa, best, *spread, len(runs)])
+    images, samples = int(rows[0]["images"]), int(rows[0]["samples"])
+    note = (
+        f"{images:,} images a run; linear probes at sigma {probe_comparison.SIGMA:g}; kernel distance of {samples:,} "
+        f"samples in principal components of pixels, times 1,000; mean and standard deviation over seeds"
+    )
+    header = ("", "kappa", "best block", "accuracy of its probe", "kernel distance", "validation loss", "seeds")
+    return Table("ddae", "", note, header, lines)
+
+
+def _with_spread(values: Sequence[float], decimals: int, unit: str = "") -> str:
+    deviation = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.{decimals}f}{deviation}{unit}"
+
+
 TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], Table]]] = {
     "objectives": ("scalelong.bench.objectives", objectives),
     "scores": ("scalelong.bench.scores", scores),
     "fine-tuning": ("scalelong.bench.fine_tuning", fine_tuning),
+    "ddae": ("scalelong.bench.probe_comparison", ddae),
 }
 """The name of a table and of its file, the module that makes the rows, and what makes a table of them."""
 

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import index
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -12,12 +12,16 @@ from torch.utils.hooks import RemovableHandle
 from scalelong.model.architectures import FORMAT, model_to_dict, read_description
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
+from scalelong.model.conditioning import PARAMETERS as OF_CONDITIONS
+from scalelong.model.conditioning import make_augment_embed, make_self_condition
 from scalelong.model.magnitude import MPFourier, forced_normalisation
 from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
 from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
 from scalelong.model.skip_tuning import SkipTuning
+
+Hidden = TypeVar("Hidden")
 
 
 class ParameterGroup(NamedTuple):
@@ -65,6 +69,8 @@ class Backbone(nn.Module):
         config.check_skip_scale(self.skip_scale)
         self.recompute: Recompute = recompute
         self.block_memory = config.block_memory
+        self.self_condition: nn.Module | None = None
+        self.augment_embed: nn.Module | None = None
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         """The blocks by the names of their modules, in execution order."""
@@ -103,9 +109,15 @@ class Backbone(nn.Module):
         blocks = enumerate(block for _, block in self.named_blocks())
         return _until_stopped(block.register_forward_hook(report_of(number)) for number, block in blocks)
 
-    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
+    def hidden_states(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+    ) -> Iterator[Tensor]:
         """What each block puts out, in execution order, computed when it is asked for. Takes what ``forward`` takes."""
         raise NotImplementedError
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        """The mean of a block's features over their positions in the image: (B, D) of (B, T, D) or (B, C, H, W)."""
+        return hidden.mean(dim=1) if hidden.dim() == 3 else hidden.mean(dim=(2, 3))
 
     def flops(self, batch_size: int = 1) -> int:
         """Floating-point operations of one forward pass, two per multiply-add; a training step costs three times that.
@@ -115,14 +127,20 @@ class Backbone(nn.Module):
         raise NotImplementedError
 
     def features(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, *, blocks: Iterable[str | int]
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        *,
+        blocks: Iterable[str | int],
     ) -> dict[str | int, Tensor]:
         """The hidden features that blocks put out, as ``forward`` computes them; differentiable.
 
         What comes after the last of these blocks is not computed.
 
         Args:
-            x_BCHW, t_B, y_B: as ``forward`` takes them.
+            x_BCHW, t_B, y_B, augment_BA: as ``forward`` takes them.
             blocks: names of blocks (``named_blocks``), or their numbers in execution order, negative from the last.
 
         Returns:
@@ -131,17 +149,23 @@ class Backbone(nn.Module):
         Raises:
             ValueError: a block that the network does not have, or what ``forward`` raises.
         """
-        numbers = {block: self._number_of(block) for block in blocks}
+        numbers = {block: self.number_of_block(block) for block in blocks}
         found: dict[int, Tensor] = {}
         if numbers:
-            for number, hidden in enumerate(self.hidden_states(x_BCHW, t_B, y_B)):
+            inputs: Any = (x_BCHW, t_B, y_B) if augment_BA is None else (x_BCHW, t_B, y_B, augment_BA)
+            for number, hidden in enumerate(self.hidden_states(*inputs)):
                 if number in numbers.values():
                     found[number] = hidden
                 if number == max(numbers.values()):
                     break
         return {block: found[number] for block, number in numbers.items()}
 
-    def _number_of(self, block: str | int) -> int:
+    def number_of_block(self, block: str | int) -> int:
+        """The number of a block, 0 the first that runs, from its name, or its number from either end.
+
+        Raises:
+            ValueError: a block that the network does not have.
+        """
         names = [name for name, _ in self.named_blocks()]
         if isinstance(block, str):
             if block not in names:
@@ -160,6 +184,47 @@ class Backbone(nn.Module):
         """The long skip that the decoder's block number ``executed`` takes in."""
         skip = self.skip_scale.long_skip(len(self.skips) - executed, self.skips, features, gates)
         return skip if self.skip_tuning is None else self.skip_tuning.tune(skip, len(self.skips))
+
+    def _add_conditions(self, width: int) -> None:
+        """Makes what the configuration asks for beside time and label, of ``width`` features.
+
+        Last of all, so that whatever else there is begins as without.
+        """
+        config = self.config
+        how = {"preserves_magnitude": config.preserves_magnitude}
+        if config.self_condition_block is not None:
+            self.self_condition = make_self_condition(config.block_widths[config.self_condition_block], width, **how)
+        if config.augment_dim:
+            self.augment_embed = make_augment_embed(config.augment_dim, width, **how)
+        if self.self_condition is None and self.augment_embed is None:
+            return
+        if not config.preserves_magnitude:
+            self.kinds = (*OF_CONDITIONS, *self.kinds)
+        kinds = self.parameter_kinds()
+        for name, parameter in self.named_parameters():
+            if name.startswith(("self_condition.", "augment_embed.")):
+                kind_of(name, kinds).start(parameter)
+        multiply_outputs(self, kinds)
+
+    def _with_augmentation(self, time_BD: Tensor, augment_BA: Tensor | None) -> Tensor:
+        """The embedding of time, with that of how the images were augmented.
+
+        Raises:
+            ValueError: labels of another shape, or of a network that takes none.
+        """
+        if augment_BA is None:
+            return time_BD
+        expected, name = (len(time_BD), self.config.augment_dim), type(self).__name__
+        if self.augment_embed is None:
+            raise ValueError(f"{name}: this model takes no augmentation labels (augment_dim)")
+        if augment_BA.shape != expected:
+            raise ValueError(f"{name}: expected augmentation labels {expected}, got {tuple(augment_BA.shape)}")
+        return time_BD + self.augment_embed(augment_BA.to(time_BD.dtype)).to(time_BD.dtype)
+
+    def _condition_macs(self) -> int:
+        """Multiply-adds of ``self_condition`` for one image."""
+        parts = [] if self.self_condition is None else self.self_condition.parameters()
+        return sum(p.numel() for p in parts if p.dim() > 1)
 
     def parameter_kinds(self) -> Sequence[ParameterKind]:
         """The table that ``init_weights`` and ``parameter_groups`` read. A parametrisation overrides it."""
@@ -244,8 +309,15 @@ def _until_stopped(handles: Iterable[RemovableHandle]) -> Callable[[], None]:
     return stop
 
 
-def last_of(hidden_states: Iterator[Tensor]) -> Tensor:
+def last_of(hidden_states: Iterator[Hidden]) -> Hidden:
     """Runs all blocks; what the last one puts out."""
-    for hidden in hidden_states:  # noqa: B007 - none but the last is kept
-        pass
-    return hidden  # pyright: ignore[reportPossiblyUnboundVariable]
+    return last_and_kept(hidden_states, None)[0]
+
+
+def last_and_kept(hidden_states: Iterator[Hidden], keeps: int | None) -> tuple[Hidden, Hidden | None]:
+    """Runs all blocks; what the last one puts out, and what the block numbered ``keeps`` does, unless that is None."""
+    kept = None
+    for number, hidden in enumerate(hidden_states):
+        if number == keeps:
+            kept = hidden
+    return hidden, kept  # pyright: ignore[reportPossiblyUnboundVariable, reportReturnType]

@@ -71,6 +71,10 @@ class BackboneConfig:
     """How initialisation, learning rates and outputs go with the width: as published, or by muP."""
     base_width: int = 0
     """Of muP: the width at which the run's learning rate was found."""
+    self_condition_block: int | None = None
+    """The block whose features condition those behind it, by its number in execution order, 0 the first; None: none."""
+    augment_dim: int = 0
+    """Numbers that say how an image was augmented, which the network is told beside the time; 0: it is told nothing."""
 
     def __init_subclass__(cls, architecture: str = "", **more: object):
         super().__init_subclass__(**more)
@@ -88,13 +92,34 @@ class BackboneConfig:
                 what = ", the side of a square image" if field.name == "img_size" else ""
                 raise ValueError(f"{field.name} is a whole number{what}, got {value!r}")
         self.check_at_least(1, "img_size", "in_channels", "context_dim")
-        self.check_at_least(0, "out_channels", "num_classes", "context_tokens", "base_width")
+        self.check_at_least(0, "out_channels", "num_classes", "context_tokens", "base_width", "augment_dim")
+        if type(self).block_widths is BackboneConfig.block_widths:
+            self.check_conditions()
         if self.parametrization not in get_args(Parametrization):
             raise ValueError(f"parametrization must be standard or mup, got {self.parametrization!r}")
         if self.parametrization == "standard" and self.base_width:
             raise ValueError(f"base_width {self.base_width} is of the parametrization mup alone")
         if self.parametrization == "mup" and not self.base_width:
             raise ValueError("the parametrization mup needs a base_width: that at which the learning rate was found")
+
+    def check_conditions(self) -> None:
+        """
+        Raises:
+            ValueError: a block that cannot condition others, or conditions that the network does not take.
+        """
+        block, last = self.self_condition_block, len(self.block_widths) - 1
+        if not self.block_widths and (block is not None or self.augment_dim):
+            name = "augment_dim" if block is None else "self_condition_block"
+            raise ValueError(f"a {self.architecture} takes no {name}: its block_widths are not known")
+        if block is None:
+            return
+        if not isinstance(block, Integral) or isinstance(block, bool):
+            raise ValueError(f"self_condition_block is the number of a block, got {block!r}")
+        if not 0 <= block < last:
+            raise ValueError(
+                f"self_condition_block {block}: this {self.architecture} has the blocks 0 to {last}, of which those "
+                f"from 0 to {last - 1} have one behind them"
+            )
 
     def check_at_least(self, least: int, *names: str) -> None:
         """
@@ -123,6 +148,12 @@ class BackboneConfig:
     def preserves_magnitude(self) -> bool:
         """Whether the weights have rows of one norm, which the trainer restores after every step."""
         return False
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        """Features of what each block puts out, in execution order. A network whose configuration knows them takes
+        ``self_condition_block`` and ``augment_dim``."""
+        return ()
 
     @property
     def channels_out(self) -> int:

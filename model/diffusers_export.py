@@ -47,6 +47,9 @@ def unet2d_config(config: UNetConfig, skip_scale: SkipScale) -> dict[str, Any]:
     """
     if config.parametrization != "standard":
         raise ValueError(f"a UNet2DModel of diffusers has no parametrization {config.parametrization!r}")
+    for name, without in (("self_condition_block", None), ("augment_dim", 0)):
+        if getattr(config, name) != without:
+            raise ValueError(f"a UNet2DModel of diffusers has no {name}")
     attends = [factor in config.attention_resolutions for factor in config.factors]
     plain, resampling = ("DownBlock2D", "UpBlock2D"), "conv"
     if config.resblock_updown:

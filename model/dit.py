@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.dit_config import DiTConfig as DiTConfig
 from scalelong.model.linear_layers import SkipLinear, project_skip
@@ -172,32 +172,50 @@ class DiT(Backbone):
         self.init_weights()
         self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * num_skips
         self.skip_gates = self.skip_scale.make_gates(self.skips)
+        self._add_conditions(width)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        *,
+        keeps: int | None = None,
+    ) -> Any:
         """Predicts the noise in ``x_BCHW`` and, where the configuration has twice the channels, its variance.
 
         Args:
             x_BCHW: noisy images or latents.
             t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
             y_B: class labels (B,).
+            augment_BA: labels of how the images were augmented (``augment_dim``); None: as of plain images.
+            keeps: the number of a block whose features are wanted too.
 
         Returns:
-            The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
+            The prediction, shaped as ``x_BCHW`` but for ``out_channels``; with ``keeps``, it and those features.
 
         Raises:
             ValueError: an image of another shape than the configuration's, another number of times or labels than of
                 images, labels missing or not wanted.
         """
         config = self.config
-        c_BD = self._condition(x_BCHW, t_B, y_B)
-        tokens_BTD = last_of(self._hidden_states(x_BCHW, c_BD))
+        (tokens_BTD, c_BD), kept = last_and_kept(self._states(x_BCHW, t_B, y_B, augment_BA), keeps)
         patches_BTD = self.final_layer(tokens_BTD, c_BD)
-        return unpatchify(patches_BTD, config.img_size // config.patch_size, config.patch_size, config.channels_out)
+        side = config.img_size // config.patch_size
+        output_BCHW = unpatchify(patches_BTD, side, config.patch_size, config.channels_out)
+        return output_BCHW if kept is None else (output_BCHW, kept[0])
 
-    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
-        return self._hidden_states(x_BCHW, self._condition(x_BCHW, t_B, y_B))
+    def hidden_states(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        return (tokens_BTD for tokens_BTD, _ in self._states(x_BCHW, t_B, y_B, augment_BA))
 
-    def _hidden_states(self, x_BCHW: Tensor, c_BD: Tensor) -> Iterator[Tensor]:
+    def _states(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, augment_BA: Tensor | None
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What each block puts out, with the condition of what comes behind it."""
+        c_BD, time_BD = self._condition(x_BCHW, t_B, y_B, augment_BA)
         tokens_BTD, num_skips, skips = self.joined(self.x_embedder(x_BCHW), self.pos_embed), self.config.num_skips, []
         for n, block in enumerate(self.blocks):
             executed = n - (len(self.blocks) - num_skips)
@@ -208,21 +226,26 @@ class DiT(Backbone):
                 tokens_BTD = self._run(block, tokens_BTD, c_BD, skip)
             if n < num_skips:
                 skips.append(tokens_BTD)
-            yield tokens_BTD
+            if n == self.config.self_condition_block and self.self_condition is not None:
+                c_BD = self.self_condition(c_BD, self.pooled(tokens_BTD), time_BD)
+            yield tokens_BTD, c_BD
 
-    def _condition(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
-        """(B, D): what the blocks are told of time and class."""
+    def _condition(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, augment_BA: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, D) each: what the blocks are told of time, class and augmentation, and the embedding of time alone."""
         config = self.config
         expected = (config.in_channels, config.img_size, config.img_size)
         if tuple(x_BCHW.shape[1:]) != expected:
             raise ValueError(f"DiT: expected images of shape {expected}, got {tuple(x_BCHW.shape[1:])}")
         if (y_B is None) != (config.num_classes == 0):
             raise ValueError("DiT: " + ("labels are missing" if y_B is None else "this model takes no labels"))
-        t_BD = self.t_embedder(times_of_images(t_B, x_BCHW, "DiT"), self.pos_embed.dtype)
+        time_BD = self.t_embedder(times_of_images(t_B, x_BCHW, "DiT"), self.pos_embed.dtype)
+        c_BD = self._with_augmentation(time_BD, augment_BA)
         if y_B is None or self.y_embedder is None:
-            return t_BD
+            return c_BD, time_BD
         check_labels(y_B, x_BCHW, "DiT")
-        return self.joined(t_BD, self.y_embedder(y_B))
+        return self.joined(c_BD, self.y_embedder(y_B)), time_BD
 
     def init_weights(self) -> None:
         super().init_weights()
@@ -261,7 +284,7 @@ class DiT(Backbone):
         told_macs = D * sum(sizes_of(D, TOLD[c.modulation]))  # of a norm
         blocks = c.depth * (attention_macs + mlp_macs + 2 * (told_macs + D * D)) + c.num_skips * 2 * T * D * D
         ends = T * in_features * D + NUM_FREQUENCIES * D + D * D + told_macs + T * D * out_features
-        return 2 * batch_size * (blocks + ends)
+        return 2 * batch_size * (blocks + ends + self._condition_macs())
 
 
 def position_embedding(side: int, width: int) -> Tensor:

@@ -68,6 +68,7 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
             self._check_without_norms()
         if self.parametrization == "mup":
             self.base_config()
+        self.check_conditions()
 
     def _check_without_norms(self) -> None:
         if self.qk_norm:
@@ -92,6 +93,10 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
     @property
     def preserves_magnitude(self) -> bool:
         return self.magnitude_preserving
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        return (self.width,) * self.depth
 
     @property
     def num_skips(self) -> int:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scalelong.kernels.arguments import concatenated
 from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
-from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.common_factor import multiplied
 from scalelong.model.edm2_unet_config import EDM2UNetConfig as EDM2UNetConfig
@@ -183,6 +183,7 @@ class EDM2UNet(Backbone):
         self.out_gain = Gain()
         self.init_weights()
         self.skip_gates = self.skip_scale.make_gates(self.skips)
+        self._add_conditions(config.embedding_width)
 
     def _make_encoder(self) -> tuple[nn.ModuleList, list[int]]:
         """The blocks, and the channels of the skips, the first of which is that of ``in_conv``."""
@@ -216,40 +217,55 @@ class EDM2UNet(Backbone):
                 blocks.append(DecoderBlock(config, incoming, channels, attends=config.attends(level)))
         return nn.ModuleList(blocks), tuple(skips)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        *,
+        keeps: int | None = None,
+    ) -> Any:
         """Predicts what EDM's preconditioning asks for (or the noise) from ``x_BCHW``.
 
         Args:
             x_BCHW: noisy images or latents, of unit variance.
             t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
             y_B: class labels (B,).
+            augment_BA: labels of how the images were augmented (``augment_dim``); None: as of plain images.
+            keeps: the number of a block whose features are wanted too.
 
         Returns:
-            The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
+            The prediction, shaped as ``x_BCHW`` but for ``out_channels``; with ``keeps``, it and those features.
 
         Raises:
             ValueError: an image of another shape than the configuration's, another number of times or labels than of
                 images, labels missing or not wanted.
         """
-        return self.out_gain(self.out_conv(last_of(self.hidden_states(x_BCHW, t_B, y_B))))
+        h_BCHW, kept_BCHW = last_and_kept(self.hidden_states(x_BCHW, t_B, y_B, augment_BA), keeps)
+        output_BCHW = self.out_gain(self.out_conv(h_BCHW))
+        return output_BCHW if keeps is None else (output_BCHW, kept_BCHW)
 
-    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
-        emb_BE = self._embed(x_BCHW, t_B, y_B)
+    def hidden_states(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        c_BE, time_BE = self._embed(x_BCHW, t_B, y_B, augment_BA)
+        emb_BE = mp_silu(c_BE)
         h_BCHW = self.in_conv(F.pad(x_BCHW, (0, 0, 0, 0, 0, 1), value=1.0))
         if self.channels_last and not in_transform():  # vmap knows no layouts
             h_BCHW = h_BCHW.contiguous(memory_format=torch.channels_last)
         yield h_BCHW
-        skips = [h_BCHW]
-        for block in self.in_blocks:
-            h_BCHW = self._run(block, h_BCHW, emb_BE)
-            skips.append(h_BCHW)
-            yield h_BCHW
-        for number, block in enumerate(self.out_blocks):
-            if number in self.takes_skip:
+        skips, num_encoding = [h_BCHW], len(self.in_blocks)
+        for number, block in enumerate((*self.in_blocks, *self.out_blocks), start=1):
+            if self.self_condition is not None and number - 1 == self.config.self_condition_block:
+                emb_BE = mp_silu(self.self_condition(c_BE, self.pooled(h_BCHW), time_BE))
+            if number - num_encoding - 1 in self.takes_skip:
                 skip = self._long_skip(len(self.skips) - len(skips), skips.pop(), self.skip_gates)
                 h_BCHW = self._run(block, h_BCHW, emb_BE, skip)
             else:
                 h_BCHW = self._run(block, h_BCHW, emb_BE)
+            if number <= num_encoding:
+                skips.append(h_BCHW)
             yield h_BCHW
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
@@ -257,19 +273,22 @@ class EDM2UNet(Backbone):
             block, *arguments, recompute=self.recompute, is_random=self.training and self.config.dropout > 0
         )
 
-    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
-        """(B, E): mp_silu of the embedding of time and label."""
+    def _embed(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, augment_BA: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """(B, E) each: the embedding of time, label and augmentation, and that of time alone."""
         config = self.config
         expected = (config.in_channels, config.img_size, config.img_size)
         if tuple(x_BCHW.shape[1:]) != expected:
             raise ValueError(f"EDM2's UNet: expected images of shape {expected}, got {tuple(x_BCHW.shape[1:])}")
         if (y_B is None) != (config.num_classes == 0):
             raise ValueError("EDM2's UNet: " + ("labels are missing" if y_B is None else "this model takes no labels"))
-        emb_BE = self.emb_noise(self.emb_fourier(times_of_images(t_B, x_BCHW, "EDM2's UNet") / 1000).to(x_BCHW.dtype))
+        time_BE = self.emb_noise(self.emb_fourier(times_of_images(t_B, x_BCHW, "EDM2's UNet") / 1000).to(x_BCHW.dtype))
+        emb_BE = self._with_augmentation(time_BE, augment_BA)
         if y_B is not None and self.emb_label is not None:
             check_labels(y_B, x_BCHW, "EDM2's UNet")
             emb_BE = mp_sum(emb_BE, self.emb_label(y_B))
-        return mp_silu(emb_BE)
+        return emb_BE, time_BE
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         return [
@@ -283,7 +302,7 @@ class EDM2UNet(Backbone):
 
     def flops(self, batch_size: int = 1) -> int:
         side = self.config.img_size
-        macs = self.emb_noise.weight.numel() + _macs(self.in_conv, side)
+        macs = self.emb_noise.weight.numel() + _macs(self.in_conv, side) + self._condition_macs()
         for block in (*self.in_blocks, *self.out_blocks):
             side = (
                 side // 2 if getattr(block, "halves", False) else 2 * side if getattr(block, "doubles", False) else side

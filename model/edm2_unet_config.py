@@ -59,6 +59,7 @@ class EDM2UNetConfig(BackboneConfig, architecture="EDM2UNet"):
         for channels in (*(self.channels[level] for level in attending), self.channels[-1]):
             if channels % self.num_head_channels:
                 raise ValueError(f"{channels} channels are no heads of num_head_channels {self.num_head_channels}")
+        self.check_conditions()
 
     @classmethod
     def network(cls) -> type["EDM2UNet"]:
@@ -83,6 +84,17 @@ class EDM2UNetConfig(BackboneConfig, architecture="EDM2UNet"):
     @property
     def embedding_width(self) -> int:
         return max(self.channels)
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        first, *others = self.channels
+        down = [first] * (1 + self.num_res_blocks)
+        for above, channels in zip(self.channels, others, strict=False):
+            down += [above, *[channels] * self.num_res_blocks]  # halved, then widened
+        up = [self.channels[-1]] * (2 + self.num_res_blocks + 1)
+        for below, channels in zip(self.channels[:0:-1], self.channels[-2::-1], strict=True):
+            up += [below, *[channels] * (self.num_res_blocks + 1)]  # doubled, then narrowed
+        return (*down, *up)
 
     @property
     def num_skips(self) -> int:

@@ -2,7 +2,8 @@
 
 What is the same in both is taken bit for bit. Rows of the label embedding are taken by number; a null label, the last
 row, stays the last. Positions of a U-ViT are interpolated bicubically, those of its extra tokens taken by what they
-mean; those of a DiT are the network's own. Gates of another policy are made anew.
+mean; those of a DiT are the network's own. Gates of another policy, and what conditions blocks on the features of
+another one, are made anew.
 
 Shapes: T tokens (extras + patches), D width, S side of the grid of patches, K labels, C channels.
 """
@@ -32,6 +33,7 @@ MAY_DIFFER = frozenset(
     {
         *("img_size", "num_classes", "context_tokens", "out_channels", "dropout", "skip_position"),
         "use_new_attention_order",
+        *("self_condition_block", "self_condition_form", "augment_dim"),
     }
 )
 """Fields of a configuration that leave the meaning of the weights as it is, or have a rule here."""
@@ -102,6 +104,7 @@ def fit(
     if weights.config is not None:
         _reorder_attention(fitting, weights.config, config)
     _fit_gates(fitting)
+    _fit_conditions(fitting, weights.config, config)
     if isinstance(config, UViTConfig):
         _fit_positions(fitting, weights.config, config)  # first, as labels and text tell of extra tokens
         _fit_context(fitting)
@@ -178,6 +181,18 @@ def _fit_gates(fitting: _Fitting) -> None:
     )
     if given != fresh:
         fitting.begin_anew(GATES, "gates of the skips")
+
+
+def _fit_conditions(fitting: _Fitting, before: BackboneConfig | None, config: BackboneConfig) -> None:
+    """Taken where blocks are conditioned on the features of the same one, in the same form; else made anew."""
+    tells = {"self_condition.": ("self_condition_block", "self_condition_form"), "augment_embed.": ("augment_dim",)}
+    names = {"self_condition.": "internal self-conditioning", "augment_embed.": "the embedding of augmentations"}
+    for prefix, fields_of in tells.items():
+        known = before if before is not None else config
+        is_same = all(getattr(known, name, None) == getattr(config, name, None) for name in fields_of)
+        has_it = [any(name.startswith(prefix) for name in state) for state in (fitting.given, fitting.fresh)]
+        if has_it[0] != has_it[1] or not is_same:
+            fitting.begin_anew(prefix, names[prefix])
 
 
 def _fit_labels(fitting: _Fitting, labels: str, had_null: bool | None, has_null: bool) -> None:

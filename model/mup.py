@@ -58,10 +58,11 @@ def _kinds(
         base_shape, wider_shape = base_shapes[name], wider_shapes[name]
         if base_shape == wider_shape:
             continue
-        layer = layers.get(name)
+        layer, kind = layers.get(name), kind_of(name, network.kinds)
+        init = kind.init if kind.keeps_init else normal_by_fan_in
         m = parameter.numel() / base_shape.numel()
         if not isinstance(layer, nn.Linear | nn.Conv2d):
-            yield name, replace(kind_of(name, network.kinds), names="", epsilon=1 / m)
+            yield name, replace(kind, names="", epsilon=1 / m)
         elif isinstance(layer, UnitRows):
             # Its rows have unit RMS and are divided by √fan-in, which leaves 1 / √m to the rate.
             of_rows, of_fan_in = (side / base for side, base in zip(parameter.shape[:2], base_shape[:2], strict=True))
@@ -72,10 +73,10 @@ def _kinds(
                 bias = name.removesuffix("weight") + "bias"
                 yield bias, ParameterKind("", nn.init.zeros_, m, 1 / m, output=1 / m, epsilon=1 / m)
         elif base_shape[1] == wider_shape[1]:
-            yield name, ParameterKind("", normal_by_fan_in, epsilon=1 / m)
+            yield name, ParameterKind("", init, epsilon=1 / m)
         else:
             m = parameter.shape[1] / base_shape[1]
-            yield name, ParameterKind("", normal_by_fan_in, 1 / m, m, epsilon=1 / m)
+            yield name, ParameterKind("", init, 1 / m, m, epsilon=1 / m)
 
 
 def normal_by_fan_in(weight: Tensor) -> None:

@@ -28,6 +28,8 @@ class ParameterKind:
     """Multiplies what the layer of these parameters puts out."""
     epsilon: float = 1.0
     """Multiplies the epsilon that Adam adds to the root of the mean squared gradient."""
+    keeps_init: bool = False
+    """They begin so in every parametrisation."""
 
     def fits(self, name: str) -> bool:
         return any(fnmatchcase(name, pattern) for pattern in self.names.split())

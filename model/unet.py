@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
-from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.layer_calls import is_called_by_class
 from scalelong.model.linear_layers import TokenConv1d, project_tokens
@@ -51,6 +51,8 @@ class Embedding(NamedTuple):
     emb_BE: Tensor
     activated_BE: Tensor
     """Shared by all blocks."""
+    time_BE: Tensor
+    """Of time alone."""
 
 
 NO_SKIP = (None, None, 0, None)
@@ -219,6 +221,7 @@ class UNet(Backbone):
         )
         self.init_weights()
         self.skip_gates = self.skip_scale.make_gates(self.skips)
+        self._add_conditions(width)
 
     def _make_encoder(self) -> tuple[nn.ModuleList, list[int]]:
         """The blocks, and the channels of the skip that each gives."""
@@ -257,49 +260,72 @@ class UNet(Backbone):
             return ResBlock(self.config, channels, channels, resample=direction)
         return Upsample(channels) if direction == "up" else Downsample(self.config, channels)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        *,
+        keeps: int | None = None,
+    ) -> Any:
         """Predicts the noise in ``x_BCHW``.
 
         Args:
             x_BCHW: noisy images or latents.
             t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
             y_B: class labels (B,).
+            augment_BA: labels of how the images were augmented (``augment_dim``); None: as of plain images.
+            keeps: the number of a block whose features are wanted too.
 
         Returns:
-            The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
+            The prediction, shaped as ``x_BCHW`` but for ``out_channels``; with ``keeps``, it and those features.
 
         Raises:
             ValueError: an image of another shape than the configuration's, another number of times or labels than of
                 images, labels missing or not wanted.
         """
-        h_BCHW = last_of(self.hidden_states(x_BCHW, t_B, y_B))
+        h_BCHW, kept_BCHW = last_and_kept(self.hidden_states(x_BCHW, t_B, y_B, augment_BA), keeps)
         norm, activation, conv = self.out
-        return conv(norm_and_activation(norm, activation, h_BCHW))
+        output_BCHW = conv(norm_and_activation(norm, activation, h_BCHW))
+        return output_BCHW if keeps is None else (output_BCHW, kept_BCHW)
 
-    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
-        emb = self._embed(x_BCHW, t_B, y_B)
+    def hidden_states(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        emb = self._embed(x_BCHW, t_B, y_B, augment_BA)
         h_BCHW = self.input_blocks[0](x_BCHW, emb)
         if self.channels_last and not in_transform():  # vmap knows no layouts
             h_BCHW = h_BCHW.contiguous(memory_format=torch.channels_last)
         yield h_BCHW
-        skips = [h_BCHW]
-        for stage in self.input_blocks[1:]:  # type: ignore[index]
+        skips, emb = [h_BCHW], self._self_conditioned(emb, h_BCHW, 0)
+        for number, stage in enumerate(self.input_blocks[1:], start=1):  # type: ignore[index]
             h_BCHW = self._run(stage, h_BCHW, emb)
             skips.append(h_BCHW)
             yield h_BCHW
-        h_BCHW = self._run(self.middle_block, h_BCHW, emb)
+            emb = self._self_conditioned(emb, h_BCHW, number)
+        h_BCHW, middle = self._run(self.middle_block, h_BCHW, emb), len(skips)
         yield h_BCHW
+        emb = self._self_conditioned(emb, h_BCHW, middle)
         for executed, stage in enumerate(self.output_blocks):
             skip = self._long_skip(executed, skips.pop(), self.skip_gates)
             h_BCHW = self._run(stage, h_BCHW, emb, skip)
             yield h_BCHW
+            emb = self._self_conditioned(emb, h_BCHW, middle + 1 + executed)
+
+    def _self_conditioned(self, emb: Embedding, h_BCHW: Tensor, number: int) -> Embedding:
+        """What the blocks behind block ``number``, which puts out ``h_BCHW``, are told."""
+        if number != self.config.self_condition_block or self.self_condition is None:
+            return emb
+        emb_BE = self.self_condition(emb.emb_BE, self.pooled(h_BCHW), emb.time_BE)
+        return Embedding(emb_BE, F.silu(emb_BE), emb.time_BE)
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         return run_block(
             block, *arguments, recompute=self.recompute, is_random=self.training and self.config.dropout > 0
         )
 
-    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Embedding:
+    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, augment_BA: Tensor | None = None) -> Embedding:
         config = self.config
         expected = (config.in_channels, config.img_size, config.img_size)
         if tuple(x_BCHW.shape[1:]) != expected:
@@ -309,10 +335,11 @@ class UNet(Backbone):
         t_B = times_of_images(t_B, x_BCHW, "UNet")
         if y_B is not None:
             check_labels(y_B, x_BCHW, "UNet")
-        emb_BE = self.time_embed(time_embedding(t_B, config.model_channels, x_BCHW.dtype))
+        time_BE = self.time_embed(time_embedding(t_B, config.model_channels, x_BCHW.dtype))
+        emb_BE = self._with_augmentation(time_BE, augment_BA)
         if self.label_emb is not None:
             emb_BE = emb_BE + self.label_emb(y_B)
-        return Embedding(emb_BE, F.silu(emb_BE))
+        return Embedding(emb_BE, F.silu(emb_BE), time_BE)
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         return [
@@ -327,7 +354,7 @@ class UNet(Backbone):
 
     def flops(self, batch_size: int = 1) -> int:
         config = self.config
-        macs = _macs(self.time_embed, 1)
+        macs = _macs(self.time_embed, 1) + self._condition_macs()
         side = config.img_size
         for stage in (*self.input_blocks, self.middle_block, *self.output_blocks):
             for layer in stage.children():

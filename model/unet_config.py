@@ -94,6 +94,7 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
                 raise ValueError(f"{channels} channels are no heads of num_head_channels {self.num_head_channels}")
             if channels % self.num_heads:
                 raise ValueError(f"{channels} channels are no num_heads {self.num_heads}")
+        self.check_conditions()
 
     @classmethod
     def network(cls) -> type["UNet"]:
@@ -114,6 +115,15 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
     @property
     def embedding_width(self) -> int:
         return 4 * self.model_channels
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        first, *others = self.channels
+        down = [first] * (1 + self.num_res_blocks)
+        for above, channels in zip(self.channels, others, strict=False):
+            down += [above, *[channels] * self.num_res_blocks]  # halved, then widened
+        up = [channels for channels in reversed(self.channels) for _ in range(self.num_res_blocks + 1)]
+        return (*down, self.channels[-1], *up)
 
     @property
     def num_skips(self) -> int:

@@ -8,12 +8,12 @@ Shapes: B batch, C image channels, H height, W width, T tokens (extras + patches
 
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scalelong.model.backbone import Backbone, last_of
+from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.linear_layers import SkipLinear, project_skip
 from scalelong.model.magnitude import (
@@ -71,12 +71,12 @@ class Block(nn.Module):
         self.norm2 = AddLayerNorm(config.width)
         self.mlp = Mlp(config.width, config.mlp_width)
 
-    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None, gain_BD: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x_BTD = project_skip(self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
-        x_BTD, y_BTD = add_norm(self.norm1, x_BTD)
-        x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD))
+        x_BTD, y_BTD = add_norm(self.norm1, x_BTD, gain=gain_BD)
+        x_BTD, y_BTD = add_norm(self.norm2, x_BTD, self.attn(y_BTD), gain=gain_BD)
         return x_BTD + self.mlp(y_BTD)
 
 
@@ -92,12 +92,17 @@ class MPBlock(nn.Module):
         self.attn = MPAttention(config.width, config.num_heads)
         self.mlp = MPMlp(config.width, config.mlp_width)
 
-    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, skip: LongSkip | None = None, gain_BD: Tensor | None = None) -> Tensor:
         if self.skip_linear is not None:
             assert skip is not None
             x_BTD = project_skip(self.skip_linear, x_BTD, skip.features, skip.scale, skip.common)
-        x_BTD = mp_sum(x_BTD, self.attn(x_BTD), RESIDUAL_BALANCE)
-        return mp_sum(x_BTD, self.mlp(x_BTD), RESIDUAL_BALANCE)
+        x_BTD = mp_sum(x_BTD, self.attn(scaled(x_BTD, gain_BD)), RESIDUAL_BALANCE)
+        return mp_sum(x_BTD, self.mlp(scaled(x_BTD, gain_BD)), RESIDUAL_BALANCE)
+
+
+def scaled(x_BTD: Tensor, gain_BD: Tensor | None) -> Tensor:
+    """``x (1 + gain)``."""
+    return x_BTD if gain_BD is None else x_BTD * (1 + gain_BD.unsqueeze(1)).to(x_BTD.dtype)
 
 
 class MPTimeFeatures(nn.Module):
@@ -163,42 +168,75 @@ class UViT(Backbone):
         self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * config.num_skips
         # The published name.
         self.se = self.skip_scale.make_gates(self.skips)
+        self._add_conditions(width)
 
-    def forward(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        *,
+        keeps: int | None = None,
+    ) -> Any:
         """Predicts the noise in ``x_BCHW``.
 
         Args:
             x_BCHW: noisy images or latents.
             t_B: time as the network is fed it (see the head of this file); one, () or (1,), for all images.
             y_B: class labels (B,), or text tokens (B, L, context_dim).
+            augment_BA: labels of how the images were augmented (``augment_dim``); None: as of plain images.
+            keeps: the number of a block whose features are wanted too.
 
         Returns:
-            The prediction, shaped as ``x_BCHW`` but for ``out_channels``.
+            The prediction, shaped as ``x_BCHW`` but for ``out_channels``; with ``keeps``, it and those features.
 
         Raises:
             ValueError: an image or text of another shape than the configuration's, another number of times or labels
                 than of images, labels missing or not wanted.
         """
-        tokens_BTD = last_of(self.hidden_states(x_BCHW, t_B, y_B))
+        tokens_BTD, kept_BTD = last_and_kept(self.hidden_states(x_BCHW, t_B, y_B, augment_BA), keeps)
         config = self.config
         patches_BTD = self.decoder_pred(self.norm(tokens_BTD))[:, config.num_extras :]
         side = config.img_size // config.patch_size
-        return self.final_layer(unpatchify(patches_BTD, side, config.patch_size, config.channels_out))
+        output_BCHW = self.final_layer(unpatchify(patches_BTD, side, config.patch_size, config.channels_out))
+        return output_BCHW if keeps is None else (output_BCHW, kept_BTD)
 
-    def hidden_states(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None) -> Iterator[Tensor]:
-        tokens_BTD, skips = self._embed(x_BCHW, t_B, y_B), []
-        for block in self.in_blocks:
-            tokens_BTD = self._run(block, tokens_BTD)
-            skips.append(tokens_BTD)
+    def hidden_states(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        tokens_BTD, time_BD = self._embed(x_BCHW, t_B, y_B, augment_BA)
+        skips, num_skips = [], self.config.num_skips
+        gain: tuple[Tensor, ...] = ()
+        for number, (_, block) in enumerate(self.named_blocks()):
+            executed = number - num_skips - 1
+            skip = self._long_skip(executed, skips.pop(), self.se) if executed >= 0 else None
+            # Blocks put in the place of ours need not know of what they are not given.
+            arguments = (skip, *gain) if skip is not None or gain else ()
+            tokens_BTD = self._run(block, tokens_BTD, *arguments)
+            if number < num_skips:
+                skips.append(tokens_BTD)
             yield tokens_BTD
-        tokens_BTD = self._run(self.mid_block, tokens_BTD)
-        yield tokens_BTD
-        for executed, block in enumerate(self.out_blocks):
-            skip = self._long_skip(executed, skips.pop(), self.se)
-            tokens_BTD = self._run(block, tokens_BTD, skip)
-            yield tokens_BTD
+            if number == self.config.self_condition_block:
+                tokens_BTD, gain = self._self_conditioned(tokens_BTD, time_BD)
 
-    def _embed(self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None) -> Tensor:
+    def _self_conditioned(self, tokens_BTD: Tensor, time_BD: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What the blocks from here on take: the tokens, and the gain of their norms if there is one."""
+        assert self.self_condition is not None
+        found_BD, place = self.pooled(tokens_BTD), self.config.extras.index("time")
+        if self.config.self_condition_form == "modulation":
+            return tokens_BTD, (self.self_condition.found(found_BD, time_BD),)  # pyright: ignore[reportCallIssue]
+        token_BD = self.self_condition(tokens_BTD[:, place], found_BD, time_BD)
+        parts = tokens_BTD[:, :place], token_BD.unsqueeze(1), tokens_BTD[:, place + 1 :]
+        return torch.cat(parts, dim=1), ()
+
+    def pooled(self, hidden: Tensor) -> Tensor:
+        return super().pooled(hidden[:, self.config.num_extras :])  # the patches alone
+
+    def _embed(
+        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, augment_BA: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The tokens (B, T, D), and the embedding (B, D) of time."""
         config = self.config
         expected = (config.in_channels, config.img_size, config.img_size)
         if tuple(x_BCHW.shape[1:]) != expected:
@@ -216,7 +254,7 @@ class UViT(Backbone):
                 raise ValueError(f"U-ViT: expected text of shape {text}, got {tuple(y_B.shape)}")
         patches_BTD = self.patch_embed(x_BCHW)
         time_BD = self.time_embed(self.time_features(t_B, config.width, self.pos_embed.dtype))
-        tokens = [time_BD.unsqueeze(1), patches_BTD]
+        tokens = [self._with_augmentation(time_BD, augment_BA).unsqueeze(1), patches_BTD]
         if config.num_classes:
             tokens.insert(0, self.label_emb(y_B).unsqueeze(1))
         elif config.context_tokens:
@@ -224,8 +262,8 @@ class UViT(Backbone):
             tokens.insert(1, self.context_embed(unit_rms(y_B) if config.magnitude_preserving else y_B))
         tokens_BTD = torch.cat(tokens, dim=1)
         if config.magnitude_preserving:
-            return mp_sum(tokens_BTD, unit_rms(self.pos_embed))
-        return tokens_BTD + self.pos_embed
+            return mp_sum(tokens_BTD, unit_rms(self.pos_embed)), time_BD
+        return tokens_BTD + self.pos_embed, time_BD
 
     def after_step(self) -> Mapping[str, Callable[[Tensor], Tensor]]:
         positions = {"pos_embed": unit_rms} if self.config.magnitude_preserving else {}
@@ -258,4 +296,4 @@ class UViT(Backbone):
             ends += c.context_tokens * c.context_dim * D
         if c.time_mlp:
             ends += 8 * D * D
-        return 2 * batch_size * (blocks + ends)
+        return 2 * batch_size * (blocks + ends + self._condition_macs())

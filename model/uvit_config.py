@@ -1,12 +1,15 @@
 """The shape of a U-ViT; imports no torch."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Literal, Self, get_args
 
 from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
 
 if TYPE_CHECKING:
     from scalelong.model.uvit import UViT
+
+
+SelfConditionForm = Literal["token", "modulation"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +38,9 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
     """An MLP over the time embedding (no published network has one)."""
     magnitude_preserving: bool = False
     """Layers that keep the magnitude of what passes, in the place of norms and biases (EDM2, MaP-DiT)."""
+    self_condition_form: SelfConditionForm = "token"
+    """What the features of self_condition_block do behind it: they are added to the token of the time, or they scale
+    what the norms of the blocks put out."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -49,10 +55,13 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
             raise ValueError(f"depth must be even and at least 2, got {self.depth}")
         if self.num_classes and self.context_tokens:
             raise ValueError("a U-ViT takes class labels or text, not both")
+        if self.self_condition_form not in get_args(SelfConditionForm):
+            raise ValueError(f"self_condition_form must be token or modulation, got {self.self_condition_form!r}")
         if self.magnitude_preserving and self.qkv_bias:
             raise ValueError("qkv_bias and magnitude_preserving exclude each other: its layers have no biases")
         if self.parametrization == "mup":
             self.base_config()
+        self.check_conditions()
 
     @classmethod
     def network(cls) -> type["UViT"]:
@@ -66,6 +75,10 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
     @property
     def preserves_magnitude(self) -> bool:
         return self.magnitude_preserving
+
+    @property
+    def block_widths(self) -> tuple[int, ...]:
+        return (self.width,) * (self.depth + 1)
 
     @property
     def num_skips(self) -> int:

@@ -1,9 +1,9 @@
 """Checkpoints that are whole or do not count, and that load on any number of processes and any ZeRO stage.
 
 A checkpoint is a folder ``checkpoints/<images_seen>/`` of whole (unsharded) tensors: model.safetensors,
-ema.safetensors, optimizer.safetensors, loss_weighting.safetensors where the loss learns, state.json and, written last,
-manifest.json with a SHA-256 of each. It is written aside, synced and renamed; a folder without a manifest that matches
-is passed over. Nothing in it can run code.
+ema.safetensors, optimizer.safetensors, loss_weighting.safetensors and contrast_heads.safetensors where the loss learns
+those, state.json and, written last, manifest.json with a SHA-256 of each. It is written aside, synced and renamed; a
+folder without a manifest that matches is passed over. Nothing in it can run code.
 Averages of the weights that are kept for later, ``averages/<images_seen>/``, are written in the same way.
 """
 
@@ -31,7 +31,7 @@ from scalelong.train.write_whole import sync
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero import shards
 from scalelong.train.zero.averages import Ema
-from scalelong.train.zero.learned_loss import loss_weighting, whole_loss_weighting
+from scalelong.train.zero.learned_loss import learned_by_loss, whole_parameters
 
 MANIFEST = "manifest.json"
 Tensors = Iterator[tuple[str, Tensor]]
@@ -114,7 +114,7 @@ def read_state(checkpoint: Path) -> TrainState:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """The tensors of "model", "ema", "optimizer", or "loss_weighting".
+    """The tensors of "model", "ema", "optimizer", or what the loss learns.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -134,8 +134,7 @@ def save_checkpoint(run: Path, state: TrainState, engine, ema: Ema, processes: P
     """
     averages = {name: shards.whole_tensors(engine, parts) for name, parts in ema.averages.items()}
     tensors = {"model": shards.whole_weights(engine), **averages, "optimizer": zero.optimizer_state(engine)}
-    if loss_weighting(engine) is not None:
-        tensors[shards.LOSS_WEIGHTING] = whole_loss_weighting(engine)
+    tensors |= {name: whole_parameters(engine, learned) for name, learned in learned_by_loss(engine).items()}
     final = checkpoints_folder(run) / str(state.images_seen)
     problem = _write_on_main(final, asdict(state), tensors, processes)
     if problem:

@@ -45,9 +45,9 @@ class CompiledForward:
         self._module, self._eager = module, module.forward
         self._compiled = torch.compile(module.forward, dynamic=False, backend=BACKEND)
 
-    def __call__(self, *arguments: Any) -> Any:
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
         compiles = self._module.training and torch.is_grad_enabled()
-        return (self._compiled if compiles else self._eager)(*arguments)
+        return (self._compiled if compiles else self._eager)(*arguments, **named)
 
 
 def check_compile(config: TrainConfig, device: torch.device) -> None:

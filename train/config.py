@@ -1,17 +1,19 @@
 """The configuration of a run: one frozen dataclass, every field of it a flag on the command line."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
 from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.skip_scale import ConstantScale, SkipScale, make_skip_scale
 from scalelong.train.objective_config import (
+    NUM_AUGMENT_LABELS,
     NUM_TIMES,
     NoiseName,
     ObjectiveConfig,
     SamplerName,
+    check_contrast,
     check_guidance_interval,
 )
 
@@ -41,7 +43,8 @@ class DataConfig:
     """What is trained on."""
 
     path: str = bookkeeping("digits")
-    """A folder of images, shards or latents, CIFAR-10 as published, "digits" or "photos": docs/data.md. It may move."""
+    """A folder of images, shards or latents, CIFAR-10 as published, or embedded data ("digits", "cluttered-digits",
+    "photos"): docs/data.md. It may move."""
     flip: bool = False
     """Mirror half of the images."""
     reader: ReaderName = bookkeeping("auto")
@@ -277,9 +280,24 @@ class TrainConfig:
             raise ValueError(
                 "branch_from takes the weights of a run and all else of it, init_from weights alone: give one"
             )
+        if self.objective.contrast:
+            check_contrast(
+                self.objective,
+                self.model,
+                zero_stage=self.zero_stage,
+                ema_decay=self.optimizer.ema_decay,
+                images_at_a_time=self.images_per_step // self.accumulation_steps,
+            )
+            object.__setattr__(self, "model", replace(self.model, augment_dim=NUM_AUGMENT_LABELS))
         self.model.check_recompute(self.recompute)
         if self.model.preserves_magnitude:
             check_optimizer_of_unit_rows(self.optimizer)
+
+    @property
+    def contrast_block(self) -> int:
+        """The number of the block whose features are compared."""
+        given = (self.objective.contrast_block, self.model.self_condition_block)
+        return next((block for block in given if block is not None), len(self.model.block_widths) // 2)
 
     @property
     def null_label(self) -> int | None:

@@ -163,15 +163,20 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     zero.set_learning_rate(engine, rate)
     watches_step = measures and config.compile == "none"
     run.monitor.active = watches_step
-    losses, learned = [], loss_weighting(engine)
+    losses, learned, distillation = [], loss_weighting(engine), run.distillation
+    if distillation is not None:
+        distillation.begin_step()
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
         if measures and not watches_step:
             watch_uncompiled(run, batch)
         torch.manual_seed(batch.dropout_seed)
+        network = engine if distillation is None else distillation.student(batch)
         minimised, loss = objective.training_loss(
-            engine, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
+            network, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
         )
+        if distillation is not None:
+            minimised = minimised + distillation.loss(batch)
         losses.append(loss.detach())
         engine.backward(zero.loss_with_telling_gradient(minimised) if config.guard.skip_steps else minimised)
         if micro_batch < config.accumulation_steps - 1:
@@ -188,9 +193,10 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     run.unchecked_losses.append(torch.stack(losses).mean())
     run.unchecked_gradients.append(taken.is_finite)
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1
+    contrast = {} if distillation is None else distillation.take(measures=taken.gradient_norm is not None)
     if taken.gradient_norm is None:
         return {}
-    measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **run.monitor.take()}
+    measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **contrast, **run.monitor.take()}
     if run.clipping is not None and norms_P is not None:
         measured["grad_norm"] = float(torch.linalg.vector_norm(norms_P / scale))  # before it was clipped
     if config.precision == "fp16":
@@ -205,8 +211,9 @@ def watch_uncompiled(run: Run, batch: Batch) -> None:
     """Takes down what blocks and skips do with a batch, in a forward pass of its own: graphs call no hooks."""
     run.monitor.active = True
     torch.manual_seed(batch.dropout_seed)
+    network = run.engine if run.distillation is None else run.distillation.student(batch)
     images, noise = batch.images_BCHW, batch.noise_BCHW
-    make_objective(run.config.objective).loss(run.engine, images, noise, batch.time_u_B, batch.condition)
+    make_objective(run.config.objective).loss(network, images, noise, batch.time_u_B, batch.condition)
     run.monitor.active = False
 
 

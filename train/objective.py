@@ -40,6 +40,13 @@ class Objective:
         """x_t (arXiv:2006.11239, eq. 4)."""
         return signal * x0_BCHW + noise_level * noise_BCHW
 
+    def shown_at(self, x0_BCHW: Tensor, noise_BCHW: Tensor, sigma: float) -> tuple[Tensor, Tensor]:
+        """What the network is shown of images at the noise level sigma, and the time (B,) that it is fed."""
+        signal = self.process.signal_of_sigma(sigma)
+        t_B = x0_BCHW.new_full((len(x0_BCHW),), self.process.time_of_sigma(sigma))
+        x_BCHW = signal * (x0_BCHW + sigma * noise_BCHW)
+        return self.prediction.shown(x_BCHW, signal, signal * sigma), self.process.network_time(t_B)
+
     def weight(self, signal: Tensor, noise_level: Tensor) -> Tensor | float:
         """Of squared errors of the network's output; of a learned weighting, what it starts from."""
         if self.config.weighting not in WEIGHTINGS:

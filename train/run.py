@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from scalelong.model.architectures import make_backbone
 from scalelong.model.skip_scale import described
@@ -37,6 +37,7 @@ from scalelong.train.objective import make_objective
 from scalelong.train.report import Report
 from scalelong.train.resources import Resources, resources_of
 from scalelong.train.run_folder import log_path
+from scalelong.train.self_distillation import SelfDistillation, make_contrast_heads
 from scalelong.train.spikes import SpikeWatch, last_rows
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero import shards
@@ -57,6 +58,7 @@ class Run:
     guard: Guard
     clipping: Clipping | None
     resources: Resources
+    distillation: SelfDistillation | None
     images_seen: int
     step: int
     averaged_steps: int
@@ -81,7 +83,7 @@ class Run:
     def free(self) -> None:
         """Gives up weights, optimizer, averages and readers, so that others of their size find room."""
         zero.destroy(self.engine)
-        self.engine = self.ema = self.monitor = self.batches = None  # type: ignore[assignment]
+        self.engine = self.ema = self.monitor = self.batches = self.distillation = None  # type: ignore[assignment]
         self.unchecked_losses.clear()
         self.unchecked_gradients.clear()
         gc.collect()  # DeepSpeed's engine and its hooks hold each other
@@ -103,14 +105,15 @@ def start_run(start: Start) -> Run:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     elif start.initial is not None:
         start.initial.put_into(model, config)
-    loss_weighting = make_objective(config.objective).make_log_variance()
-    if checkpoint is not None and loss_weighting is not None:
-        loss_weighting.load_state_dict(read_tensors(checkpoint, shards.LOSS_WEIGHTING))
+    learned = learned_by_loss(config)
+    if checkpoint is not None:
+        for name, module in learned.items():
+            module.load_state_dict(read_tensors(checkpoint, name))
     monitor, before = Monitor(model), rows_before(start)
     seconds = (before[-1].get("wall_seconds") or 0.0) if before else 0.0
     resources = resources_of(model, processes.device, config.precision, processes.world_size, seconds)
     compile_network(model, config)
-    engine = zero.make_engine(model, config, processes, start.plan.micro_batch, loss_weighting)
+    engine = zero.make_engine(model, config, processes, start.plan.micro_batch, learned)
     o = config.optimizer
     ema = Ema(engine, o.ema_decay, o.ema_stds, rampup=o.ema_rampup)
     state = None if checkpoint is None else restore(checkpoint, engine, ema)
@@ -128,10 +131,17 @@ def start_run(start: Start) -> Run:
         guard=Guard(config.guard, config.run),
         clipping=restore_clipping(config, state),
         resources=resources,
+        distillation=SelfDistillation(config, engine, ema, processes) if config.objective.contrast else None,
         images_seen=start.plan.first_position,
         step=0 if state is None else state.step,
         averaged_steps=0 if state is None else state.num_averaged,
     )
+
+
+def learned_by_loss(config: TrainConfig) -> dict[str, nn.Module]:
+    """What the loss learns beside the network, by its names, as it begins."""
+    made = (make_objective(config.objective).make_log_variance(), make_contrast_heads(config))
+    return {name: module for name, module in zip(shards.LEARNED_BY_LOSS, made, strict=True) if module is not None}
 
 
 def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:

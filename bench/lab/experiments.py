@@ -102,6 +102,15 @@ EXPERIMENTS = {
         ),
         "40 minutes: 42 runs of 110 s, two at a time",
     ),
+    "self-condition-block": Experiment(
+        "U-ViT on digits, the block whose features condition the later ones, by short runs",
+        "digits-uvit",
+        (
+            "--depths 12 --skip-scale none,cs:0.7 --axis model.self-condition-block=None,3,6,9,11 "
+            f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {DIGITS}",
+        ),
+        "not timed: 30 runs of twice the steps of digits-uvit's depth 12, some 30 s each, two at a time",
+    ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",
         "digits-uvit",

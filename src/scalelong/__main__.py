@@ -13,6 +13,7 @@ COMMANDS = {
     "launch": ("scalelong.train.hosts.launch", "train on several processes or hosts"),
     "sample": ("scalelong.train.commands.sample", "draw samples from a run or an export"),
     "evaluate": ("scalelong.train.commands.evaluate", "score samples of a run or an export against real images"),
+    "probe": ("scalelong.train.commands.probe", "linear probes of every block, at several noise levels"),
     "ema-posthoc": ("scalelong.train.commands.ema_posthoc", "averaged weights of a width chosen after the run"),
     "plan": ("scalelong.train.commands.plan", "memory, traffic and ZeRO stage of a recipe on given GPUs"),
     "export": ("scalelong.train.commands.export", "write a run's model so that others load it in one line"),

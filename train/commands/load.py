@@ -13,16 +13,13 @@ from scalelong.train.checkpoint import find_checkpoint, load_weights
 from scalelong.train.command_line import RunArguments
 from scalelong.train.config import DataConfig, SampleConfig, TrainConfig
 from scalelong.train.data.batches import prepare_source
-from scalelong.train.data.source import LatentSource, open_data
+from scalelong.train.data.source import EMBEDDED, LatentSource, open_data
 from scalelong.train.errors import UserError
 from scalelong.train.objective_config import NUM_TIMES, SamplerName, check_guidance_interval, check_sampler
 from scalelong.train.run_folder import config_path, read_config
 from scalelong.train.sampling.autoencoder import to_pictures
 from scalelong.train.sampling.conditions import null_condition_of, texts_of
 from scalelong.train.sampling.pipeline import Pipeline
-
-EMBEDDED = ("digits", "photos")
-"""Data that is found by its name wherever the trainer is installed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from scalelong.train.config import TrainConfig
+from scalelong.train.data.augment import Views, two_views
 from scalelong.train.data.latents import EMPTY_CONTEXT
 from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
 from scalelong.train.data.side_stream import beside_training, hand_over
@@ -35,6 +36,8 @@ class Batch:
     either."""
     dropout_seed: int
     """Of the activations that the network drops."""
+    views: Views | None = None
+    """Of a contrast: how the images were augmented, and another view of each."""
 
 
 def choose_reader(name: str) -> str:
@@ -62,6 +65,8 @@ def prepare_source(config: TrainConfig, source: ImageSource | LatentSource) -> S
     """
     model = config.model
     if source.holds == "latents":
+        if config.objective.contrast:
+            raise UserError(f"--objective.contrast augments images, and {config.data.path} holds latents")
         expected = (model.in_channels, model.img_size, model.img_size)
         if source.shape != expected:
             raise UserError(f"{config.data.path} holds latents of {source.shape}, the model takes {expected}")
@@ -164,14 +169,19 @@ def _with_draws(
         ]
         condition = torch.tensor(labels)
     with beside_training(device):
+        images_BCHW, views = images_BCHW.to(device), None
+        if config.objective.contrast:
+            how: Any = {"probability": config.objective.augment_probability, "mirrors": config.data.flip}
+            images_BCHW, views = two_views(images_BCHW, config.seed, positions, **how)
         batch = Batch(
-            images_BCHW=images_BCHW.to(device),
+            images_BCHW=images_BCHW,
             noise_BCHW=torch.from_numpy(noise).to(device),
             time_u_B=torch.tensor(draws.time_u).to(device),
             condition=None if condition is None else condition.to(device),
             dropout_seed=draw_seed(config.seed, Stream.DROPOUT, positions.start),
+            views=views,
         )
-    hand_over(batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition)
+    hand_over(batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, *(views or ()))
     return batch
 
 

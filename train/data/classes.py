@@ -5,16 +5,15 @@ from dataclasses import replace
 from scalelong.train.command_line import TrainArguments
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.image_folder import NoClassFoldersError
-from scalelong.train.data.source import recognise_source
+from scalelong.train.data.source import EMBEDDED, recognise_source
 from scalelong.train.errors import UserError
 from scalelong.train.recipes import FOR_ONES_OWN
-
-EMBEDDED = ("digits", "photos")
-"""Data of recipes that are there to be tried, on other data too. Published ones are of the classes that they name."""
 
 
 def with_classes_of_data(arguments: TrainArguments) -> TrainConfig:
     """The configuration with the classes of the data, where a recipe is made for any, or of embedded data given other.
+
+    Recipes of embedded data are there to be tried, on other data too. Published ones are of the classes that they name.
 
     A command that gives ``--model.num-classes`` has those. A recipe for one's own images learns images alone where they
     have no labels, or all the same. Elsewhere, data that has no labels, or is not there, changes nothing: what is wrong

@@ -23,6 +23,10 @@ class Stream(IntEnum):
     STAND_IN = 6
     LATENT = 7
     VALIDATION = 8
+    AUGMENT = 9
+    TEACHER = 10
+    PROBE = 11
+    NUISANCE = 12
 
 
 def generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:

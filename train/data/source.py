@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.cifar10 import Cifar10, is_cifar10
+from scalelong.train.data.cluttered_digits import cluttered_digits_folder
 from scalelong.train.data.digits import digits_folder
 from scalelong.train.data.image_folder import ImageFolder
 from scalelong.train.data.latents import LatentFolder, is_latent_folder
@@ -18,6 +19,9 @@ from scalelong.train.data.mscoco_features import FeatureFolder, is_feature_folde
 from scalelong.train.data.photos import Photos
 from scalelong.train.data.tar_shards import WebDataset, check_is_finished, is_webdataset
 from scalelong.train.errors import UserError
+
+EMBEDDED = ("digits", "cluttered-digits", "photos")
+"""Data that is found by its name wherever the trainer is installed."""
 
 
 class Source(Protocol):
@@ -94,9 +98,9 @@ def open_source(
     """The source of a configuration; what the path holds says which.
 
     Args:
-        path: "digits" or "photos"; CIFAR-10 as published; a folder of tar shards, of latents, or of images.
+        path: one of ``EMBEDDED``; CIFAR-10 as published; a folder of tar shards, of latents, or of images.
         num_classes: how many classes the model knows besides the null label; 0: labels are not used.
-        split: "train" or "test", which the digits, the photographs and CIFAR-10 have.
+        split: "train" or "test", which embedded data and CIFAR-10 have.
         img_size: side of the images that the model takes, in pixels, which the photographs are cut to.
 
     Raises:
@@ -124,7 +128,7 @@ def open_data(config: TrainConfig, *, split: str = "train") -> ImageSource | Lat
 
 def has_test_split(path: str) -> bool:
     """Whether the data brings images for testing, which no run trains on."""
-    return path in ("digits", "photos") or is_cifar10(Path(path))
+    return path in EMBEDDED or is_cifar10(Path(path))
 
 
 def recognise_source(
@@ -133,6 +137,8 @@ def recognise_source(
     """As ``open_source``, whatever the classes. ``labelled``: whether folders of images are classes."""
     if path == "digits":
         return ImageFolder(digits_folder() / split, labelled=labelled)
+    if path == "cluttered-digits":
+        return ImageFolder(cluttered_digits_folder() / split, labelled=labelled)
     if path == "photos":
         if Path(path).is_dir():
             raise UserError(

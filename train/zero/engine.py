@@ -1,6 +1,6 @@
 """DeepSpeed behind one door: the engine, its steps, and the state of its optimizer."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from scalelong.model.backbone import Backbone
 from scalelong.train.config import TrainConfig
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.zero.engine_config import deepspeed_config
-from scalelong.train.zero.shards import LOSS_WEIGHTING, cut
+from scalelong.train.zero.shards import cut
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
 LEARNING_RATE_FACTOR = "learning_rate_factor"
@@ -24,7 +24,7 @@ def make_engine(
     config: TrainConfig,
     processes: Processes,
     micro_batch: int,
-    loss_weighting: nn.Module | None = None,
+    learned_by_loss: Mapping[str, nn.Module] | None = None,
 ) -> Any:
     """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them.
 
@@ -39,9 +39,9 @@ def make_engine(
     o = config.optimizer
     # Both asked for before ZeRO 3 takes the parameters' shapes away.
     groups, row_functions = optimizer_groups(model, o.weight_decay), model.after_step()
-    if loss_weighting is not None:
-        model.add_module(LOSS_WEIGHTING, loss_weighting)
-        groups.append({"params": [*loss_weighting.parameters()], "weight_decay": 0.0, LEARNING_RATE_FACTOR: 1.0})
+    for name, learned in (learned_by_loss or {}).items():
+        model.add_module(name, learned)
+        groups.append({"params": [*learned.parameters()], "weight_decay": 0.0, LEARNING_RATE_FACTOR: 1.0})
     optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     initialized = deepspeed.initialize(

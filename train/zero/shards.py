@@ -10,14 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LOSS_WEIGHTING = "loss_weighting"
-"""What the loss learns beside the network hangs on it under this name: it is trained and cut with it, and is no part of
-its weights, of their averages, or of what is exported."""
+LEARNED_BY_LOSS = ("loss_weighting", "contrast_heads")
+"""What the loss learns beside the network hangs on it under these names: it is trained and cut with it, and is no part
+of its weights, of their averages, or of what is exported."""
 
 
 def network_parameters(engine) -> list[tuple[str, Any]]:
     """Those of the network by their names, in its order, without what the loss learns."""
-    return [(name, p) for name, p in engine.module.named_parameters() if not name.startswith(f"{LOSS_WEIGHTING}.")]
+    learned = tuple(f"{name}." for name in LEARNED_BY_LOSS)
+    return [(name, p) for name, p in engine.module.named_parameters() if not name.startswith(learned)]
 
 
 def master_shards(engine) -> list[Tensor]:
