@@ -19,6 +19,7 @@ from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
 from scalelong.model.backbone import Backbone, last_of
 from scalelong.model.backbone_config import Recompute
+from scalelong.model.hidden_matrices import HiddenMatrices
 from scalelong.model.layer_calls import is_called_by_class
 from scalelong.model.linear_layers import TokenConv1d, project_tokens
 from scalelong.model.parameter_kinds import ParameterKind
@@ -43,6 +44,11 @@ PARAMETERS = (
 )
 # fmt: on
 """As published: branches that end in a layer of zeros, everything else as PyTorch does."""
+MATRICES = HiddenMatrices(
+    "*.in_layers.2.weight *.out_layers.3.weight *.skip_connection.weight *.op.weight *.conv.weight *.qkv.weight "
+    "*.proj_out.weight",
+    takes_skip="*.in_layers.2.weight *.skip_connection.weight",
+)
 
 
 class Embedding(NamedTuple):
@@ -191,6 +197,7 @@ class UNet(Backbone):
 
     config_class = UNetConfig
     kinds = PARAMETERS
+    matrices = MATRICES
 
     def __init__(
         self,

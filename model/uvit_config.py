@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
-from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory, LinearName, check_linear, with_base_width
 
 if TYPE_CHECKING:
     from scalelong.model.uvit import UViT
@@ -35,6 +35,9 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
     """An MLP over the time embedding (no published network has one)."""
     magnitude_preserving: bool = False
     """Layers that keep the magnitude of what passes, in the place of norms and biases (EDM2, MaP-DiT)."""
+    linear: LinearName = "plain"
+    """How the linear layers of blocks are parametrised: as published; by their largest singular value (sigma-reparam);
+    or with outputs of a learned size (decoupled)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -51,6 +54,7 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
             raise ValueError("a U-ViT takes class labels or text, not both")
         if self.magnitude_preserving and self.qkv_bias:
             raise ValueError("qkv_bias and magnitude_preserving exclude each other: its layers have no biases")
+        check_linear(self.linear, magnitude_preserving=self.magnitude_preserving)
         if self.parametrization == "mup":
             self.base_config()
 

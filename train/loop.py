@@ -35,7 +35,7 @@ from scalelong.train.validation import Validation
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.gradients import gradient_norms, gradients_against_weights, scale_gradients
 from scalelong.train.zero.learned_loss import loss_weighting
-from scalelong.train.zero.rows import apply_to_rows
+from scalelong.train.zero.rows import apply_to_rows, follow_weights
 
 FIGURES_TO_SAY = ("loss", "validation_loss", "validation_loss_ema", "kernel_distance", "label_accuracy")
 """Of the last row of the log, at the end of a run."""
@@ -165,6 +165,7 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures, norms_P=norms_P)
     if taken.applied:
         apply_to_rows(engine)
+        follow_weights(engine)
     run.unchecked_losses.append(torch.stack(losses).mean())
     run.unchecked_gradients.append(taken.is_finite)
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1

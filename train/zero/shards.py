@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalelong.model.linear_wrappers import SINGULAR_VECTOR
+
 LOSS_WEIGHTING = "loss_weighting"
 """What the loss learns beside the network hangs on it under this name: it is trained and cut with it, and is no part of
 its weights, of their averages, or of what is exported."""
@@ -31,12 +33,14 @@ def master_shards(engine) -> list[Tensor]:
 
 
 def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole weight on the CPU). Every rank must iterate to the end."""
+    """(name, whole weight on the CPU), then what layers keep beside them. Every rank must iterate to the end."""
     if engine.zero_optimization_stage() == 3:
         yield from whole_tensors(engine, master_shards(engine))
     else:
         for name, parameter in network_parameters(engine):
             yield name, parameter.detach().cpu()
+    for name, layer in engine.sigma_layers:
+        yield f"{name}.{SINGULAR_VECTOR}", layer.singular_vector.cpu()
 
 
 def whole_tensors(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,230 @@
+"""Muon: which weights are hidden matrices, what a step does to their singular values, and the same under ZeRO."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+pytest.importorskip("deepspeed")
+
+from running import SMALL, run_command, small_config, train_on_ranks
+
+from scalelong.model.architectures import make_backbone
+from scalelong.model.hidden_matrices import HiddenMatrix, hidden_matrices
+from scalelong.model.linear_layers import queries_first
+from scalelong.train.config import OptimizerConfig, TrainConfig
+from scalelong.train.loop import train
+from scalelong.train.recipes import RECIPES
+from scalelong.train.zero import engine as zero
+from scalelong.train.zero.muon import orthogonalised
+
+STEP, RATE = 32, 1e-2
+MUON: dict[str, Any] = {"kind": "muon", "learning_rate": RATE, "weight_decay": 0.0, "warmup_images": 0}
+FLAGS = [*SMALL, *(f"--optimizer.{name.replace('_', '-')}={value}" for name, value in MUON.items())]
+AT_ONE = (0.6, 1.25)
+"""Where five iterations leave singular values that are not far below the largest (arXiv:2502.16982 has the curve)."""
+
+
+def muon_config(run: Path, steps: int, **changes: Any) -> TrainConfig:
+    config = small_config(run, total_images=steps * STEP, **changes)
+    return replace(config, optimizer=replace(config.optimizer, **MUON))
+
+
+def weights(run: Path, steps: int, name: str = "model") -> dict[str, Tensor]:
+    return load_file(run / "checkpoints" / str(steps * STEP) / f"{name}.safetensors")
+
+
+def matrices_of(recipe: str, **changes: Any) -> tuple[Any, dict[str, HiddenMatrix]]:
+    with torch.device("meta"):
+        model = make_backbone(replace(RECIPES[recipe].model, **changes), skip_scale=RECIPES[recipe].skip_scale)
+    return model, dict(hidden_matrices(model))
+
+
+def test_hidden_matrices_of_a_transformer_are_the_weights_of_its_blocks():
+    model, found = matrices_of("digits-uvit")
+    expected = {name for name, p in model.named_parameters() if "block" in name and p.ndim == 2}
+    assert found.keys() == expected
+    assert found["mid_block.attn.qkv.weight"] == HiddenMatrix(num_maps=3)
+    assert found["out_blocks.0.skip_linear.weight"] == HiddenMatrix(skip_width=model.config.width)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [("digits-dit", {}), ("digits-unet", {}), ("digits-mpdit", {}), ("imagenet64-edm2-s", {"num_res_blocks": 1})],
+)
+def test_embeddings_modulation_and_the_outer_layers_are_none(recipe, changes):
+    model, found = matrices_of(recipe, **changes)
+    modules = {name.removesuffix(".weight"): model.get_parameter(name) for name in found}
+    for outer in (
+        "emb",
+        "adaLN",
+        "x_embedder",
+        "final_layer",
+        "in_conv",
+        "out_conv",
+        "input_blocks.0.0",
+        "out.",
+        "gate",
+    ):
+        assert not [name for name in modules if outer in name.split("blocks.")[0] or f".{outer}" in name]
+    assert all(p.ndim >= 2 for p in modules.values())
+    assert sum(p.numel() for p in modules.values()) > 0.5 * model.num_params()
+
+
+def test_a_unet_divides_what_reads_a_skip_and_heads_that_come_first():
+    model, found = matrices_of("digits-unet", use_new_attention_order=False, num_head_channels=16)
+    for (_, block), skip in zip(model.skip_blocks(), model.skips, strict=True):
+        (name,) = (n for n, module in model.named_modules() if module is block)
+        assert found[f"{name}.in_layers.2.weight"].skip_width == skip.width
+        assert found[f"{name}.skip_connection.weight"].skip_width == skip.width
+    assert found["middle_block.1.qkv.weight"] == HiddenMatrix(0, 3, num_heads=4)
+    assert found["middle_block.0.in_layers.2.weight"] == HiddenMatrix()
+
+
+def test_a_weight_is_orthogonalised_map_by_map():
+    weight, seen = torch.randn(24, 10, 3, 3), []
+
+    def note(matrix: Tensor) -> Tensor:
+        seen.append(matrix)
+        return 2 * matrix
+
+    assert torch.equal(HiddenMatrix(skip_width=4, num_maps=3, num_heads=2).apply(weight, note), 2 * weight)
+    queries = queries_first(weight, 2).unflatten(0, (3, 8))[0]
+    assert [m.shape for m in seen] == [(8, 54), (8, 36)] * 3
+    assert torch.equal(seen[0], queries[:, :6].flatten(1))
+    assert torch.equal(seen[1], queries[:, 6:].flatten(1))
+
+
+@pytest.mark.parametrize("shape", [(32, 32), (96, 32), (16, 288)])
+def test_newton_schulz_brings_singular_values_near_one_and_the_rms_to_that_of_adamw(shape):
+    step = orthogonalised(torch.randn(shape) * 1e-3)
+    values = torch.linalg.svdvals(step / (0.2 * max(shape) ** 0.5))
+    assert AT_ONE[0] < values.quantile(0.1)
+    assert values.max() < AT_ONE[1]
+    assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.25)
+
+
+def test_a_step_is_that_of_torch_on_each_map_and_of_adamw_on_the_rest():
+    torch.manual_seed(0)
+    model = make_backbone(small_config(Path()).model)
+    config = OptimizerConfig(**{**MUON, "weight_decay": 0.1})
+    matrices = zero.matrices_of(model, config)
+    optimizer = zero.make_optimizer(zero.optimizer_groups(model, 0.1, matrices), config, model, matrices)
+    parts, rest = {}, {}
+    for name, parameter in model.named_parameters():
+        if name not in matrices:
+            rest[name] = nn.Parameter(parameter.detach().clone())
+        else:
+            rows = parameter.detach().chunk(3 if "qkv" in name else 1)
+            parts[name] = [
+                [nn.Parameter(p.clone()) for p in r.chunk(2 if "skip_linear" in name else 1, 1)] for r in rows
+            ]
+    flat = [part for rows in parts.values() for row in rows for part in row]
+    by_torch = torch.optim.Muon(flat, lr=RATE, weight_decay=0.1, momentum=0.95, adjust_lr_fn="match_rms_adamw")
+    adamw = torch.optim.AdamW(rest.values(), lr=RATE, weight_decay=0.1, betas=(config.beta1, config.beta2))
+    for group in optimizer.param_groups:
+        group["lr"] = RATE
+    for _ in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = torch.randn_like(parameter)
+            if name in rest:
+                rest[name].grad = parameter.grad.clone()
+                continue
+            for rows, gradients in zip(parts[name], parameter.grad.chunk(len(parts[name])), strict=True):
+                for part, gradient in zip(rows, gradients.chunk(len(rows), 1), strict=True):
+                    part.grad = gradient.clone()
+        for each in (optimizer, by_torch, adamw):
+            each.step()
+    for name, parameter in model.named_parameters():
+        whole = rest.get(name)
+        expected = whole if whole is not None else torch.cat([torch.cat(row, 1) for row in parts[name]])
+        torch.testing.assert_close(parameter, expected, rtol=0, atol=1e-6, msg=name)
+
+
+def test_rates_of_mup_go_as_the_root_of_the_width():
+    base = small_config(Path()).model
+    for width, base_width in ((64, 16), (32, 32)):
+        config = replace(base, width=width, num_heads=width // 16, parametrization="mup", base_width=base_width)
+        model = make_backbone(config)
+        groups = zero.optimizer_groups(model, 0.1, hidden_matrices(model))
+        (hidden,) = (group for group in groups if group.get("is_hidden"))
+        root = (width / base_width) ** 0.5
+        assert hidden["learning_rate_factor"] == pytest.approx(1 / root)
+        assert hidden["weight_decay"] == pytest.approx(0.1 * root)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    run = tmp_path_factory.mktemp("straight") / "run"
+    assert train(muon_config(run, 2, images_per_checkpoint=STEP, skip_scale="none")) == 0
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 1, 3)), 2])
+def test_newton_schulz_runs_on_two_ranks_at_every_stage(straight, tmp_path, stage):
+    run = tmp_path / "run"
+    flags = ["--zero-stage", stage, "--images-per-checkpoint", STEP, "--total-images", 2 * STEP, "--skip-scale", "none"]
+    train_on_ranks(2, "digits-uvit", *FLAGS, *flags, "--run", run)
+    before, after = weights(run, 1), weights(run, 2)
+    torch.manual_seed(muon_config(run, 1).seed)
+    begun = make_backbone(muon_config(run, 1).model).state_dict()
+    matrices = hidden_matrices(make_backbone(muon_config(run, 1).model))
+
+    def expect_near_one(step: Tensor) -> Tensor:
+        values = torch.linalg.svdvals(step / (0.2 * RATE * max(step.shape) ** 0.5))
+        assert AT_ONE[0] < values.median()
+        assert values.max() < AT_ONE[1]
+        return step
+
+    for name, matrix in matrices.items():
+        matrix.apply(begun[name] - before[name], expect_near_one)
+        matrix.apply(before[name] - after[name], expect_near_one)
+    for name, weight in weights(straight, 1).items():
+        assert (before[name] - weight).abs().mean() < 0.02 * RATE, name
+    state = weights(run, 2, "optimizer")
+    assert {name.split(".", 1)[1] for name in state if name.startswith("exp_avg.")} == begun.keys()
+    assert {name.split(".", 1)[1] for name in state if name.startswith("exp_avg_sq.")} == begun.keys() - matrices.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 1, 2)), 3])
+def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
+    for run, stops in (("straight", [4]), ("resumed", [2, 4])):
+        for steps in stops:
+            assert train(muon_config(tmp_path / run, steps, zero_stage=stage)) == 0
+    for name in ("model", "ema", "optimizer"):
+        found, expected = (weights(tmp_path / run, 4, name) for run in ("resumed", "straight"))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_two_ranks_go_on_bit_for_bit_for_fifty_steps(tmp_path):
+    for run, stops in (("straight", [50]), ("resumed", [25, 50])):
+        for steps in stops:
+            flags = ["--zero-stage", 2, "--total-images", steps * STEP, "--images-per-log", 10 * STEP]
+            train_on_ranks(2, "digits-uvit", *FLAGS, *flags, "--run", tmp_path / run)
+    for name in ("model", "ema", "optimizer"):
+        found, expected = (weights(tmp_path / run, 50, name) for run in ("resumed", "straight"))
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--zero-stage=2", "--offload=optimizer"], "--optimizer.kind muon cannot offload"),
+        (["--optimizer.momentum=1"], "momentum must be in [0, 1), got 1.0"),
+        (["--optimizer.kind=sgd"], "sgd"),
+    ],
+)
+def test_bad_input(flags, message, tmp_path):
+    done = run_command("digits-uvit", *FLAGS, *flags, "--run", tmp_path / "run")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
