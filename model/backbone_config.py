@@ -159,12 +159,14 @@ class BackboneConfig:
     def check_skip_scale(self, policy: "SkipScale") -> None:
         """
         Raises:
-            ValueError: a policy other than "none" for a network without long skips.
+            ValueError: a policy other than "none" for a network without long skips, or one for another number of them.
         """
         if not self.has_skips and policy.kind != "none":
             raise ValueError(
                 f"skip scale {policy.kind!r}, but this {self.architecture} has no long skips (model.skip): 'none' fits"
             )
+        if (num_skips := getattr(self, "num_skips", None)) is not None:
+            policy.check_num_skips(num_skips)
 
     def check_recompute(self, recompute: Recompute) -> None:
         """

@@ -47,6 +47,8 @@ def unet2d_config(config: UNetConfig, skip_scale: SkipScale) -> dict[str, Any]:
     """
     if config.parametrization != "standard":
         raise ValueError(f"a UNet2DModel of diffusers has no parametrization {config.parametrization!r}")
+    if config.skip != "concatenated":
+        raise ValueError(f"a UNet2DModel of diffusers has no skip {config.skip!r}")
     attends = [factor in config.attention_resolutions for factor in config.factors]
     plain, resampling = ("DownBlock2D", "UpBlock2D"), "conv"
     if config.resblock_updown:

@@ -88,6 +88,8 @@ def _find(network: "Backbone", table: HiddenMatrices) -> Iterator[tuple[str, Hid
         if not _fits(name, table.names):
             continue
         skip_width = skip_widths.get(parameter, 0) if _fits(name, table.takes_skip) else 0
+        if skip_width >= parameter.shape[1]:  # it is added to the stream
+            skip_width = 0
         if _fits(name, table.queries_keys_values):
             yield name, HiddenMatrix(skip_width, 3, _heads(network.get_submodule(name.rsplit(".", 2)[0])))
         else:

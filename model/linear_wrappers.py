@@ -1,9 +1,9 @@
 """Other parametrisations of a linear layer, put in the place of any nn.Linear: ``wrap_linear``.
 
 sigma-reparam (Zhai et al., arXiv:2303.06296): W = gamma / sigma(V) V, sigma(V) the largest singular value of the weight
-V and gamma a learned number, which alone says how much the layer can amplify. sigma(V) = ‖Vᵀ u‖, whose derivative by V is
-the exact one where u is the left singular vector. The layer keeps u and follows V by a power step for each step of the
-optimizer: what forward computes depends on parameters and u alone, however often it is computed.
+V and gamma a learned number, which alone says how much the layer can amplify. sigma(V) = ‖Vᵀ u‖, whose derivative by V
+is the exact one where u is the left singular vector. The layer keeps u, which follows V by one power step after each
+step of the optimizer: what forward computes depends on parameters and u alone, however often it is computed.
 
 decoupled (scale-distribution decoupling, Wang et al., arXiv:2502.15499): y = alpha * V x / RMS(V x), alpha a learned
 number for each output: the layer's outputs have the size of alpha, whatever that of V or of x.

@@ -105,6 +105,12 @@ class SkipScale:
         """
         return None
 
+    def check_num_skips(self, num_skips: int) -> None:
+        """
+        Raises:
+            ValueError: the policy is for another number of skips.
+        """
+
     def long_skip(self, i: int, skips: Sequence[SkipShape], features: "Tensor", gates: "nn.Module | None") -> LongSkip:
         """Skip i of those that a backbone describes, with its factors."""
         scale = self.scale(i, len(skips), features, gates)
@@ -213,7 +219,60 @@ class LearnedScale(SkipScale, kind="ls"):
 
 LearnedScale.register("ls-separate", shared=False)
 SKIP_SCALE_NAMES: tuple[str, ...] = tuple(SkipScale.known)
-"""The policies that come with the package."""
+"""The policies that come with the package and fit any network with skips, as they are."""
+
+
+@dataclass(frozen=True)
+class GivenScale(SkipScale, kind="given"):
+    """kappa_i as they are given, one for each skip of the network.
+
+    Raises:
+        ValueError: a factor that is not finite or is negative; of a network, another number of skips.
+    """
+
+    factors: tuple[float, ...] = ()
+    """kappa_1, of the outermost skip, to kappa_N."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(self.factors))
+        for i, factor in enumerate(self.factors, start=1):
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"factors of skips must be finite and not negative, got {factor} for skip {i}")
+
+    def check_num_skips(self, num_skips: int) -> None:
+        if len(self.factors) != num_skips:
+            there_are = f"{len(self.factors)} factors" if self.factors else "no factors (skip-scale.factors)"
+            raise ValueError(f"skip scale {self.kind!r} has {there_are}, the network has {num_skips} long skips")
+
+    def make_gates(self, skips: Sequence[SkipShape]) -> None:
+        self.check_num_skips(len(skips))
+
+    def scale(self, i: int, num_skips: int, skip: "Tensor", gates: "nn.Module | None") -> float | None:
+        return self.factors[i - 1] if self.factors else None
+
+
+@dataclass(frozen=True)
+class ProfiledScale(GivenScale, kind="profiled"):
+    """Given factors that a run measures when it starts (``scalelong.model.skip_profile``); until then skips stay.
+
+    Each skip makes up the same share of the concatenation that it enters: Admin's profiling of branch variances
+    (Liu et al., arXiv:2004.08249), for long skips.
+
+    Raises:
+        ValueError: a share outside (0, 1), or what ``GivenScale`` raises.
+    """
+
+    share: float = 0.5
+    """Of the energy of the concatenation, in (0, 1): kappa² N_b M[s]² / (N_a M[h]² + kappa² N_b M[s]²)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.share < 1:
+            raise ValueError(f"the share of a skip must lie in (0, 1), got {self.share}")
+
+    def check_num_skips(self, num_skips: int) -> None:
+        if self.factors:
+            super().check_num_skips(num_skips)
 
 
 def make_skip_scale(kind: str, kappa: float | None = None, **values: Any) -> SkipScale:

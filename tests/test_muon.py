@@ -24,14 +24,21 @@ from scalelong.train.zero.muon import orthogonalised
 
 STEP, RATE = 32, 1e-2
 MUON: dict[str, Any] = {"kind": "muon", "learning_rate": RATE, "weight_decay": 0.0, "warmup_images": 0}
-FLAGS = [*SMALL, *(f"--optimizer.{name.replace('_', '-')}={value}" for name, value in MUON.items())]
+FLAGS = [
+    *SMALL,
+    "--num-validation-images=0",
+    "--sample.num-images=1",
+    "--sample.steps=1",
+    *(f"--optimizer.{name.replace('_', '-')}={value}" for name, value in MUON.items()),
+]
 AT_ONE = (0.6, 1.25)
-"""Where five iterations leave singular values that are not far below the largest (arXiv:2502.16982 has the curve)."""
+"""Where five iterations leave singular values that are not far below the largest."""
 
 
 def muon_config(run: Path, steps: int, **changes: Any) -> TrainConfig:
-    config = small_config(run, total_images=steps * STEP, **changes)
-    return replace(config, optimizer=replace(config.optimizer, **MUON))
+    config = small_config(run, total_images=steps * STEP, num_validation_images=0, **changes)
+    sample = replace(config.sample, num_images=1, steps=1)
+    return replace(config, optimizer=replace(config.optimizer, **MUON), sample=sample)
 
 
 def weights(run: Path, steps: int, name: str = "model") -> dict[str, Tensor]:
@@ -177,8 +184,9 @@ def test_newton_schulz_runs_on_two_ranks_at_every_stage(straight, tmp_path, stag
 
     def expect_near_one(step: Tensor) -> Tensor:
         values = torch.linalg.svdvals(step / (0.2 * RATE * max(step.shape) ** 0.5))
-        assert AT_ONE[0] < values.median()
-        assert values.max() < AT_ONE[1]
+        # Of gradients of few tokens the smallest are near zero, where five iterations leave them small.
+        assert AT_ONE[0] < values[3]
+        assert values[0] < AT_ONE[1]
         return step
 
     for name, matrix in matrices.items():
@@ -194,11 +202,11 @@ def test_newton_schulz_runs_on_two_ranks_at_every_stage(straight, tmp_path, stag
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 1, 2)), 3])
 def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
-    for run, stops in (("straight", [4]), ("resumed", [2, 4])):
+    for run, stops in (("straight", [2]), ("resumed", [1, 2])):
         for steps in stops:
             assert train(muon_config(tmp_path / run, steps, zero_stage=stage)) == 0
     for name in ("model", "ema", "optimizer"):
-        found, expected = (weights(tmp_path / run, 4, name) for run in ("resumed", "straight"))
+        found, expected = (weights(tmp_path / run, 2, name) for run in ("resumed", "straight"))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 

@@ -24,6 +24,7 @@ from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import make_objective
 from scalelong.train.outcome import OutcomeFile
+from scalelong.train.profiled_skips import with_profiled_skips
 from scalelong.train.report import Meter, Report, open_report, truncate_log
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
 from scalelong.train.run_folder import grid_path, log_path, spikes_path, write_config
@@ -54,6 +55,7 @@ def train(config: TrainConfig) -> int:
         if start.is_finished:
             announce_finished(start)
             return 0
+        start = with_profiled_skips(start)
         is_new = start.checkpoint is None or start.is_branch
         processes.agree(lambda: lock.take(is_new=is_new) if processes.is_main else None)
         return train_on(start)
