@@ -12,6 +12,7 @@ Shapes: O outputs, I inputs.
 """
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class SigmaLinear(nn.Linear):
         """From a vector that every process has alike, for the weight as it is."""
         start = torch.randn(self.out_features, generator=torch.Generator().manual_seed(0), device="cpu")
         self.singular_vector = start.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
-        for _ in range(FIRST_POWER_STEPS):
+        for _ in range(FIRST_POWER_STEPS if self.weight.device.type != "meta" else 0):
             self.power_step(self.weight)
 
     @torch.no_grad()
@@ -61,7 +62,8 @@ class SigmaLinear(nn.Linear):
 
     def sigma(self) -> Tensor:
         """(1,), at least in fp32: the largest singular value, or a little less until the power iteration is there."""
-        with torch.autocast(self.weight.device.type, enabled=False):
+        kind = self.weight.device.type
+        with nullcontext() if kind == "meta" else torch.autocast(kind, enabled=False):
             dtype = torch.promote_types(self.weight.dtype, torch.float32)
             return torch.linalg.vector_norm(self.weight.to(dtype).T @ self.singular_vector.to(dtype)).reshape(1)
 

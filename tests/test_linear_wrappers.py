@@ -133,14 +133,14 @@ def test_wrapping_twice_and_other_bad_input_is_refused():
         replace(CONFIG, linear="decoupled", magnitude_preserving=True)
 
 
-@pytest.mark.parametrize("kind", ["sigma-reparam", "decoupled"])
+@pytest.mark.parametrize("kind", ["sigma-reparam", pytest.param("decoupled", marks=pytest.mark.exhaustive)])
 def test_what_a_step_changes_does_not_go_with_the_width_under_mup(kind):
     pytest.importorskip("deepspeed")
     from scalelong.bench.mup.coordinates import Check, curves_of, networks, worst_growth
 
     config = replace(CONFIG, in_channels=3, num_classes=4, width=64, depth=2, num_heads=4, linear=kind)
     config = replace(config, parametrization="mup", base_width=64)
-    check = Check(widths=(64, 128, 256), seeds=1, steps=2)
+    check = Check(widths=(64, 256), seeds=2, steps=2)
     assert worst_growth(curves_of(networks(config, ConstantScale(0.5)), check)) < 0.4
 
 

@@ -14,8 +14,10 @@ pytest.importorskip("deepspeed")
 from running import SMALL, run_command, small_config, train_on_ranks
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.backbone import ParameterGroup
 from scalelong.model.hidden_matrices import HiddenMatrix, hidden_matrices
 from scalelong.model.linear_layers import queries_first
+from scalelong.model.skip_scale import ConstantScale
 from scalelong.train.config import OptimizerConfig, TrainConfig
 from scalelong.train.loop import train
 from scalelong.train.recipes import RECIPES
@@ -162,6 +164,23 @@ def test_rates_of_mup_go_as_the_root_of_the_width():
         root = (width / base_width) ** 0.5
         assert hidden["learning_rate_factor"] == pytest.approx(1 / root)
         assert hidden["weight_decay"] == pytest.approx(0.1 * root)
+
+
+def test_what_a_step_changes_does_not_go_with_the_width_under_mup():
+    from scalelong.bench.mup.coordinates import Check, curves_of, networks, worst_growth
+
+    config = replace(small_config(Path()).model, img_size=8, in_channels=3, num_classes=4, width=64, num_heads=4)
+    config = replace(config, parametrization="mup", base_width=64)
+    check = Check(widths=(64, 256), seeds=2, steps=2, optimizer="muon")
+    make = networks(config, ConstantScale(0.5))
+    assert worst_growth(curves_of(make, check)) < 0.4
+
+    def as_without_mup(width: int) -> Any:
+        model = make(width)
+        model.parameter_groups = lambda: [ParameterGroup(tuple(name for name, _ in model.named_parameters()))]
+        return model
+
+    assert worst_growth(curves_of(as_without_mup, check)) > 0.4
 
 
 @pytest.fixture(scope="module")
