@@ -75,9 +75,9 @@ def hidden_matrices(network: "Backbone") -> Mapping[str, HiddenMatrix]:
 
 
 def hidden_layers(network: "Backbone") -> list[nn.Module]:
-    """The layers that have the hidden matrices, in the order of their parameters."""
-    assert network.matrices is not None
-    names = [name for name, _ in network.named_parameters() if _fits(name, network.matrices.names)]
+    """The layers that have the hidden matrices, in the order of their parameters; none where it does not say."""
+    patterns = "" if network.matrices is None else network.matrices.names
+    names = [name for name, _ in network.named_parameters() if _fits(name, patterns)]
     return [network.get_submodule(name.rpartition(".")[0]) for name in names]
 
 

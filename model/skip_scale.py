@@ -56,6 +56,8 @@ class SkipScale:
     wherever its class has been defined before the network is loaded.
     """
 
+    trains_alone: ClassVar[bool] = False
+    """Whether training moves what the policy has made and leaves the network as it is."""
     known: ClassVar[dict[str, "Kind"]] = {}
     """The one registry: every policy by the name that it has on the command line and is saved with."""
 
@@ -273,6 +275,36 @@ class ProfiledScale(GivenScale, kind="profiled"):
     def check_num_skips(self, num_skips: int) -> None:
         if self.factors:
             super().check_num_skips(num_skips)
+
+
+@dataclass(frozen=True)
+class AdaptedSkips(ConstantScale, kind="adapter"):
+    """kappa^(i-1) times ``s + W2 gelu(W1 s)``, which is s at the start: SCEdit (arXiv:2312.11392), to fine-tune with.
+
+    Training moves the adapters alone (``scalelong.model.skip_adapters``). At kappa 1 it begins as the network without.
+
+    Raises:
+        ValueError: kappa outside (0, 1], or a rank below 1.
+    """
+
+    trains_alone: ClassVar[bool] = True
+    kappa: float = 1.0
+    """The base of the factors kappa^(i-1), in (0, 1]: that of the network that is fine-tuned."""
+    rank: int = 16
+    """Hidden features of an adapter."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
+
+    def make_gates(self, skips: Sequence[SkipShape]) -> "nn.Module":
+        from scalelong.model.skip_adapters import make_adapters
+
+        return make_adapters(skips, self.rank)  # pyright: ignore[reportArgumentType]
+
+    def long_skip(self, i: int, skips: Sequence[SkipShape], features: "Tensor", gates: Any) -> LongSkip:
+        return super().long_skip(i, skips, gates[len(skips) - i](features), gates)
 
 
 def make_skip_scale(kind: str, kappa: float | None = None, **values: Any) -> SkipScale:

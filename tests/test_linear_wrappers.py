@@ -158,15 +158,9 @@ def trained(run: Path, steps: int, kind: Any, **changes: Any) -> dict[str, dict[
     return {name: load_file(folder / f"{name}.safetensors") for name in ("model", "ema", "optimizer")}
 
 
+@pytest.mark.exhaustive  # test_skip_profile.py has one of them in make test
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("stage", "kind"),
-    [
-        (3, "sigma-reparam"),
-        pytest.param(2, "sigma-reparam", marks=pytest.mark.exhaustive),
-        pytest.param(3, "decoupled", marks=pytest.mark.exhaustive),
-    ],
-)
+@pytest.mark.parametrize(("stage", "kind"), [(3, "sigma-reparam"), (2, "sigma-reparam"), (3, "decoupled")])
 def test_a_run_goes_on_bit_for_bit(stage, kind, tmp_path):
     straight = trained(tmp_path / "straight", 2, kind, zero_stage=stage)
     trained(tmp_path / "resumed", 1, kind, zero_stage=stage)

@@ -11,17 +11,22 @@ from torch import Tensor, nn
 
 pytest.importorskip("deepspeed")
 
-from running import SMALL, run_command, small_config, train_on_ranks
+from running import SMALL, small_config, train_on_ranks
 
 from scalelong.model.architectures import make_backbone
 from scalelong.model.backbone import ParameterGroup
 from scalelong.model.hidden_matrices import HiddenMatrix, hidden_matrices
 from scalelong.model.linear_layers import queries_first
 from scalelong.model.skip_scale import ConstantScale
+from scalelong.model.uvit import UViT
+from scalelong.train.branch import check_differences
+from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.config import OptimizerConfig, TrainConfig
+from scalelong.train.errors import UserError
 from scalelong.train.loop import train
 from scalelong.train.recipes import RECIPES
 from scalelong.train.zero import engine as zero
+from scalelong.train.zero.engine_config import check_engine_config
 from scalelong.train.zero.muon import orthogonalised
 
 STEP, RATE = 32, 1e-2
@@ -183,16 +188,9 @@ def test_what_a_step_changes_does_not_go_with_the_width_under_mup():
     assert worst_growth(curves_of(as_without_mup, check)) > 0.4
 
 
-@pytest.fixture(scope="module")
-def straight(tmp_path_factory) -> Path:
-    run = tmp_path_factory.mktemp("straight") / "run"
-    assert train(muon_config(run, 2, images_per_checkpoint=STEP, skip_scale="none")) == 0
-    return run
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 1, 3)), 2])
-def test_newton_schulz_runs_on_two_ranks_at_every_stage(straight, tmp_path, stage):
+def test_newton_schulz_runs_on_two_ranks_at_every_stage(tmp_path, stage):
     run = tmp_path / "run"
     flags = ["--zero-stage", stage, "--images-per-checkpoint", STEP, "--total-images", 2 * STEP, "--skip-scale", "none"]
     train_on_ranks(2, "digits-uvit", *FLAGS, *flags, "--run", run)
@@ -211,15 +209,26 @@ def test_newton_schulz_runs_on_two_ranks_at_every_stage(straight, tmp_path, stag
     for name, matrix in matrices.items():
         matrix.apply(begun[name] - before[name], expect_near_one)
         matrix.apply(before[name] - after[name], expect_near_one)
-    for name, weight in weights(straight, 1).items():
-        assert (before[name] - weight).abs().mean() < 0.02 * RATE, name
     state = weights(run, 2, "optimizer")
     assert {name.split(".", 1)[1] for name in state if name.startswith("exp_avg.")} == begun.keys()
     assert {name.split(".", 1)[1] for name in state if name.startswith("exp_avg_sq.")} == begun.keys() - matrices.keys()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [*(pytest.param(n, marks=pytest.mark.exhaustive) for n in (0, 1, 2)), 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_take_the_steps_of_one(stage, tmp_path):
+    assert train(muon_config(tmp_path / "alone", 2, skip_scale="none")) == 0
+    flags = ["--zero-stage", stage, "--total-images", 2 * STEP, "--skip-scale", "none"]
+    train_on_ranks(2, "digits-uvit", *FLAGS, *flags, "--run", tmp_path / "run")
+    found, expected = weights(tmp_path / "run", 2), weights(tmp_path / "alone", 2)
+    # Rounding is enough for another step along directions that have next to no gradient.
+    assert all((found[name] - weight).abs().mean() < 0.05 * RATE for name, weight in expected.items())
+
+
+@pytest.mark.exhaustive  # test_skip_profile.py has one of them in make test
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_run_goes_on_bit_for_bit(tmp_path, stage):
     for run, stops in (("straight", [2]), ("resumed", [1, 2])):
         for steps in stops:
@@ -242,16 +251,19 @@ def test_two_ranks_go_on_bit_for_bit_for_fifty_steps(tmp_path):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--zero-stage=2", "--offload=optimizer"], "--optimizer.kind muon cannot offload"),
-        (["--optimizer.momentum=1"], "momentum must be in [0, 1), got 1.0"),
-        (["--optimizer.kind=sgd"], "sgd"),
-    ],
-)
-def test_bad_input(flags, message, tmp_path):
-    done = run_command("digits-uvit", *FLAGS, *flags, "--run", tmp_path / "run")
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert not (tmp_path / "run").exists()
+def test_bad_input(tmp_path):
+    config = muon_config(tmp_path, 1, zero_stage=2, offload="optimizer")
+    with pytest.raises(UserError, match=r"--optimizer.kind muon cannot offload"):
+        check_engine_config(config, STEP)
+    file = tmp_path / "deepspeed.json"
+    file.write_text('{"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}')
+    with pytest.raises(UserError, match=r"--optimizer.kind muon cannot offload"):
+        check_engine_config(replace(config, offload="none", deepspeed_config=file), STEP)
+    with pytest.raises(UserError, match=r"momentum must be in \[0, 1\), got 1.0"):
+        parse_train_arguments(["digits-uvit", "--optimizer.kind=muon", "--optimizer.momentum=1"])
+    with pytest.raises(UserError, match="sgd"):
+        parse_train_arguments(["digits-uvit", "--optimizer.kind=sgd"])
+    with pytest.raises(UserError, match=r"optimizer's state of adamw, which --optimizer.kind muon cannot go on with"):
+        check_differences(small_config(tmp_path), muon_config(tmp_path, 1))
+    with pytest.raises(ValueError, match="does not say which weights are hidden matrices"):
+        hidden_matrices(type("Other", (UViT,), {"matrices": None})(config.model))

@@ -225,6 +225,11 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
     validation = open_validation_source(config, prepared)
     if config.images_per_evaluation:
         check_evaluation(config)
+    if checkpoint is None and config.init_from is None and config.skip_scale.trains_alone:
+        raise UserError(
+            f"--skip-scale {config.skip_scale.kind} fine-tunes a network that is trained, and moves nothing else: take "
+            f"--init-from"
+        )
     initial = read_weights(config) if checkpoint is None and config.init_from is not None else None
     if initial is not None:
         config = replace(config, init_sha256=initial.sha256)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.skip_adapters import freeze_all_but_adapters
 from scalelong.model.skip_scale import described
 from scalelong.train.checkpoint import (
     TrainState,
@@ -100,6 +101,8 @@ def start_run(start: Start) -> Run:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     elif start.initial is not None:
         start.initial.put_into(model, config)
+    if config.skip_scale.trains_alone:
+        freeze_all_but_adapters(model)
     loss_weighting = make_objective(config.objective).make_log_variance()
     if checkpoint is not None and loss_weighting is not None:
         loss_weighting.load_state_dict(read_tensors(checkpoint, shards.LOSS_WEIGHTING))

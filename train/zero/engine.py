@@ -55,8 +55,9 @@ def make_engine(
         config=deepspeed_config(config, micro_batch, num_params),
     )
     engine: Any = initialized[0]
-    engine.row_functions, engine.hidden_matrices = row_functions, matrices
-    engine.sigma_layers = sigma_layers(engine.module)
+    trained = {name for name, _ in trained_parameters(engine)}
+    engine.row_functions = {name: function for name, function in row_functions.items() if name in trained}
+    engine.hidden_matrices, engine.sigma_layers = matrices, sigma_layers(engine.module)
     scaler = _grad_scaler(engine)
     if scaler is not None:
         scaler.set_growth_interval(scaler.get_growth_interval() * _scaler_updates_per_step(engine))
@@ -113,11 +114,14 @@ def optimizer_groups(
 ) -> list[dict[str, Any]]:
     """The groups of a model as optimizers of torch take them, with the factor of each one's learning rate.
 
+    What is frozen is in none.
+
     Args:
         matrices: the hidden matrices that Muon updates, in groups of their own.
     """
     parameters, groups = dict(model.named_parameters()), list[dict[str, Any]]()
     for whole in model.parameter_groups():
+        whole = whole._replace(names=tuple(name for name in whole.names if parameters[name].requires_grad))
         for group, is_hidden in zip(split_group(whole, matrices), (False, True), strict=True):
             if group is not None:
                 groups.append(_group_of_torch(group, parameters, weight_decay) | ({HIDDEN: True} if is_hidden else {}))
@@ -213,7 +217,7 @@ def optimizer_state(engine) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     untouched = optimizer_step_count(engine) == 0  # every step so far overflowed in fp16: there is no state yet
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine):
         for key in _states_of(engine, name):
             if untouched:
                 value = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
@@ -238,7 +242,7 @@ def restore_optimizer(engine, state: dict[str, Tensor], step_count: int) -> None
     stage = engine.zero_optimization_stage()
     base = _base_optimizer(engine)
     _start_optimizer(engine, step_count)
-    for name, parameter in engine.module.named_parameters():
+    for name, parameter in trained_parameters(engine):
         for key in _states_of(engine, name):
             value = state[f"{key}.{name}"].to(parameter.device)
             if stage == 0:
@@ -266,6 +270,11 @@ def _start_optimizer(engine, step_count: int) -> None:
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def trained_parameters(engine) -> Iterator[tuple[str, Any]]:
+    """Those that are not frozen, by their names, with what the loss learns."""
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
 
 
 def _states_of(engine, name: str) -> tuple[str, ...]:

@@ -35,6 +35,8 @@ def follow_weights(engine) -> None:
     call it: all compute the same bits of whole weights, of which ZeRO 3 gathers one at a time."""
     for _, layer in engine.sigma_layers:
         weight = layer.weight
+        if not weight.requires_grad:
+            continue
         if engine.zero_optimization_stage() == 3:
             weight = shards.gather(weight, weight.ds_tensor.to(engine.device), 3)
         layer.power_step(weight)

@@ -62,7 +62,13 @@ def shards_of(engine, whole: dict[str, Tensor]) -> list[Tensor]:
     return [part.to(master.device, copy=True) for part, master in zip(parts, master_shards(engine), strict=True)]
 
 
+def stage_of(parameter: Any, stage: int) -> int:
+    """The stage that a parameter lies as in: ZeRO 1 and 2 leave frozen ones whole on every rank, as no ZeRO does."""
+    return 0 if stage in (1, 2) and not parameter.requires_grad else stage
+
+
 def master_shard(parameter: Any, stage: int) -> Tensor:
+    stage = stage_of(parameter, stage)
     if stage == 0:
         return parameter.detach()
     if stage == 3:
@@ -73,6 +79,7 @@ def master_shard(parameter: Any, stage: int) -> Tensor:
 
 def gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
     """The whole of a parameter, or of a tensor laid out as it is, from this rank's part, which lies on its device."""
+    stage = stage_of(parameter, stage)
     if stage == 0:
         return shard
     if stage == 3:
@@ -90,6 +97,7 @@ def gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
 
 def cut(parameter: Any, whole: Tensor, stage: int) -> Tensor:
     """The inverse of ``gather``."""
+    stage = stage_of(parameter, stage)
     if stage == 0:
         return whole
     if stage == 3:
