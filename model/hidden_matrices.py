@@ -71,7 +71,8 @@ def hidden_matrices(network: "Backbone") -> Mapping[str, HiddenMatrix]:
         raise ValueError(
             f"a {type(network).__name__} does not say which weights are hidden matrices (Backbone.matrices)"
         )
-    return dict(_find(network, table))
+    # This file, seen from the network's, has another name than through the package.
+    return dict(_find(network, table))  # pyright: ignore[reportArgumentType]
 
 
 def hidden_layers(network: "Backbone") -> list[nn.Module]:
