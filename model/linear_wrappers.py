@@ -24,8 +24,8 @@ from scalelong.model.linear_layers import GeluLinear, SkipLinear
 
 SINGULAR_VECTOR = "singular_vector"
 """The buffer u: part of a state dict, but neither a parameter nor of an average of those."""
-FIRST_POWER_STEPS = 50
-"""From nothing; from then on one step follows each change of the weight."""
+FIRST_VECTORS, FIRST_POWER_STEPS = 8, 20
+"""From nothing; from then on one step of one vector follows each change of the weight."""
 
 
 class SigmaLinear(nn.Linear):
@@ -43,12 +43,21 @@ class SigmaLinear(nn.Linear):
         with torch.no_grad():
             self.gamma.copy_(self.sigma())
 
+    @torch.no_grad()
     def find_singular_vector(self) -> None:
-        """From a vector that every process has alike, for the weight as it is."""
-        start = torch.randn(self.out_features, generator=torch.Generator().manual_seed(0), device="cpu")
-        self.singular_vector = start.to(self.weight.device, torch.promote_types(self.weight.dtype, torch.float32))
-        for _ in range(FIRST_POWER_STEPS if self.weight.device.type != "meta" else 0):
-            self.power_step(self.weight)
+        """For the weight as it is, by power steps of a few vectors at a time, which every process begins with alike."""
+        weight = self.weight.to(torch.promote_types(self.weight.dtype, torch.float32))
+        if weight.is_meta:
+            self.singular_vector = weight.new_empty(self.out_features)
+            return
+        generator = torch.Generator().manual_seed(0)
+        start = torch.randn(self.out_features, min(FIRST_VECTORS, self.out_features), generator=generator, device="cpu")
+        basis = start.to(weight)
+        for _ in range(FIRST_POWER_STEPS):
+            basis = torch.linalg.qr(weight @ (weight.T @ basis)).Q
+        # The vector of the space between them that the weight stretches most.
+        most = torch.linalg.svd(weight.T @ basis, full_matrices=False).Vh[0]
+        self.singular_vector = F.normalize(basis @ most, dim=0)
 
     @torch.no_grad()
     def power_step(self, weight: Tensor) -> None:
