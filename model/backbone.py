@@ -14,6 +14,8 @@ from scalelong.model.backbone_config import BackboneConfig, Recompute
 from scalelong.model.checkpoint_file import check_keys, read_state_dict, with_one_dtype, write_tensors
 from scalelong.model.conditioning import PARAMETERS as OF_CONDITIONS
 from scalelong.model.conditioning import make_augment_embed, make_self_condition
+from scalelong.model.hidden_matrices import HiddenMatrices
+from scalelong.model.linear_wrappers import SigmaLinear
 from scalelong.model.magnitude import MPFourier, forced_normalisation
 from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
@@ -54,6 +56,8 @@ class Backbone(nn.Module):
     config_class: ClassVar[type[BackboneConfig]]
     kinds: Sequence[ParameterKind]
     """The table of parameters; ``parameter_kinds`` may make another of it."""
+    matrices: HiddenMatrices | None = None
+    """Which weights are hidden matrices, whose steps an optimizer may orthogonalise; None: it does not say."""
     config: Any
     skips: tuple[SkipShape, ...] = ()
     """The long skips, in execution order: the first is i = N, the innermost."""
@@ -240,6 +244,8 @@ class Backbone(nn.Module):
         for module in self.modules():
             if isinstance(module, MPFourier):
                 module.reset_buffers()
+            elif isinstance(module, SigmaLinear):
+                module.begin()
 
     def num_params(self) -> int:
         """How many numbers the parameters hold, gates included."""

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 Parametrization = Literal["standard", "mup"]
 Recompute = Literal["none", "blocks"] | float
+LinearName = Literal["plain", "sigma-reparam", "decoupled"]
 Transformer = TypeVar("Transformer", bound="BackboneConfig")
 
 
@@ -38,6 +39,19 @@ def with_base_width(config: Transformer) -> Transformer:
         raise ValueError(f"base_width {base_width} is no multiple of the width {head_width} of a head")
     changes = {"width": base_width, "num_heads": base_width // head_width}
     return replace(config, parametrization="standard", base_width=0, **changes)
+
+
+def check_linear(linear: str, *, magnitude_preserving: bool) -> None:
+    """
+    Raises:
+        ValueError: no parametrisation of linear layers, or one for layers that have another already.
+    """
+    if linear not in get_args(LinearName):
+        raise ValueError(f"linear must be one of {', '.join(get_args(LinearName))}, got {linear!r}")
+    if linear != "plain" and magnitude_preserving:
+        raise ValueError(
+            f"linear {linear!r} and magnitude_preserving exclude each other: its layers have a parametrisation already"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,12 +192,14 @@ class BackboneConfig:
     def check_skip_scale(self, policy: "SkipScale") -> None:
         """
         Raises:
-            ValueError: a policy other than "none" for a network without long skips.
+            ValueError: a policy other than "none" for a network without long skips, or one for another number of them.
         """
         if not self.has_skips and policy.kind != "none":
             raise ValueError(
                 f"skip scale {policy.kind!r}, but this {self.architecture} has no long skips (model.skip): 'none' fits"
             )
+        if (num_skips := getattr(self, "num_skips", None)) is not None:
+            policy.check_num_skips(num_skips)
 
     def check_skip_tuning(self, tuning: tuple[float, float] | None) -> None:
         """

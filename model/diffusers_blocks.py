@@ -152,7 +152,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):
             long_skip.input = "taken"
         channels_last, hidden = is_channels_last(x), long_skip.hidden_channels
         h, skip = (as_layout(part, channels_last) for part in x.split((hidden, x.shape[1] - hidden), dim=1))
-        _, scale, _, common = long_skip.scaled(skip)
+        skip, scale, _, common = long_skip.scaled(skip)
         return (x, None, None, None) if scale is None and common is None else (h, skip, scale, common)
 
     def norm_and_activation(
@@ -196,7 +196,7 @@ def decoded(
         # Positional, and no tensor inside a container: so every way of checkpointing sees them.
         if is_called_by_class(residual_block, ResnetBlock2D):
             # The factors are arguments: blocks that are compiled one by one share a graph.
-            _, scale, _, common = long_skip.scaled(skip)
+            skip, scale, _, common = long_skip.scaled(skip)
             arguments: tuple[Any, ...] = (h, temb, skip, scale, common)
         else:
             residual_block = partial(called_as_it_is, residual_block, long_skip)
@@ -220,11 +220,13 @@ def called_as_it_is(
     skip = as_layout(skip, is_channels_last(h))
     if isinstance(residual_block, ResnetBlock2D) and has_forward_of_class(residual_block):
         return residual_block(concatenated(h, skip, None), temb)
-    _, scale, _, common = long_skip.scaled(skip)
+    features, scale, _, common = long_skip.scaled(skip)
     must_take = long_skip.network.position == "after-norm" and not (scale is None and common is None)
     long_skip.input = "concatenated" if must_take else "scaled"
     if must_take:
         scale = common = None
+    else:
+        skip = features
     try:
         y = residual_block(multiplied(concatenated(h, skip, scale), common), temb)
         if long_skip.input == "concatenated":

@@ -50,6 +50,8 @@ def unet2d_config(config: UNetConfig, skip_scale: SkipScale) -> dict[str, Any]:
     for name, without in (("self_condition_block", None), ("augment_dim", 0)):
         if getattr(config, name) != without:
             raise ValueError(f"a UNet2DModel of diffusers has no {name}")
+    if config.skip != "concatenated":
+        raise ValueError(f"a UNet2DModel of diffusers has no skip {config.skip!r}")
     attends = [factor in config.attention_resolutions for factor in config.factors]
     plain, resampling = ("DownBlock2D", "UpBlock2D"), "conv"
     if config.resblock_updown:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.dit_config import DiTConfig as DiTConfig
+from scalelong.model.hidden_matrices import HiddenMatrices, hidden_layers
 from scalelong.model.linear_layers import SkipLinear, project_skip
+from scalelong.model.linear_wrappers import wrap_linears
 from scalelong.model.magnitude import mp_sum, normal_rows, unit_rms
 from scalelong.model.modulation import TOLD, Told, modulation, sizes_of, told
 from scalelong.model.mp_dit import MPBlock, MPFinalLayer, MPLabelEmbedder, MPTimeEmbedder
@@ -43,6 +45,7 @@ def _xavier_of_patches(weight: Tensor) -> None:
 # fmt: off
 PARAMETERS = (
     # names                                                         begin as
+    ParameterKind("*.gamma *.alpha",                                weight_decay=0.0),  # of wrapped linear layers
     ParameterKind("skip_gates.* *.skip_norm.* *.skip_linear.*"),    # as PyTorch's layers begin, as Skip-DiT's do
     ParameterKind("*.q_norm.* *.k_norm.*"),
     ParameterKind("x_embedder.proj.weight",                         _xavier_of_patches),
@@ -154,6 +157,7 @@ class DiT(Backbone):
 
     config_class = DiTConfig
     kinds = PARAMETERS
+    matrices = HiddenMatrices("*.qkv.weight *.attn.proj.weight *.fc1.weight *.fc2.weight *.skip_linear.weight")
     pos_embed: Tensor
 
     def __init__(self, config: DiTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
@@ -169,6 +173,7 @@ class DiT(Backbone):
         first_with_skip = config.depth - num_skips
         self.blocks = nn.ModuleList(parts.block(config, takes_skip=n >= first_with_skip) for n in range(config.depth))
         self.final_layer = parts.end(config)
+        wrap_linears(hidden_layers(self), config.linear)
         self.init_weights()
         self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * num_skips
         self.skip_gates = self.skip_scale.make_gates(self.skips)

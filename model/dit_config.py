@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory, LinearName, check_linear, with_base_width
 
 if TYPE_CHECKING:
     from scalelong.model.dit import DiT
@@ -42,6 +42,9 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
     rotate pairs of them (arXiv:2505.19122); rotate them; or scale them. Each branch has its gate in all four."""
     magnitude_preserving: bool = False
     """Layers that keep the magnitude of what passes, in the place of norms and biases (MaP-DiT)."""
+    linear: LinearName = "plain"
+    """How the linear layers of blocks are parametrised: as published; by their largest singular value (sigma-reparam);
+    or with outputs of a learned size (decoupled)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -66,6 +69,7 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
             raise ValueError(f"long skips need a depth of at least 2, got {self.depth}")
         if self.magnitude_preserving:
             self._check_without_norms()
+        check_linear(self.linear, magnitude_preserving=self.magnitude_preserving)
         if self.parametrization == "mup":
             self.base_config()
         self.check_conditions()

@@ -22,6 +22,7 @@ from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
 from scalelong.model.common_factor import multiplied
 from scalelong.model.edm2_unet_config import EDM2UNetConfig as EDM2UNetConfig
+from scalelong.model.hidden_matrices import HiddenMatrices
 from scalelong.model.magnitude import (
     RESIDUAL_BALANCE,
     Gain,
@@ -51,6 +52,10 @@ PARAMETERS = (
 )
 # fmt: on
 """Rows of random direction and unit RMS, and gains of zero: modulations begin as the identity, predictions as zero."""
+MATRICES = HiddenMatrices(
+    "*.conv_res0.weight *.conv_res1.weight *.conv_skip.weight *.attn.qkv.weight *.attn.proj.weight",
+    takes_skip="*.conv_res0.weight *.conv_skip.weight",
+)
 
 
 class LabelEmbedding(MPLinear):
@@ -161,6 +166,7 @@ class EDM2UNet(Backbone):
 
     config_class = EDM2UNetConfig
     kinds = PARAMETERS
+    matrices = MATRICES
 
     def __init__(
         self,

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from scalelong.model.backbone_config import BackboneConfig
 from scalelong.model.dit_config import DiTConfig
+from scalelong.model.linear_wrappers import SINGULAR_VECTOR
 from scalelong.model.nearest_preset import differing_sizes, nearest_preset
 from scalelong.model.skip_scale import SkipScale, described
 from scalelong.model.unet_config import UNetConfig
@@ -100,7 +101,11 @@ def fit(
         ValueError: weights of another network; says which sizes differ, and which preset is nearest.
     """
     _check_config(weights, config)
-    fitting = _Fitting(dict(weights.state), fresh)
+    # Singular vectors are found for the weights where these are loaded.
+    given, fresh = (
+        {name: x for name, x in state.items() if not name.endswith(SINGULAR_VECTOR)} for state in (weights.state, fresh)
+    )
+    fitting = _Fitting(given, fresh)
     if weights.config is not None:
         _reorder_attention(fitting, weights.config, config)
     _fit_gates(fitting)

@@ -67,7 +67,12 @@ class GeluLinear(nn.Linear):
 
     def forward(self, x: Tensor, *, act: str | None = None) -> Tensor:  # type: ignore[override]
         """``linear(act(x))``, act being "gelu", the exact one, or "gelu-tanh"; or ``linear(x)``."""
-        return super().forward(x) if act is None else gelu_linear(x, self.weight, self.bias, act=act)
+        weight = self.product_weight()
+        return F.linear(x, weight, self.bias) if act is None else gelu_linear(x, weight, self.bias, act=act)
+
+    def product_weight(self) -> Tensor:
+        """What inputs are multiplied with: a layer of another parametrisation makes it of its weight."""
+        return self.weight
 
 
 class TokenConv1d(nn.Conv1d):

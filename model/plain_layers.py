@@ -4,13 +4,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from scalelong.model import linear_layers, magnitude, norm_layers, skip_layers, skip_norm_layers
+from scalelong.model import linear_layers, linear_wrappers, magnitude, norm_layers, skip_layers, skip_norm_layers
 
 Network = TypeVar("Network", bound=nn.Module)
 
 PLAIN_LAYERS: dict[type[nn.Module], type[nn.Module]] = {
     magnitude.MPSkipLinear: magnitude.MPLinear,
     magnitude.MPGeluLinear: magnitude.MPLinear,
+    linear_wrappers.SigmaSkipLinear: linear_wrappers.SigmaLinear,
+    linear_wrappers.SigmaGeluLinear: linear_wrappers.SigmaLinear,
+    linear_wrappers.SigmaLinear: linear_wrappers.SigmaLinear,
     linear_layers.SkipLinear: nn.Linear,
     linear_layers.GeluLinear: nn.Linear,
     linear_layers.TokenConv1d: nn.Conv1d,

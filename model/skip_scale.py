@@ -56,6 +56,8 @@ class SkipScale:
     wherever its class has been defined before the network is loaded.
     """
 
+    trains_alone: ClassVar[bool] = False
+    """Whether training moves what the policy has made and leaves the network as it is."""
     known: ClassVar[dict[str, "Kind"]] = {}
     """The one registry: every policy by the name that it has on the command line and is saved with."""
 
@@ -104,6 +106,12 @@ class SkipScale:
         A number or a tensor of one element; None stands for 1.
         """
         return None
+
+    def check_num_skips(self, num_skips: int) -> None:
+        """
+        Raises:
+            ValueError: the policy is for another number of skips.
+        """
 
     def long_skip(self, i: int, skips: Sequence[SkipShape], features: "Tensor", gates: "nn.Module | None") -> LongSkip:
         """Skip i of those that a backbone describes, with its factors."""
@@ -213,7 +221,90 @@ class LearnedScale(SkipScale, kind="ls"):
 
 LearnedScale.register("ls-separate", shared=False)
 SKIP_SCALE_NAMES: tuple[str, ...] = tuple(SkipScale.known)
-"""The policies that come with the package."""
+"""The policies that come with the package and fit any network with skips, as they are."""
+
+
+@dataclass(frozen=True)
+class GivenScale(SkipScale, kind="given"):
+    """kappa_i as they are given, one for each skip of the network.
+
+    Raises:
+        ValueError: a factor that is not finite or is negative; of a network, another number of skips.
+    """
+
+    factors: tuple[float, ...] = ()
+    """kappa_1, of the outermost skip, to kappa_N."""
+
+    def __post_init__(self):
+        object.__setattr__(self, "factors", tuple(self.factors))
+        for i, factor in enumerate(self.factors, start=1):
+            if not 0 <= factor < math.inf:
+                raise ValueError(f"factors of skips must be finite and not negative, got {factor} for skip {i}")
+
+    def check_num_skips(self, num_skips: int) -> None:
+        if len(self.factors) != num_skips:
+            there_are = f"{len(self.factors)} factors" if self.factors else "no factors (skip-scale.factors)"
+            raise ValueError(f"skip scale {self.kind!r} has {there_are}, the network has {num_skips} long skips")
+
+    def make_gates(self, skips: Sequence[SkipShape]) -> None:
+        self.check_num_skips(len(skips))
+
+    def scale(self, i: int, num_skips: int, skip: "Tensor", gates: "nn.Module | None") -> float | None:
+        return self.factors[i - 1] if self.factors else None
+
+
+@dataclass(frozen=True)
+class ProfiledScale(GivenScale, kind="profiled"):
+    """Given factors that a run measures when it starts (``scalelong.model.skip_profile``); until then skips stay.
+
+    Each skip makes up the same share of the concatenation that it enters: Admin's profiling of branch variances
+    (Liu et al., arXiv:2004.08249), for long skips.
+
+    Raises:
+        ValueError: a share outside (0, 1), or what ``GivenScale`` raises.
+    """
+
+    share: float = 0.5
+    """Of the energy of the concatenation, in (0, 1): kappa² N_b M[s]² / (N_a M[h]² + kappa² N_b M[s]²)."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 < self.share < 1:
+            raise ValueError(f"the share of a skip must lie in (0, 1), got {self.share}")
+
+    def check_num_skips(self, num_skips: int) -> None:
+        if self.factors:
+            super().check_num_skips(num_skips)
+
+
+@dataclass(frozen=True)
+class AdaptedSkips(ConstantScale, kind="adapter"):
+    """kappa^(i-1) times ``s + W2 gelu(W1 s)``, which is s at the start: SCEdit (arXiv:2312.11392), to fine-tune with.
+
+    Training moves the adapters alone (``scalelong.model.skip_adapters``). At kappa 1 it begins as the network without.
+
+    Raises:
+        ValueError: kappa outside (0, 1], or a rank below 1.
+    """
+
+    trains_alone: ClassVar[bool] = True
+    kappa: float = 1.0
+    """The base of the factors kappa^(i-1), in (0, 1]: that of the network that is fine-tuned."""
+    rank: int = 16
+    """Hidden features of an adapter."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise ValueError(f"the rank of an adapter must be at least 1, got {self.rank}")
+
+    def make_gates(self, skips: Sequence[SkipShape]) -> "nn.Module":
+        from scalelong.model.skip_adapters import make_adapters
+
+        return make_adapters(skips, self.rank)  # pyright: ignore[reportArgumentType]
+
+    def long_skip(self, i: int, skips: Sequence[SkipShape], features: "Tensor", gates: Any) -> LongSkip:
+        return super().long_skip(i, skips, gates[len(skips) - i](features), gates)
 
 
 def make_skip_scale(kind: str, kappa: float | None = None, **values: Any) -> SkipScale:

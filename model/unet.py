@@ -19,10 +19,13 @@ from scalelong.kernels.attention import attention
 from scalelong.kernels.backend import in_transform
 from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
+from scalelong.model.hidden_matrices import HiddenMatrices
 from scalelong.model.layer_calls import is_called_by_class
 from scalelong.model.linear_layers import TokenConv1d, project_tokens
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.recompute import run_block
+from scalelong.model.resampling import Downsample, Upsample, doubled, halved
+from scalelong.model.residual_skips import ResidualJoin
 from scalelong.model.skip_layers import Conv3x3, GroupNorm, SkipConv1x1, norm_and_activation, shortcut
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
@@ -43,6 +46,11 @@ PARAMETERS = (
 )
 # fmt: on
 """As published: branches that end in a layer of zeros, everything else as PyTorch does."""
+MATRICES = HiddenMatrices(
+    "*.in_layers.2.weight *.out_layers.3.weight *.skip_connection.weight *.op.weight *.conv.weight *.qkv.weight "
+    "*.proj_out.weight",
+    takes_skip="*.in_layers.2.weight *.skip_connection.weight",
+)
 
 
 class Embedding(NamedTuple):
@@ -56,37 +64,6 @@ class Embedding(NamedTuple):
 
 
 NO_SKIP = (None, None, 0, None)
-
-
-class Downsample(nn.Module):
-    """Halves the side by a strided convolution."""
-
-    def __init__(self, config: UNetConfig, channels: int):
-        super().__init__()
-        self.same_padding = config.same_padding
-        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=0 if config.same_padding else 1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.op(F.pad(x_BCHW, (0, 1, 0, 1)) if self.same_padding else x_BCHW)
-
-
-class Upsample(nn.Module):
-    """Doubles the side by repeating pixels, then a convolution."""
-
-    def __init__(self, channels: int):
-        super().__init__()
-        self.conv = Conv3x3(channels, channels, 3, padding=1)
-
-    def forward(self, x_BCHW: Tensor) -> Tensor:
-        return self.conv(doubled(x_BCHW))
-
-
-def doubled(x_BCHW: Tensor) -> Tensor:
-    return F.interpolate(x_BCHW, scale_factor=2.0, mode="nearest")
-
-
-def halved(x_BCHW: Tensor) -> Tensor:
-    return F.avg_pool2d(x_BCHW, 2)
 
 
 class ResBlock(nn.Module):
@@ -193,6 +170,7 @@ class UNet(Backbone):
 
     config_class = UNetConfig
     kinds = PARAMETERS
+    matrices = MATRICES
 
     def __init__(
         self,
@@ -212,7 +190,11 @@ class UNet(Backbone):
         channels = config.channels[-1]
         middle = (ResBlock(config, channels, channels) for _ in range(2))
         self.middle_block = Stage([next(middle), AttentionBlock(config, channels), next(middle)])
-        self.output_blocks, self.skips = self._make_decoder(skip_channels)
+        self.joins = nn.ModuleList()
+        if config.skip == "residual":
+            self.output_blocks, self.joins, self.skips = self._make_residual_decoder()
+        else:
+            self.output_blocks, self.skips = self._make_decoder(skip_channels)
         channels = config.channels[0]
         self.out = nn.Sequential(
             GroupNorm(config.num_groups, channels, config.norm_eps),
@@ -254,6 +236,23 @@ class UNet(Backbone):
                 if level > 0 and n == config.num_res_blocks:
                     stages[-1].append(self._make_resampler(channels, "up"))
         return nn.ModuleList(stages), tuple(skips)
+
+    def _make_residual_decoder(self) -> tuple[nn.ModuleList, nn.ModuleList, tuple[SkipShape, ...]]:
+        """The blocks, as many as without; what joins each level but the lowest to those below; the skip it takes."""
+        config = self.config
+        stages, joins, skips, channels = [], [], [], config.channels[-1]
+        for level in reversed(range(len(config.channels))):
+            for n in range(config.num_res_blocks + 1):
+                # The last block of a level has the channels of the level above, whose features came down with them.
+                outgoing = config.channels[max(0, level - 1) if n == config.num_res_blocks else level]
+                stages.append(Stage([ResBlock(config, channels, outgoing)]))
+                channels = outgoing
+                if config.factors[level] in config.attention_resolutions:
+                    stages[-1].append(AttentionBlock(config, channels))
+            if level > 0:
+                joins.append(ResidualJoin(self._make_resampler(channels, "up")))
+                skips.append(SkipShape("channels", channels, channels))
+        return nn.ModuleList(stages), nn.ModuleList(joins), tuple(skips)
 
     def _make_resampler(self, channels: int, direction: str) -> nn.Module:
         if self.config.resblock_updown:
@@ -307,11 +306,14 @@ class UNet(Backbone):
         h_BCHW, middle = self._run(self.middle_block, h_BCHW, emb), len(skips)
         yield h_BCHW
         emb = self._self_conditioned(emb, h_BCHW, middle)
+        yield from (self._decode_residual if self.joins else self._decode)(h_BCHW, emb, skips, middle + 1)
+
+    def _decode(self, h_BCHW: Tensor, emb: Embedding, skips: list[Tensor], first: int) -> Iterator[Tensor]:
         for executed, stage in enumerate(self.output_blocks):
             skip = self._long_skip(executed, skips.pop(), self.skip_gates)
             h_BCHW = self._run(stage, h_BCHW, emb, skip)
             yield h_BCHW
-            emb = self._self_conditioned(emb, h_BCHW, middle + 1 + executed)
+            emb = self._self_conditioned(emb, h_BCHW, first + executed)
 
     def _self_conditioned(self, emb: Embedding, h_BCHW: Tensor, number: int) -> Embedding:
         """What the blocks behind block ``number``, which puts out ``h_BCHW``, are told."""
@@ -319,6 +321,24 @@ class UNet(Backbone):
             return emb
         emb_BE = self.self_condition(emb.emb_BE, self.pooled(h_BCHW), emb.time_BE)
         return Embedding(emb_BE, F.silu(emb_BE), emb.time_BE)
+
+    def _decode_residual(self, h_BCHW: Tensor, emb: Embedding, encoded: list[Tensor], first: int) -> Iterator[Tensor]:
+        stages_of_level = self.config.num_res_blocks + 1
+        # Of each level but the lowest, what the encoder put out last, and the same brought down.
+        downs = range(stages_of_level, len(encoded), stages_of_level)
+        kept = [(encoded[down - 1], encoded[down]) for down in downs]
+        encoded.clear()
+        number = first
+        for n, stage in enumerate(self.output_blocks, start=1):
+            h_BCHW = self._run(stage, h_BCHW, emb)
+            yield h_BCHW
+            emb, number = self._self_conditioned(emb, h_BCHW, number), number + 1
+            if n % stages_of_level == 0 and kept:
+                executed, (features_BCHW, below_BCHW) = n // stages_of_level - 1, kept.pop()
+                skip = self._long_skip(executed, features_BCHW, self.skip_gates)
+                h_BCHW = self._run(self.joins[executed], h_BCHW, emb, skip, below_BCHW)
+                yield h_BCHW
+                emb, number = self._self_conditioned(emb, h_BCHW, number), number + 1
 
     def _run(self, block: nn.Module, *arguments: Any) -> Tensor:
         return run_block(
@@ -345,18 +365,28 @@ class UNet(Backbone):
         return [
             *((f"input_blocks.{n}", stage) for n, stage in enumerate(self.input_blocks)),
             ("middle_block", self.middle_block),
-            *((f"output_blocks.{n}", stage) for n, stage in enumerate(self.output_blocks)),
+            *self._named_decoder(),
         ]
+
+    def _named_decoder(self) -> Iterator[tuple[str, nn.Module]]:
+        stages_of_level = self.config.num_res_blocks + 1
+        for n, stage in enumerate(self.output_blocks):
+            yield f"output_blocks.{n}", stage
+            level, place = divmod(n, stages_of_level)
+            if place == self.config.num_res_blocks and level < len(self.joins):
+                yield f"joins.{level}", self.joins[level]
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
         num_skips = self.config.num_skips
+        if self.joins:
+            return [(num_skips - executed, join) for executed, join in enumerate(self.joins)]
         return [(num_skips - executed, next(stage.children())) for executed, stage in enumerate(self.output_blocks)]
 
     def flops(self, batch_size: int = 1) -> int:
         config = self.config
         macs = _macs(self.time_embed, 1) + self._condition_macs()
         side = config.img_size
-        for stage in (*self.input_blocks, self.middle_block, *self.output_blocks):
+        for _, stage in self.named_blocks():
             for layer in stage.children():
                 if isinstance(layer, Downsample) or getattr(layer, "resample", None) is halved:
                     side //= 2

@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Literal, get_args
 from scalelong.model.backbone_config import BackboneConfig
 
 if TYPE_CHECKING:
+    from scalelong.model.skip_scale import SkipScale
     from scalelong.model.unet import UNet
 
 SkipPosition = Literal["before-norm", "after-norm"]
+SkipTopology = Literal["concatenated", "residual"]
 SKIP_POSITIONS: tuple[str, ...] = get_args(SkipPosition)
 
 
@@ -55,6 +57,9 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
     """Groups of every norm."""
     norm_eps: float = 1e-5
     """Added to the variance of every norm."""
+    skip: SkipTopology = "concatenated"
+    """Long skips: one of each block of the encoder, concatenated, as published; or one of each level, which the decoder
+    adds to what the levels below it have changed, as SiD2's (arXiv:2410.19324)."""
     skip_position: SkipPosition = "before-norm"
     """The first norm of a decoder block reads the scaled skip, or what it yields of the skip is scaled."""
 
@@ -70,6 +75,7 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
         self.check_at_least(1, "model_channels", "num_res_blocks", "num_heads", "num_groups")
         self.check_at_least(0, "num_head_channels", "norm_eps")
         check_position(self.skip_position)
+        self._check_skip()
         if self.context_tokens:
             raise ValueError(f"a UNet takes no text, got context_tokens {self.context_tokens}")
         if not self.channel_mult or min(self.channels) < 1:
@@ -95,6 +101,19 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
             if channels % self.num_heads:
                 raise ValueError(f"{channels} channels are no num_heads {self.num_heads}")
         self.check_conditions()
+
+    def _check_skip(self) -> None:
+        if self.skip not in get_args(SkipTopology):
+            raise ValueError(f"skip must be {' or '.join(get_args(SkipTopology))}, got {self.skip!r}")
+        if self.skip == "residual" and len(self.channel_mult) < 2:
+            raise ValueError("skip 'residual' joins levels: channel_mult needs at least two")
+        if self.skip == "residual" and self.skip_position != "before-norm":
+            raise ValueError("skip 'residual' enters no norm: skip_position must be before-norm")
+
+    def check_skip_scale(self, policy: "SkipScale") -> None:
+        super().check_skip_scale(policy)
+        if self.skip == "residual" and (getattr(policy, "renorm", False) or policy.kind == "profiled"):
+            raise ValueError(f"skip scale {policy.kind!r} is of concatenations, and skip 'residual' has none")
 
     @classmethod
     def network(cls) -> type["UNet"]:
@@ -123,11 +142,17 @@ class UNetConfig(BackboneConfig, architecture="UNet"):
         for above, channels in zip(self.channels, others, strict=False):
             down += [above, *[channels] * self.num_res_blocks]  # halved, then widened
         up = [channels for channels in reversed(self.channels) for _ in range(self.num_res_blocks + 1)]
+        if self.skip == "residual":
+            up = []
+            for channels, above in zip(self.channels[:0:-1], self.channels[-2::-1], strict=True):
+                up += [*[channels] * self.num_res_blocks, above, above]  # narrowed, then doubled
+            up += [first] * (self.num_res_blocks + 1)
         return (*down, self.channels[-1], *up)
 
     @property
     def num_skips(self) -> int:
-        return len(self.channel_mult) * (self.num_res_blocks + 1)
+        levels = len(self.channel_mult)
+        return levels - 1 if self.skip == "residual" else levels * (self.num_res_blocks + 1)
 
     def num_heads_of(self, channels: int) -> int:
         return channels // self.num_head_channels if self.num_head_channels else self.num_heads

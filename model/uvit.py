@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from scalelong.model.backbone import Backbone, last_and_kept
 from scalelong.model.backbone_config import Recompute
+from scalelong.model.hidden_matrices import HiddenMatrices, hidden_layers
 from scalelong.model.linear_layers import SkipLinear, project_skip
+from scalelong.model.linear_wrappers import wrap_linears
 from scalelong.model.magnitude import (
     RESIDUAL_BALANCE,
     MPConv2d,
@@ -38,6 +40,7 @@ from scalelong.model.uvit_config import UViTConfig as UViTConfig
 # fmt: off
 PARAMETERS = (
     # names                                                     begin as    learning rate, weight decay, output
+    ParameterKind("*.gamma *.alpha",                            weight_decay=0.0),  # of wrapped linear layers
     ParameterKind("pos_embed",                                  0.02),
     ParameterKind("se.*"),                                      # gates of LS: as PyTorch's layers begin, as published
     ParameterKind("norm.* *.norm1.* *.norm2.*"),
@@ -140,6 +143,7 @@ class UViT(Backbone):
 
     config_class = UViTConfig
     kinds = PARAMETERS
+    matrices = HiddenMatrices("*.qkv.weight *.attn.proj.weight *.fc1.weight *.fc2.weight *.skip_linear.weight")
 
     def __init__(self, config: UViTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
         super().__init__(config, skip_scale=skip_scale, recompute=recompute)
@@ -164,6 +168,7 @@ class UViT(Backbone):
         channels = config.channels_out
         self.decoder_pred = parts.readout(width, config.patch_size**2 * channels)
         self.final_layer = parts.conv(channels, channels, 3) if config.final_conv else nn.Identity()
+        wrap_linears(hidden_layers(self), config.linear)
         self.init_weights()
         self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * config.num_skips
         # The published name.

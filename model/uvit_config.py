@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Self, get_args
 
-from scalelong.model.backbone_config import BackboneConfig, BlockMemory, with_base_width
+from scalelong.model.backbone_config import BackboneConfig, BlockMemory, LinearName, check_linear, with_base_width
 
 if TYPE_CHECKING:
     from scalelong.model.uvit import UViT
@@ -41,6 +41,9 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
     self_condition_form: SelfConditionForm = "token"
     """What the features of self_condition_block do behind it: they are added to the token of the time, or they scale
     what the norms of the blocks put out."""
+    linear: LinearName = "plain"
+    """How the linear layers of blocks are parametrised: as published; by their largest singular value (sigma-reparam);
+    or with outputs of a learned size (decoupled)."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -59,6 +62,7 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
             raise ValueError(f"self_condition_form must be token or modulation, got {self.self_condition_form!r}")
         if self.magnitude_preserving and self.qkv_bias:
             raise ValueError("qkv_bias and magnitude_preserving exclude each other: its layers have no biases")
+        check_linear(self.linear, magnitude_preserving=self.magnitude_preserving)
         if self.parametrization == "mup":
             self.base_config()
         self.check_conditions()

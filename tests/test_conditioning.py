@@ -25,6 +25,7 @@ CONFIGS: dict[str, Any] = {
     **{"uvit": UVIT, "modulation": AS_MODULATION, "dit": DIT, "ddpm": DDPM, "adm": ADM},
     **{"mpuvit": MP_UVIT, "mptext": TEXT, "mpdit": MP_DIT, "edm2": UNET},
     "mpmodulation": replace(MP_UVIT, self_condition_form="modulation"),
+    "residual": replace(ADM, skip="residual"),
 }
 ALIKE = ("ddpm", "mptext", "mpdit", "mpmodulation")
 """Networks that have in common with one of the others what is looked at here."""

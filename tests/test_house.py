@@ -30,7 +30,7 @@ FLOORS_OF_TRAIN = (
     {"checks"},
     {"run"},
     {"run_grid", "validation"},
-    {"evaluation"},
+    {"evaluation", "profiled_skips"},
     {"loop"},
     {"commands", "__main__"},
 )

@@ -18,7 +18,7 @@ from scalelong.train.run_folder import read_config
 STAYS = ("--model", "--skip-scale", "--objective")
 """Beginnings of the flags that say what the network computes: with other values its weights would mean something else.
 
-All others may differ: the learning rate and the optimizer, batch, precision, seed, data, guard."""
+All others may differ, but for the kind of optimizer: the learning rate, batch, precision, seed, data, guard."""
 
 
 class Origin(NamedTuple):
@@ -85,6 +85,12 @@ def check_differences(origin: TrainConfig, branch: TrainConfig) -> None:
         differences.append(f"--label-drop {origin.label_drop} -> {branch.label_drop}, with a null label and without")
     if differences:
         raise UserError(f"a branch computes what {origin.run} does, which {', '.join(differences)} changes")
+    before, after = origin.optimizer.kind, branch.optimizer.kind
+    if before != after:
+        raise UserError(
+            f"{origin.run} has the optimizer's state of {before}, which --optimizer.kind {after} cannot go on with: "
+            f"take --init-from {origin.run} for its weights alone"
+        )
     added = [f"{std:g}" for std in branch.optimizer.ema_stds if std not in origin.optimizer.ema_stds]
     if added:
         raise UserError(f"{origin.run} has no averages of --optimizer.ema-stds {' '.join(added)} to go on with")

@@ -3,9 +3,11 @@
 import socket
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import psutil
 
+from scalelong.model.skip_scale import ProfiledScale
 from scalelong.train.branch import find_origin, keep_origin, with_origin
 from scalelong.train.checkpoint import list_checkpoints, newest_checkpoint, read_state
 from scalelong.train.compiling import check_compile
@@ -127,8 +129,8 @@ def check_same_weights(config: TrainConfig, found: list[tuple[str, str | None]])
             )
 
 
-def find_start(config: TrainConfig) -> tuple[Path | None, dict[str, str | None]]:
-    """The checkpoint to go on from, None for a new run; and what the run records of where it came from.
+def find_start(config: TrainConfig) -> tuple[Path | None, dict[str, Any]]:
+    """The checkpoint to go on from, None for a new run; and what the run records of its origin and of its skips.
 
     Raises:
         UserError: the folder holds another run, or something else, or no checkpoint that is whole; or there is nothing
@@ -137,7 +139,7 @@ def find_start(config: TrainConfig) -> tuple[Path | None, dict[str, str | None]]
     there = run_that_is_there(config)
     checkpoint = None
     if there is not None:
-        config = keep_weights(there, keep_origin(there, config))
+        config = keep_weights(there, keep_origin(there, keep_profiled(there, config)))
         checkpoint = find_checkpoint(config)
         if checkpoint is not None:
             check_rates(there, config, int(checkpoint.name))
@@ -147,7 +149,7 @@ def find_start(config: TrainConfig) -> tuple[Path | None, dict[str, str | None]]
         config = with_origin(config, checkpoint)
     elif checkpoint is None and config.init_from is not None:
         config = replace(config, init_from=find_weights(config))
-    names = ("branch_from", "init_from", "init_sha256")
+    names = ("branch_from", "init_from", "init_sha256", "skip_scale")
     return checkpoint, {name: getattr(config, name) for name in names}
 
 
@@ -164,13 +166,21 @@ def run_that_is_there(config: TrainConfig) -> TrainConfig | None:
             raise UserError(f"{config.run} exists and is no run folder; take another --run")
         return None
     there = read_config(config.run)
-    differences = config_differences(there, config)
+    differences = config_differences(there, keep_profiled(there, config))
     if differences:
         raise UserError(
             f"{config.run} was made with another configuration: {', '.join(differences)}; take another --run, "
             f"with --branch-from {config.run} to go on from there"
         )
     return there
+
+
+def keep_profiled(there: TrainConfig, config: TrainConfig) -> TrainConfig:
+    """The configuration of a start that goes on with a run: factors that it has measured need not be said."""
+    before, now = there.skip_scale, config.skip_scale
+    if isinstance(before, ProfiledScale) and isinstance(now, ProfiledScale) and not now.factors:
+        return replace(config, skip_scale=replace(now, factors=before.factors))
+    return config
 
 
 def find_checkpoint(config: TrainConfig) -> Path | None:
@@ -220,6 +230,11 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
     validation = open_validation_source(config, prepared)
     if config.images_per_evaluation:
         check_evaluation(config)
+    if checkpoint is None and config.init_from is None and config.skip_scale.trains_alone:
+        raise UserError(
+            f"--skip-scale {config.skip_scale.kind} fine-tunes a network that is trained, and moves nothing else: take "
+            f"--init-from"
+        )
     initial = read_weights(config) if checkpoint is None and config.init_from is not None else None
     if initial is not None:
         config = replace(config, init_sha256=initial.sha256)

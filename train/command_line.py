@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple, NoReturn, TypeVar
 import tyro
 
 from scalelong.model.backbone_config import BackboneConfig, Parametrization
-from scalelong.model.skip_scale import SKIP_SCALE_NAMES, SkipScale, check_kind, has_field, make_skip_scale
+from scalelong.model.skip_scale import SkipScale, check_kind, has_field, make_skip_scale
 from scalelong.model.unet_config import SkipPosition
 from scalelong.train.config import TrainConfig
 from scalelong.train.config_file import flags_of, printed, read_config_file, whole_config, without_given
@@ -42,9 +42,9 @@ class RunArguments:
 class RecipeArguments:
     """A run of a recipe: the flags of training, and short forms of some."""
 
-    skip_scale: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SKIP_SCALE_NAMES) + "}")] = ""
+    skip_scale: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(SkipScale.known) + "}")] = ""
     """What multiplies the long skips: nothing, 1/sqrt2, kappa^(i-1) (cs; geometric keeps the magnitude too), a shared
-    learned gate, or one gate a skip. The same as skip-scale.kind."""
+    learned gate, one gate a skip, given factors, or such as are measured. The same as skip-scale.kind."""
     objective: Annotated[str, tyro.conf.arg(metavar="{" + ",".join(NOISE_NAMES) + "}")] = ""
     """How noise grows with time: the VP-SDE, or the schedule of DDPM, ADM or Stable Diffusion. The same as
     objective.noise."""

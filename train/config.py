@@ -17,6 +17,7 @@ from scalelong.train.objective_config import (
     check_guidance_interval,
 )
 
+OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["constant", "cosine", "inverse-sqrt", "warmup-stable-decay"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
@@ -61,8 +62,12 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW; the learning rate rises linearly over the warm-up, then follows the schedule."""
+    """The optimizer; the learning rate rises linearly over the warm-up, then follows the schedule."""
 
+    kind: OptimizerName = "adamw"
+    """adamw for all parameters, or muon for hidden matrices and adamw for the others: docs/methods.md."""
+    momentum: float = 0.95
+    """Of muon: decay of the mean of hidden matrices' gradients, per step; they have no other decay."""
     learning_rate: float = 2e-4
     """After the warm-up."""
     beta1: float = 0.99
@@ -245,7 +250,7 @@ class TrainConfig:
         _check(self, ("profile",), lambda v: v is None or v >= 1, "at least 1")
         _check(self, ("label_drop",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("learning_rate",), lambda v: v > 0, "positive")
-        _check(self.optimizer, ("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
+        _check(self.optimizer, ("beta1", "beta2", "momentum", "ema_decay"), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.optimizer, ("final_factor", "ema_rampup"), lambda v: 0 <= v <= 1, "in [0, 1]")
         not_negative = ("weight_decay", "warmup_images", "clip_grad_norm", "clip_z_score")
         not_negative += ("horizon_images", "decay_images", "stable_images")

@@ -26,6 +26,7 @@ from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import make_objective
 from scalelong.train.outcome import OutcomeFile
 from scalelong.train.pace import Estimate, Meter
+from scalelong.train.profiled_skips import with_profiled_skips
 from scalelong.train.profiling import tracing
 from scalelong.train.report import Report, open_report, truncate_log
 from scalelong.train.run import Run, describe, keep_averages, note_bad_samples, roll_back, save, start_run
@@ -38,7 +39,7 @@ from scalelong.train.validation import Validation
 from scalelong.train.zero import engine as zero
 from scalelong.train.zero.gradients import gradient_norms, gradients_against_weights, scale_gradients
 from scalelong.train.zero.learned_loss import loss_weighting
-from scalelong.train.zero.rows import apply_to_rows
+from scalelong.train.zero.rows import apply_to_rows, follow_weights
 
 FIGURES_TO_SAY = ("loss", "validation_loss", "validation_loss_ema", "kernel_distance", "label_accuracy")
 """Of the last row of the log, at the end of a run."""
@@ -57,6 +58,7 @@ def train(config: TrainConfig) -> int:
         if start.is_finished:
             announce_finished(start)
             return 0
+        start = with_profiled_skips(start)
         is_new = start.checkpoint is None or start.is_branch
         processes.agree(lambda: lock.take(is_new=is_new) if processes.is_main else None)
         return train_on(start)
@@ -190,6 +192,7 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures, norms_P=norms_P)
     if taken.applied:
         apply_to_rows(engine)
+        follow_weights(engine)
     run.unchecked_losses.append(torch.stack(losses).mean())
     run.unchecked_gradients.append(taken.is_finite)
     run.images_seen, run.step = run.images_seen + config.images_per_step, run.step + 1

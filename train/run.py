@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from scalelong.model.architectures import make_backbone
+from scalelong.model.skip_adapters import freeze_all_but_adapters
 from scalelong.model.skip_scale import described
 from scalelong.train.checkpoint import (
     TrainState,
@@ -105,6 +106,8 @@ def start_run(start: Start) -> Run:
         model.load_state_dict(read_tensors(checkpoint, "model"))
     elif start.initial is not None:
         start.initial.put_into(model, config)
+    if config.skip_scale.trains_alone:
+        freeze_all_but_adapters(model)
     learned = learned_by_loss(config)
     if checkpoint is not None:
         for name, module in learned.items():

@@ -48,6 +48,10 @@ class Validation:
         path = self._start.config.data.path
         return f"{path} has no test split: the validation loss is at {len(self._indices):,} images that are trained on"
 
+    def first_batch(self) -> Batch:
+        """The first of this rank's images, as many as it trains on at a time at most."""
+        return self._read()[0]
+
     def losses(self, run: Run) -> dict[str, float]:
         """``validation_loss`` and, of the averaged weights, ``validation_loss_ema``, the same on all ranks.
 

@@ -28,7 +28,8 @@ from scalelong.model.dit_config import DiTConfig
 from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.model.skip_scale import SkipScale
 from scalelong.model.uvit_config import UViTConfig
-from scalelong.train.zero.engine import LEARNING_RATE_FACTOR, optimizer_groups
+from scalelong.train.config import OptimizerConfig, OptimizerName
+from scalelong.train.zero.engine import LEARNING_RATE_FACTOR, make_optimizer, matrices_of, optimizer_groups
 
 Measure = Literal["size", "update"]
 BATCH = 4
@@ -49,6 +50,7 @@ class Check:
     seeds: int = 4
     steps: int = 4
     learning_rate: float = 2**-9
+    optimizer: OptimizerName = "adamw"
 
 
 class Curve(NamedTuple):
@@ -127,15 +129,16 @@ def curves_of(make: Make, check: Check) -> list[Curve]:
 
 
 def coordinates(model: Backbone, check: Check) -> Iterator[tuple[tuple[str, Measure, int], float]]:
-    """Steps of AdamW on one batch; (module, measure, step) and the value, after each step."""
+    """Steps on one batch; (module, measure, step) and the value, after each step."""
     config, begun = model.config, copy.deepcopy(model)
     generator = torch.Generator().manual_seed(7)
     images, noise = torch.randn(2, BATCH, config.in_channels, config.img_size, config.img_size, generator=generator)
     times, labels = torch.linspace(10, 990, BATCH), torch.arange(BATCH)
-    groups = optimizer_groups(model, weight_decay=0.0)
-    for group in groups:
+    options = OptimizerConfig(kind=check.optimizer, beta1=0.9)
+    matrices = matrices_of(model, options)
+    optimizer = make_optimizer(optimizer_groups(model, 0.0, matrices), options, model, matrices)
+    for group in optimizer.param_groups:
         group["lr"] = check.learning_rate * group[LEARNING_RATE_FACTOR]
-    optimizer = torch.optim.AdamW(groups)
     for step in range(1, check.steps + 1):
         optimizer.zero_grad()
         F.mse_loss(model(images, times, labels), noise).backward()

@@ -116,6 +116,8 @@ def check_arguments(arguments: PlanArguments) -> None:
         raise UserError(f"--images-per-step {batch} does not divide by {num_gpus} GPUs")
     if arguments.train.offload != "none" or arguments.train.deepspeed_config is not None:
         raise UserError("plans are made without --offload and --deepspeed-config")
+    if arguments.train.optimizer.kind != "adamw":
+        raise UserError("plans are made with --optimizer.kind adamw; muon keeps half as much of hidden matrices")
 
 
 def largest_need(config: TrainConfig, stage: int, num_gpus: int, budget: float) -> Need:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from scalelong.model.linear_wrappers import sigma_layers
 from scalelong.train.errors import UserError
 from scalelong.train.zero import shards
 
@@ -156,3 +157,5 @@ class Teacher:
             weights = dict(self.network.named_parameters())
             for name, whole in shards.gathered(self.ema.engine, self.ema.averages[FIXED_DECAY]):
                 weights[name].copy_(whole)
+        for _, layer in sigma_layers(self.network):
+            layer.power_step(layer.weight)

@@ -1,15 +1,19 @@
 """DeepSpeed behind one door: the engine, its steps, and the state of its optimizer."""
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from scalelong.model.backbone import Backbone
-from scalelong.train.config import TrainConfig
+from scalelong.model.backbone import Backbone, ParameterGroup
+from scalelong.model.hidden_matrices import HiddenMatrix, hidden_matrices
+from scalelong.model.linear_wrappers import sigma_layers
+from scalelong.train.config import OptimizerConfig, TrainConfig
 from scalelong.train.hosts.processes import Processes
 from scalelong.train.zero.engine_config import deepspeed_config
+from scalelong.train.zero.muon import HIDDEN, MOMENTUM, Muon, split_group
 from scalelong.train.zero.shards import cut
 
 OPTIMIZER_STATES = ("exp_avg", "exp_avg_sq")
@@ -26,7 +30,7 @@ def make_engine(
     micro_batch: int,
     learned_by_loss: Mapping[str, nn.Module] | None = None,
 ) -> Any:
-    """A DeepSpeed engine with AdamW over all parameters, in the groups that the model makes of them.
+    """A DeepSpeed engine with the configured optimizer over all parameters, in the groups that the model makes of them.
 
     Its ``row_functions`` are those of ``model.after_step()``, for ``apply_to_rows``. What the loss learns, if it does,
     is a group of its own, without weight decay.
@@ -38,11 +42,12 @@ def make_engine(
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False
     o = config.optimizer
     # Both asked for before ZeRO 3 takes the parameters' shapes away.
-    groups, row_functions = optimizer_groups(model, o.weight_decay), model.after_step()
+    matrices = matrices_of(model, o)
+    groups, row_functions = optimizer_groups(model, o.weight_decay, matrices), model.after_step()
     for name, learned in (learned_by_loss or {}).items():
         model.add_module(name, learned)
         groups.append({"params": [*learned.parameters()], "weight_decay": 0.0, LEARNING_RATE_FACTOR: 1.0})
-    optimizer = torch.optim.AdamW(groups, lr=0.0, betas=(o.beta1, o.beta2), fused=True)
+    optimizer = make_optimizer(groups, o, model, matrices)
     num_params = sum(parameter.numel() for parameter in model.parameters())
     initialized = deepspeed.initialize(
         model=model.to(processes.device),
@@ -50,10 +55,14 @@ def make_engine(
         config=deepspeed_config(config, micro_batch, num_params),
     )
     engine: Any = initialized[0]
-    engine.row_functions = row_functions
+    trained = {name for name, _ in trained_parameters(engine)}
+    engine.row_functions = {name: function for name, function in row_functions.items() if name in trained}
+    engine.hidden_matrices, engine.sigma_layers = matrices, sigma_layers(engine.module)
     scaler = _grad_scaler(engine)
     if scaler is not None:
         scaler.set_growth_interval(scaler.get_growth_interval() * _scaler_updates_per_step(engine))
+    if isinstance(optimizer, Muon):
+        optimizer.follow(engine)
     if engine.zero_optimization_stage() in (1, 2):
         # DeepSpeed 0.19.8 links parameters to their state when the first group has stepped: the others have none then.
         _start_optimizer(engine, step_count=0)
@@ -80,18 +89,52 @@ def destroy(engine) -> None:
             tensor.data = tensor.data.new_empty(0)
 
 
-def optimizer_groups(model: Backbone, weight_decay: float) -> list[dict[str, Any]]:
-    """The groups of a model as optimizers of torch take them, with the factor of each one's learning rate."""
-    parameters = dict(model.named_parameters())
-    return [
-        {
-            "params": [parameters[name] for name in group.names],
-            "weight_decay": weight_decay * group.weight_decay_factor,
-            "eps": EPSILON * group.epsilon_factor,
-            LEARNING_RATE_FACTOR: group.learning_rate_factor,
-        }
-        for group in model.parameter_groups()
-    ]
+def matrices_of(model: Backbone, config: OptimizerConfig) -> Mapping[str, HiddenMatrix]:
+    """The hidden matrices that the optimizer treats as such, by their names: all of Muon's, none of AdamW's.
+
+    Raises:
+        ValueError: Muon, of an architecture that does not say which they are.
+    """
+    return hidden_matrices(model) if config.kind == "muon" else {}
+
+
+def make_optimizer(
+    groups: list[dict[str, Any]], config: OptimizerConfig, model: Backbone, matrices: Mapping[str, HiddenMatrix]
+) -> torch.optim.AdamW:
+    """The configured optimizer of the groups of ``optimizer_groups``, whose learning rate is yet to be set."""
+    betas = config.beta1, config.beta2
+    if config.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=0.0, betas=betas, fused=True)
+    of_parameters = {model.get_parameter(name): matrix for name, matrix in matrices.items()}
+    return Muon(groups, of_parameters, momentum=config.momentum, betas=betas)
+
+
+def optimizer_groups(
+    model: Backbone, weight_decay: float, matrices: Mapping[str, HiddenMatrix] = MappingProxyType({})
+) -> list[dict[str, Any]]:
+    """The groups of a model as optimizers of torch take them, with the factor of each one's learning rate.
+
+    What is frozen is in none.
+
+    Args:
+        matrices: the hidden matrices that Muon updates, in groups of their own.
+    """
+    parameters, groups = dict(model.named_parameters()), list[dict[str, Any]]()
+    for whole in model.parameter_groups():
+        whole = whole._replace(names=tuple(name for name in whole.names if parameters[name].requires_grad))
+        for group, is_hidden in zip(split_group(whole, matrices), (False, True), strict=True):
+            if group is not None:
+                groups.append(_group_of_torch(group, parameters, weight_decay) | ({HIDDEN: True} if is_hidden else {}))
+    return groups
+
+
+def _group_of_torch(group: ParameterGroup, parameters: Mapping[str, Any], weight_decay: float) -> dict[str, Any]:
+    return {
+        "params": [parameters[name] for name in group.names],
+        "weight_decay": weight_decay * group.weight_decay_factor,
+        "eps": EPSILON * group.epsilon_factor,
+        LEARNING_RATE_FACTOR: group.learning_rate_factor,
+    }
 
 
 def set_learning_rate(engine, learning_rate: float) -> None:
@@ -174,8 +217,8 @@ def optimizer_state(engine) -> Iterator[tuple[str, Tensor]]:
     from deepspeed.utils import safe_get_full_optimizer_state
 
     untouched = optimizer_step_count(engine) == 0  # every step so far overflowed in fp16: there is no state yet
-    for name, parameter in engine.module.named_parameters():
-        for key in OPTIMIZER_STATES:
+    for name, parameter in trained_parameters(engine):
+        for key in _states_of(engine, name):
             if untouched:
                 value = torch.zeros(getattr(parameter, "ds_shape", parameter.shape))
             elif engine.zero_optimization_stage() == 0:
@@ -199,8 +242,8 @@ def restore_optimizer(engine, state: dict[str, Tensor], step_count: int) -> None
     stage = engine.zero_optimization_stage()
     base = _base_optimizer(engine)
     _start_optimizer(engine, step_count)
-    for name, parameter in engine.module.named_parameters():
-        for key in OPTIMIZER_STATES:
+    for name, parameter in trained_parameters(engine):
+        for key in _states_of(engine, name):
             value = state[f"{key}.{name}"].to(parameter.device)
             if stage == 0:
                 base.state[parameter][key].copy_(value)
@@ -214,15 +257,29 @@ def _start_optimizer(engine, step_count: int) -> None:
     """State of zeros, which is otherwise made at the first step."""
     base = _base_optimizer(engine)
     if engine.zero_optimization_stage() == 3:
-        flat_params = engine.optimizer.fp32_partitioned_groups_flat
+        groups = engine.optimizer.sub_group_to_group_id
+        flats = [
+            (flat, base.param_groups[groups[n]]) for n, flat in enumerate(engine.optimizer.fp32_partitioned_groups_flat)
+        ]
     else:
-        flat_params = [p for group in base.param_groups for p in group["params"]]
-    for flat in flat_params:
+        flats = [(flat, group) for group in base.param_groups for flat in group["params"]]
+    for flat, group in flats:
+        keys = (MOMENTUM,) if group.get(HIDDEN) else OPTIMIZER_STATES
         base.state[flat] = {"step": torch.tensor(float(step_count), device=flat.device)}
-        base.state[flat].update({key: torch.zeros_like(flat) for key in OPTIMIZER_STATES})
+        base.state[flat].update({key: torch.zeros_like(flat) for key in keys})
     if engine.zero_optimization_stage() in (1, 2):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def trained_parameters(engine) -> Iterator[tuple[str, Any]]:
+    """Those that are not frozen, by their names, with what the loss learns."""
+    return ((name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad)
+
+
+def _states_of(engine, name: str) -> tuple[str, ...]:
+    """What the optimizer remembers of a parameter."""
+    return (MOMENTUM,) if name in engine.hidden_matrices else OPTIMIZER_STATES
 
 
 def scaler_state(engine) -> dict[str, Any] | None:

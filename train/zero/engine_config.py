@@ -44,7 +44,8 @@ def deepspeed_config(config: TrainConfig, micro_batch: int, num_params: int) -> 
         },
         # AdamW of torch has a fused kernel on CPUs too, where DeepSpeed's own is compiled on first use.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": False,
+        # DeepSpeed goes by the exact class, and Muon here derives from AdamW.
+        "zero_allow_untested_optimizer": config.optimizer.kind == "muon",
         "steps_per_print": 1_000_000_000,
         "wall_clock_breakdown": False,
     }
@@ -81,9 +82,12 @@ def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
     Raises:
         UserError: a DeepSpeed file or offloading that does not fit; fp16 with clipping under ZeRO (0.19.8 clips the
             gradients before the loss scale is taken out) or with offloading (not tested); clipping that follows the
-            gradients with offloading.
+            gradients, or Muon, with offloading.
     """
     zero = deepspeed_config(config, micro_batch, num_params=1)["zero_optimization"]
+    offloads = any((zero.get(f"offload_{what}") or {}).get("device") == "cpu" for what in ("optimizer", "param"))
+    if offloads and config.optimizer.kind == "muon":
+        raise UserError("--optimizer.kind muon cannot offload: its steps are made of whole matrices on the device")
     if config.precision == "fp16" and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
         raise UserError("--precision fp16 cannot offload: take bf16")
     follows = [name for name in FOLLOWING_CLIPS if getattr(config.optimizer, name)]

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from scalelong.train.zero.shards import master_shard
+from scalelong.train.zero.shards import master_shard, stage_of
 
 
 def local_gradients(engine) -> list[Tensor]:
@@ -52,6 +52,8 @@ def gradients_against_weights(engine, *, scale: float = 1.0) -> AgainstWeights:
     squares, products = [], []
     for parameter, gradient in zip(engine.module.parameters(), gradients, strict=True):
         weight = _without_padding(parameter, master_shard(parameter, stage), stage).to(gradient.device).flatten()
+        if stage > 0 and stage_of(parameter, stage) == 0 and torch.distributed.get_rank() > 0:
+            weight = weight.new_empty(0)  # whole on every rank, and counted once
         gradient = _without_padding(parameter, gradient, stage).flatten()
         squares.append(torch.linalg.vector_norm(weight, dtype=torch.float32).double().square())
         # A parameter that the loss does not reach has no gradient without ZeRO, and none but zeros elsewhere.
@@ -80,6 +82,8 @@ def _without_padding(parameter: Any, shard: Tensor, stage: int) -> Tensor:
 
 
 def _local_gradient(engine, parameter: Any, stage: int) -> Tensor:
+    if not parameter.requires_grad:
+        return parameter.new_empty(0)
     if stage == 0:
         return parameter.new_empty(0) if parameter.grad is None else parameter.grad
     if stage == 3:

@@ -29,6 +29,19 @@ def apply_to_rows(engine) -> None:
             _copy_to_master(parameter, stage)
 
 
+@torch.no_grad()
+def follow_weights(engine) -> None:
+    """Where layers follow the largest singular values of their weights, takes a power step of each. Every rank must
+    call it: all compute the same bits of whole weights, of which ZeRO 3 gathers one at a time."""
+    for _, layer in engine.sigma_layers:
+        weight = layer.weight
+        if not weight.requires_grad:
+            continue
+        if engine.zero_optimization_stage() == 3:
+            weight = shards.gather(weight, weight.ds_tensor.to(engine.device), 3)
+        layer.power_step(weight)
+
+
 def replace_rows(parameter: Tensor, function: Callable[[Tensor], Tensor]) -> None:
     """Puts ``function(rows)`` in the place of some rows at a time."""
     for rows in parameter.split(max(1, CACHED_NUMBERS // max(1, parameter[0].numel()))):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from scalelong.model.linear_wrappers import SINGULAR_VECTOR
+
 LEARNED_BY_LOSS = ("loss_weighting", "contrast_heads")
 """What the loss learns beside the network hangs on it under these names: it is trained and cut with it, and is no part
 of its weights, of their averages, or of what is exported."""
@@ -32,12 +34,14 @@ def master_shards(engine) -> list[Tensor]:
 
 
 def whole_weights(engine) -> Iterator[tuple[str, Tensor]]:
-    """(name, whole weight on the CPU). Every rank must iterate to the end."""
+    """(name, whole weight on the CPU), then what layers keep beside them. Every rank must iterate to the end."""
     if engine.zero_optimization_stage() == 3:
         yield from whole_tensors(engine, master_shards(engine))
     else:
         for name, parameter in network_parameters(engine):
             yield name, parameter.detach().cpu()
+    for name, layer in engine.sigma_layers:
+        yield f"{name}.{SINGULAR_VECTOR}", layer.singular_vector.cpu()
 
 
 def whole_tensors(engine, shards: list[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -59,7 +63,13 @@ def shards_of(engine, whole: dict[str, Tensor]) -> list[Tensor]:
     return [part.to(master.device, copy=True) for part, master in zip(parts, master_shards(engine), strict=True)]
 
 
+def stage_of(parameter: Any, stage: int) -> int:
+    """The stage that a parameter lies as in: ZeRO 1 and 2 leave frozen ones whole on every rank, as no ZeRO does."""
+    return 0 if stage in (1, 2) and not parameter.requires_grad else stage
+
+
 def master_shard(parameter: Any, stage: int) -> Tensor:
+    stage = stage_of(parameter, stage)
     if stage == 0:
         return parameter.detach()
     if stage == 3:
@@ -70,6 +80,7 @@ def master_shard(parameter: Any, stage: int) -> Tensor:
 
 def gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
     """The whole of a parameter, or of a tensor laid out as it is, from this rank's part, which lies on its device."""
+    stage = stage_of(parameter, stage)
     if stage == 0:
         return shard
     if stage == 3:
@@ -87,6 +98,7 @@ def gather(parameter: Any, shard: Tensor, stage: int) -> Tensor:
 
 def cut(parameter: Any, whole: Tensor, stage: int) -> Tensor:
     """The inverse of ``gather``."""
+    stage = stage_of(parameter, stage)
     if stage == 0:
         return whole
     if stage == 3:
