@@ -166,6 +166,9 @@ MADE_SMALL = {
 NEEDS_MORE = ("pip install", "scalelong launch --hostfile")
 """An installation, which make release-check has; several hosts, which test_two_nodes.py has."""
 
+CONSOLE_SCRIPT = "#!{}\nfrom scalelong.__main__ import main\nif __name__ == '__main__':\n    main()\n"
+"""As pip writes it: the processes of a laboratory import the script again."""
+
 
 @pytest.mark.exhaustive
 @pytest.mark.timeout(1800)
@@ -178,7 +181,7 @@ def test_all_commands_of_the_readme_run_in_a_fresh_clone(tmp_path):
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", clone / ".venv"], check=True)
     packages = next((clone / ".venv" / "lib").iterdir()) / "site-packages"
     (packages / "these.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
-    (bin_folder / "scalelong").write_text(f"#!{bin_folder}/python\nfrom scalelong.__main__ import main\nmain()\n")
+    (bin_folder / "scalelong").write_text(CONSOLE_SCRIPT.format(bin_folder / "python"))
     (bin_folder / "scalelong").chmod(0o755)
     (clone / ".venv" / ".installed").touch()
     (clone / "kernels" / "native" / "libscalelong_native.so").touch()
