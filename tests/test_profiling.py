@@ -27,6 +27,6 @@ def test_some_steps_are_traced_once(tmp_path, capsys):
     events = json.loads(gzip.decompress(before))["traceEvents"]
     names = [event.get("name", "") for event in events]
     assert {name for name in names if name.startswith("ProfilerStep#")} == {"ProfilerStep#3", "ProfilerStep#4"}
-    assert "aten::layer_norm" in names or any(name.startswith("aten::addmm") for name in names)
+    assert sum(name.startswith("aten::") for name in names) > 100
     train(replace(config, total_images=14 * STEP))
     assert trace.read_bytes() == before
