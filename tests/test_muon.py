@@ -265,4 +265,4 @@ def test_bad_input(tmp_path):
     with pytest.raises(UserError, match=r"optimizer's state of adamw, which --optimizer.kind muon cannot go on with"):
         check_differences(small_config(tmp_path), muon_config(tmp_path, 1))
     with pytest.raises(ValueError, match="does not say which weights are hidden matrices"):
-        hidden_matrices(type("Other", (UViT,), {"matrices": None})(config.model))
+        hidden_matrices(type("Other", (UViT,), {"matrices": None})(config.model))  # type: ignore[arg-type]

@@ -38,8 +38,8 @@ def shares_of(network: Any) -> list[float]:
     found: dict[int, float] = {}
 
     def look(_block: Any, inputs: tuple[Any, ...]) -> None:
-        skip = next(x for x in inputs if isinstance(x, LongSkip))
-        of_h, of_s = (x.double().square().sum().item() for x in (inputs[0], skip.features * skip.scale))
+        skip: Any = next(x for x in inputs if isinstance(x, LongSkip))
+        of_h, of_s = (x.double().square().sum().item() for x in (inputs[0], skip.scale * skip.features))
         found[skip.i] = of_s / (of_h + of_s)
 
     for _, block in network.skip_blocks():
