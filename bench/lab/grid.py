@@ -228,7 +228,8 @@ def why_it_ended(process: BaseProcess, output: Path) -> str:
     """In a line: what it printed last, or the signal that killed it."""
     if process.exitcode is not None and process.exitcode < 0:
         return f"killed by {signal.Signals(-process.exitcode).name}; see {output}"
-    lines = [line for line in output.read_text(errors="replace").splitlines() if line.strip()]
+    text = output.read_text(errors="replace") if output.is_file() else ""
+    lines = [line for line in text.splitlines() if line.strip()]
     return f"failed: {lines[-1] if lines else f'exit code {process.exitcode}'}; see {output}"
 
 
