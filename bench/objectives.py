@@ -21,8 +21,8 @@ from typing import Any, get_args
 
 from scalelong.bench.modules import run_module
 from scalelong.bench.record import RESULTS, provenance
-from scalelong.train.config import ScheduleName
 from scalelong.train.objective_config import PredictionName, TimesName, WeightingName
+from scalelong.train.optimizer_config import ScheduleName
 from scalelong.train.recipes import RECIPES
 from scalelong.train.run_folder import log_path
 

@@ -190,7 +190,7 @@ class UNet(Backbone):
         channels = config.channels[-1]
         middle = (ResBlock(config, channels, channels) for _ in range(2))
         self.middle_block = Stage([next(middle), AttentionBlock(config, channels), next(middle)])
-        self.joins = nn.ModuleList()
+        self.joins: Any = ()
         if config.skip == "residual":
             self.output_blocks, self.joins, self.skips = self._make_residual_decoder()
         else:

@@ -115,7 +115,7 @@ def help_text(recipe: str) -> str:
     """The help of a recipe, as it is printed."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
-        parse_train_arguments([recipe, "--help"])
+        parse_train_arguments([recipe, "--help-all"])
     return printed.getvalue()
 
 

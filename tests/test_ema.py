@@ -17,9 +17,9 @@ from running import run_on_ranks, small_config
 from scalelong.model.uvit import UViT
 from scalelong.train.checkpoint import _sha256
 from scalelong.train.commands.ema_posthoc import main, posthoc_average
-from scalelong.train.config import LARGEST_STD
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
+from scalelong.train.optimizer_config import LARGEST_STD
 from scalelong.train.run_folder import averages_folder
 from scalelong.train.zero.averages import Profile, compose, exponent_of_std, share_of_newest
 

@@ -17,7 +17,7 @@ import scalelong
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = ("kernels", "model", "train", "bench")
 FLOORS_OF_TRAIN = (
-    {"errors", "monitor", "objective_config", "usage", "write_whole"},
+    {"errors", "monitor", "objective_config", "optimizer_config", "usage", "write_whole"},
     {"config", "diffusion", "pace", "parsing", "profiling", "spikes"},
     {"clipping", "compiling", "config_json", "guard", "objective", "recipes", "resources", "schedule"},
     {"config_file", "run_folder"},

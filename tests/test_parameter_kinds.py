@@ -41,9 +41,15 @@ def test_every_parameter_of_a_preset_is_in_one_group(preset, policy):
     assert (group.learning_rate_factor, group.weight_decay_factor) == (1.0, 1.0)
 
 
+def wrapped(config):
+    """The same network with its linear layers parametrised in another way, where it can have that."""
+    return [replace(config, linear="sigma-reparam")] if hasattr(config, "linear") else []
+
+
 @pytest.mark.parametrize("network", CONFIGS, ids=lambda network: network.__name__)
 def test_every_row_of_a_table_is_of_some_parameter(network):
-    names = [name for config in CONFIGS[network] for name in names_of(config, "ls")]
+    configs = [*CONFIGS[network], *wrapped(CONFIGS[network][0])]
+    names = [name for config in configs for name in names_of(config, "ls")]
     used = {kind_of(name, network.kinds) for name in names}
     assert [kind.names for kind in network.kinds if kind not in used] == []
 
@@ -98,5 +104,6 @@ def test_an_output_is_multiplied_once(change):
 
 def test_the_tables_of_today_multiply_nothing():
     for network, configs in CONFIGS.items():
-        assert all((kind.learning_rate, kind.weight_decay, kind.output) == (1, 1, 1) for kind in network.kinds)
+        kinds = {kind_of(name, network.kinds) for config in configs for name in names_of(config, "ls")}
+        assert all((kind.learning_rate, kind.weight_decay, kind.output) == (1, 1, 1) for kind in kinds)
         assert not any(module._forward_hooks for module in network(configs[0]).modules())  # type: ignore[arg-type]

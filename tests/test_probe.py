@@ -208,7 +208,7 @@ class Gratings(Numbers):
 
 @pytest.mark.slow
 def test_a_trained_network_is_told_from_one_that_is_not(tmp_path):
-    """Where pixels do poorly: it has learned what waves are, in 100 steps, and is never told of directions."""
+    """Where pixels do poorly: it has learned what waves are, in 200 steps, and is never told of directions."""
     train, test, objective = Gratings(600, 0), Gratings(300, 1), make_objective(ObjectiveConfig())
     model = make_backbone(replace(MODEL_PRESETS["digits-uvit"], width=32, depth=2, num_classes=0))
     names = [name for name, _ in model.named_blocks()]
@@ -224,7 +224,7 @@ def test_a_trained_network_is_told_from_one_that_is_not(tmp_path):
         run_probe(train, test, 4, [PixelFeatures(64)], config, folder=tmp_path, say=lambda _: None)[0].accuracy,
     )
     optimizer = torch.optim.AdamW(model.train().parameters(), betas=(0.9, 0.99))
-    for step in range(100):
+    for step in range(200):
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * min(1, (step + 1) / 20)
         chosen = train.read(range(600), None)[torch.randint(600, (64,))]

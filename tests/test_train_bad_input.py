@@ -161,6 +161,8 @@ def test_the_output_of_the_run_itself_may_stand_in_its_folder(tmp_path, name):
     (tmp_path / name).write_text("srun: job 17 has been allocated resources")
     checkpoint, on_record = find_start(small_config(tmp_path))
     assert checkpoint is None
+    skip_scale = on_record.pop("skip_scale")
+    assert skip_scale == small_config(tmp_path).skip_scale
     assert set(on_record.values()) == {None}
 
 

@@ -16,27 +16,21 @@ from scalelong.train.objective_config import (
     check_contrast,
     check_guidance_interval,
 )
+from scalelong.train.optimizer_config import (
+    FOLLOWING_CLIPS,
+    OptimizerConfig,
+    bookkeeping,
+    check_ema_stds,
+    check_optimizer_of_unit_rows,
+)
 
-OptimizerName = Literal["adamw", "muon"]
-ScheduleName = Literal["constant", "cosine", "inverse-sqrt", "warmup-stable-decay"]
 ReaderName = Literal["auto", "dali", "pillow"]
 PrecisionName = Literal["fp32", "bf16", "fp16"]
 OffloadName = Literal["none", "optimizer", "parameters"]
 FeaturesName = Literal["efficientnet", "inception", "pixels"]
 CompileName = Literal["none", "model", "blocks"]
-FOLLOWING_CLIPS = ("clip_z_score", "clip_per_tensor")
-"""The ways of clipping that follow how large the gradients have been (clipping.py)."""
-# Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
-LARGEST_STD = math.sqrt(1 / 12)
 LEAST_SAMPLES, LEAST_REAL_IMAGES = 4, 20
 """For a kernel distance with its error, two blocks of two images; and of data of which a fifth has to be as many."""
-
-
-def bookkeeping(default: Any = None, **kwargs: Any) -> Any:
-    """A field that changes how a run is carried out or shown but not what it computes: free to differ on resuming."""
-    if "default_factory" not in kwargs:
-        kwargs["default"] = default
-    return field(metadata={"bookkeeping": True}, **kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,53 +52,6 @@ class DataConfig:
     """A run with a larger share of images that cannot be decoded stops; others stand in for the bad ones until then."""
     vae: str = bookkeeping("")
     """Folder of the AutoencoderKL that decodes latents for pictures; without, they show three of their channels."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
-    """The optimizer; the learning rate rises linearly over the warm-up, then follows the schedule."""
-
-    kind: OptimizerName = "adamw"
-    """adamw for all parameters, or muon for hidden matrices and adamw for the others: docs/methods.md."""
-    momentum: float = 0.95
-    """Of muon: decay of the mean of hidden matrices' gradients, per step; they have no other decay."""
-    learning_rate: float = 2e-4
-    """After the warm-up."""
-    beta1: float = 0.99
-    """Decay of the mean of gradients, per step."""
-    beta2: float = 0.999
-    """Decay of the mean of squared gradients, per step."""
-    weight_decay: float = 0.03
-    """Decoupled, on every parameter, as published."""
-    warmup_images: int = 320_000
-    """Length of the warm-up, in images."""
-    schedule: ScheduleName = bookkeeping("constant")
-    """What the learning rate does after the warm-up. This and its numbers may change on resuming, as long as no step
-    taken would have had another rate."""
-    horizon_images: int = bookkeeping(0)
-    """Where cosine and warmup-stable-decay end; 0: at the total_images that the run is started with."""
-    decay_images: int = bookkeeping(0)
-    """Length of the decay that ends warmup-stable-decay; 0: a fifth of the horizon."""
-    stable_images: int = bookkeeping(0)
-    """Where inverse-sqrt begins to fall; 0: at the end of the warm-up."""
-    final_factor: float = bookkeeping(0.0)
-    """What cosine and warmup-stable-decay leave of the learning rate."""
-    clip_grad_norm: float = 0.0
-    """Largest norm of the gradient; 0: no clipping."""
-    clip_z_score: float = 0.0
-    """How many deviations above its running mean the gradient's norm may be (ZClip; 2.5, say); 0: any number."""
-    clip_per_tensor: float = 0.0
-    """How many times its running norm the gradient of each parameter may be (AdaGC; 1.05, say); 0: any number."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights, per step."""
-    ema_rampup: float = 0.0
-    """The half-life of that average is at most this share of the steps so far (EDM's 0.05), so that short runs, and
-    those that start from weights, forget their beginning; 0: the decay from the first step on."""
-    ema_stds: tuple[float, ...] = ()
-    """Relative widths of further averages, kept to make one of any width later (ema_posthoc): 0.05 0.1, say."""
-
-    def __post_init__(self):
-        object.__setattr__(self, "ema_stds", tuple(self.ema_stds))  # JSON has lists
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -318,35 +265,6 @@ class TrainConfig:
     def num_data_classes(self) -> int:
         """Classes that the data must have; 0: labels are not used."""
         return self.model.num_classes - (0 if self.null_label is None else 1)
-
-
-def check_optimizer_of_unit_rows(optimizer: OptimizerConfig) -> None:
-    """What suits weights whose rows keep their norm (EDM2, arXiv:2312.02696, sections 2.3 and B.5).
-
-    Raises:
-        ValueError: a decay that would be undone after every step, or a rate that nothing lets fall.
-    """
-    if optimizer.weight_decay:
-        raise ValueError(
-            f"a magnitude-preserving network restores the norm of its weights after every step, so that they do not "
-            f"decay: optimizer.weight_decay must be 0, got {optimizer.weight_decay:g}"
-        )
-    if optimizer.schedule == "constant":
-        raise ValueError(
-            "the weights of a magnitude-preserving network do not grow, which elsewhere makes steps ever smaller: "
-            "optimizer.schedule must fall (inverse-sqrt, cosine or warmup-stable-decay), got 'constant'"
-        )
-
-
-def check_ema_stds(stds: tuple[float, ...]) -> None:
-    """Raises:
-    ValueError: a width that no power function has, or one given twice.
-    """
-    for std in stds:
-        if not 0.001 <= std <= LARGEST_STD:
-            raise ValueError(f"a relative width must be in [0.001, {LARGEST_STD:.4f}], got {std:g}")
-    if len({f"{std:g}" for std in stds}) < len(stds):
-        raise ValueError(f"ema_stds must differ, got {' '.join(f'{std:g}' for std in stds)}")
 
 
 def _check(config: Any, names: tuple[str, ...], holds: Any, what: str) -> None:

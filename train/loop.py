@@ -15,7 +15,6 @@ from scalelong.train.checkpoint import read_state
 from scalelong.train.checks import Start, check_before_training
 from scalelong.train.command_line import TRAIN_PROGRAM, without_local_rank
 from scalelong.train.config import TrainConfig
-from scalelong.train.data.batches import Batch
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, DivergedError, UserError
 from scalelong.train.evaluation import Evaluation
 from scalelong.train.hosts.heartbeat import Heartbeat, end_process
@@ -171,7 +170,7 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     for micro_batch in range(config.accumulation_steps):
         batch = next(run.batches)
         if measures and not watches_step:
-            watch_uncompiled(run, batch)
+            run.watch_uncompiled(batch)
         torch.manual_seed(batch.dropout_seed)
         network = engine if distillation is None else distillation.student(batch)
         minimised, loss = objective.training_loss(
@@ -207,17 +206,6 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     if config.guard.skip_steps:
         measured["steps_left_out"] = run.guard.left_out
     return measured
-
-
-@torch.no_grad()
-def watch_uncompiled(run: Run, batch: Batch) -> None:
-    """Takes down what blocks and skips do with a batch, in a forward pass of its own: graphs call no hooks."""
-    run.monitor.active = True
-    torch.manual_seed(batch.dropout_seed)
-    network = run.engine if run.distillation is None else run.distillation.student(batch)
-    images, noise = batch.images_BCHW, batch.noise_BCHW
-    make_objective(run.config.objective).loss(network, images, noise, batch.time_u_B, batch.condition)
-    run.monitor.active = False
 
 
 def check_losses(run: Run) -> tuple[float, bool]:

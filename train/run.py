@@ -81,6 +81,16 @@ class Run:
     def source(self) -> SoundImages | LatentSource:
         return self.start.source
 
+    @torch.no_grad()
+    def watch_uncompiled(self, batch: Batch) -> None:
+        """Takes down what blocks and skips do with a batch, in a forward pass of its own: graphs call no hooks."""
+        self.monitor.active = True
+        torch.manual_seed(batch.dropout_seed)
+        network = self.engine if self.distillation is None else self.distillation.student(batch)
+        images, noise = batch.images_BCHW, batch.noise_BCHW
+        make_objective(self.config.objective).loss(network, images, noise, batch.time_u_B, batch.condition)
+        self.monitor.active = False
+
     def free(self) -> None:
         """Gives up weights, optimizer, averages and readers, so that others of their size find room."""
         zero.destroy(self.engine)

@@ -60,7 +60,7 @@ OFTEN_USED = {
         "label-drop": "share of labels dropped, for guidance",
     },
     "network": {
-        "skip-scale": "of long skips: none, inv-sqrt2, cs, geometric, ls, ls-separate",
+        "skip-scale": "none, inv-sqrt2, cs, geometric, ls, ls-separate",
         "skip-scale.kappa": "of cs and geometric, in (0, 1]",
         "model.width": "of tokens",
         "model.model-channels": "of the first level",

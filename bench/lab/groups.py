@@ -86,6 +86,11 @@ class Group:
         values = [getattr(row, column) for row in self.rows if not math.isnan(getattr(row, column))]
         return float(np.mean(values)) if values else math.nan
 
+    def median(self, column: str) -> float:
+        """Over all runs: of a figure that has no bound where a run diverges."""
+        values = [getattr(row, column) for row in self.rows if not math.isnan(getattr(row, column))]
+        return median(values) if values else math.nan
+
     def median_at_best(self, column: str) -> float:
         values = [getattr(row, column) for row in self.at(self.best_rate)]
         values = [value for value in values if not math.isnan(value)]

@@ -44,7 +44,13 @@ class Table:
 def tables_of(rows: Sequence[Row]) -> list[Table]:
     """Every table that the rows have something for."""
     groups = groups_of(trained(rows))
-    tables = [stability_table(groups), loss_table(groups), speed_table(groups), score_speed_table(groups)]
+    tables = [
+        stability_table(groups),
+        loss_table(groups),
+        gradient_table(groups),
+        speed_table(groups),
+        score_speed_table(groups),
+    ]
     tables.append(magnitude_table(groups))
     tables += start_tables(untrained(rows))
     tables.append(gain_table(groups_of([row for row in rows if row.gain_0_1])))
@@ -62,7 +68,7 @@ def stability_table(groups: Sequence[Group]) -> Table:
                     *(context, group.mode, len(group.rows), int(group.diverged.sum())),
                     *(group.best_rate, group.best_loss, group.sensitivity, width.octaves, width.first_diverging),
                     *(100 * group.mean(column) for column in ("spikes_loss", "spikes_gradient", "spikes_both")),
-                    *(group.mean("oscillation"), group.median_at_best("hidden_norm")),
+                    *(group.median("oscillation"), group.median_at_best("hidden_norm")),
                     *(group.median_at_best(column) for column in ("growth_forward", "growth_backward")),
                     *(group.median_at_best("sigma_max"), group.median_at_best("images_per_second")),
                 ]
@@ -75,9 +81,9 @@ def stability_table(groups: Sequence[Group]) -> Table:
     note = (
         "Losses are medians over seeds; S, 0 at best, is the mean excess loss over log rates as a share of what "
         "training gains; stable octaves count rates within 1.1 x the best of all modes of which 2/3 of the seeds "
-        "survive; spikes and oscillation are means over all runs of the mode, all rates; the rest is at the mode's own "
-        "best rate. images/s is the wall-clock speed of these runs with this project's operators, which do not change "
-        "the other columns."
+        "survive; spikes are means and oscillation the median over all runs of the mode, all rates; the rest is at the "
+        "mode's own best rate. images/s is the wall-clock speed of these runs with this project's operators, which "
+        "change no other column."
     )
     return Table("stability", "Stability of each mode", note, header, lines)
 
@@ -99,6 +105,19 @@ def loss_table(groups: Sequence[Group]) -> Table:
     kinds = {row.final_is for group in groups for row in group.rows if row.final_is}
     note = f"The final loss ({' or '.join(sorted(kinds)) or 'none'}), median over seeds."
     return Table("losses", "Final loss by learning rate", note, ("network", "mode", *rates), lines)
+
+
+def gradient_table(groups: Sequence[Group]) -> Table:
+    rates = sorted_values([rate for group in groups for rate in group.rates])
+    lines: list[list[Value]] = []
+    for group in groups:
+        by_rate = {rate: [row.largest_gradient for row in group.at(rate)] for rate in rates if rate in group.rates}
+        shown = [f"{median(values):.3g} ({max(values):.3g})" if (values := by_rate.get(rate)) else "" for rate in rates]
+        lines.append([group.context, group.mode, *shown])
+    has_any = any(not math.isnan(row.largest_gradient) for group in groups for row in group.rows)
+    note = "The largest norm that a run's gradient had: the median over seeds, and the largest of all."
+    title = "Largest gradient by learning rate"
+    return Table("gradients", title, note, ("network", "mode", *rates), lines if has_any else [])
 
 
 def speed_table(groups: Sequence[Group]) -> Table:

@@ -28,7 +28,7 @@ from scalelong.model.dit_config import DiTConfig
 from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.model.skip_scale import SkipScale
 from scalelong.model.uvit_config import UViTConfig
-from scalelong.train.config import OptimizerConfig, OptimizerName
+from scalelong.train.optimizer_config import OptimizerConfig, OptimizerName
 from scalelong.train.zero.engine import LEARNING_RATE_FACTOR, make_optimizer, matrices_of, optimizer_groups
 
 Measure = Literal["size", "update"]

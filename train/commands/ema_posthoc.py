@@ -18,8 +18,8 @@ from scalelong.model.architectures import make_backbone
 from scalelong.train.branch import parse_origin
 from scalelong.train.checkpoint import find_problem, numbered_folders, read_tensors
 from scalelong.train.commands.export import make_pipeline, write_export
-from scalelong.train.config import LARGEST_STD
 from scalelong.train.errors import UserError, warn
+from scalelong.train.optimizer_config import LARGEST_STD
 from scalelong.train.parsing import parse
 from scalelong.train.run_folder import averages_folder, config_path, read_config
 from scalelong.train.zero.averages import Profile, compose, exponent_of_std

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from scalelong.model.linear_layers import GeluLinear, SkipLinear, TokenConv1d
-from scalelong.train.config import FOLLOWING_CLIPS, OffloadName, TrainConfig
+from scalelong.train.config import OffloadName, TrainConfig
 from scalelong.train.errors import UserError
+from scalelong.train.optimizer_config import FOLLOWING_CLIPS
 from scalelong.train.zero.user_config import merge_file
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
