@@ -18,6 +18,7 @@ from scalelong.train import compiling
 from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError
 from scalelong.train.loop import train
+from scalelong.train.objective_config import NUM_AUGMENT_LABELS, ObjectiveConfig
 from scalelong.train.recipes import RECIPES
 
 pytestmark = pytest.mark.slow
@@ -78,6 +79,19 @@ def test_a_compiled_run_takes_the_same_steps(tmp_path, monkeypatch, recipe, what
         assert before.keys() == now.keys()
         expected = pytest.approx([before[name] for name in watched], rel=100 * rounding, abs=100 * rounding)
         assert [now[name] for name in watched] == expected
+
+
+@pytest.mark.parametrize("what", ["model", pytest.param("blocks", marks=pytest.mark.exhaustive)])
+def test_a_contrast_of_features_goes_with_graphs(tmp_path, monkeypatch, what):
+    monkeypatch.setattr(compiling, "BACKEND", "eager")
+    shape = {"model": replace(RECIPES["digits-uvit"].model, width=32, depth=2, augment_dim=NUM_AUGMENT_LABELS)}
+    plain = config_of("digits-uvit", tmp_path / "plain", objective=ObjectiveConfig(contrast=0.1), **shape)
+    train(plain)
+    compiled = replace(plain, run=tmp_path / "compiled", compile=what)
+    train(compiled)
+    for name in ("loss", "contrast_loss"):
+        before, now = ([row[name] for row in log_rows(run)] for run in (plain.run, compiled.run))
+        assert now == pytest.approx(before, rel=1e-5)
 
 
 @pytest.mark.exhaustive
