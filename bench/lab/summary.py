@@ -109,11 +109,14 @@ def loss_table(groups: Sequence[Group]) -> Table:
 
 def gradient_table(groups: Sequence[Group]) -> Table:
     rates = sorted_values([rate for group in groups for rate in group.rates])
-    lines: list[list[Value]] = []
-    for group in groups:
-        by_rate = {rate: [row.largest_gradient for row in group.at(rate)] for rate in rates if rate in group.rates}
-        shown = [f"{median(values):.3g} ({max(values):.3g})" if (values := by_rate.get(rate)) else "" for rate in rates]
-        lines.append([group.context, group.mode, *shown])
+
+    def shown(norms: Sequence[float]) -> str:
+        return f"{median(norms):.3g} ({max(norms):.3g})" if norms else ""
+
+    lines: list[list[Value]] = [
+        [group.context, group.mode, *(shown([row.largest_gradient for row in group.at(rate)]) for rate in rates)]
+        for group in groups
+    ]
     has_any = any(not math.isnan(row.largest_gradient) for group in groups for row in group.rows)
     note = "The largest norm that a run's gradient had: the median over seeds, and the largest of all."
     title = "Largest gradient by learning rate"

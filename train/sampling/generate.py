@@ -109,21 +109,18 @@ def generate(
     shape = (config.in_channels, config.img_size, config.img_size)
 
     def draw(batch: Sequence[int]) -> np.ndarray:
-        with tuned_skips(model, skip_tuning):
-            return draw_as_it_is(batch)
-
-    def draw_as_it_is(batch: Sequence[int]) -> np.ndarray:
         noise = np.stack([draw_noise(seed, n, shape, Stream.GENERATION) for n in batch])
         condition = conditions(batch)
         condition = None if condition is None else condition.to(device)
-        x_BCHW = denoise(
-            guided(model, objective, condition, null_condition, guidance, autocast, guidance_interval),
-            objective.process,
-            torch.from_numpy(noise).to(device),
-            sampler=sampler,
-            steps=steps,
-            generators=[_torch_generator(seed, n) for n in batch],
-        )
+        with tuned_skips(model, skip_tuning):
+            x_BCHW = denoise(
+                guided(model, objective, condition, null_condition, guidance, autocast, guidance_interval),
+                objective.process,
+                torch.from_numpy(noise).to(device),
+                sampler=sampler,
+                steps=steps,
+                generators=[_torch_generator(seed, n) for n in batch],
+            )
         return to_uint8(x_BCHW if to_pictures is None else to_pictures(x_BCHW))
 
     rank, world_size = (0, 1) if processes is None else (processes.rank, processes.world_size)

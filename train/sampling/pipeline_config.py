@@ -68,21 +68,15 @@ class PipelineConfig:
             raise ValueError(f"steps must be a whole number in 1 .. {NUM_TIMES}, got {self.steps!r}")
         if not _is_number(self.guidance) or not 0 <= self.guidance < math.inf:
             raise ValueError(f"guidance must be a number from 0 on, got {self.guidance!r}")
-        interval = self.guidance_interval
-        if interval is not None:
-            is_pair = isinstance(interval, list | tuple) and len(interval) == 2 and all(map(_is_number, interval))
-            _check(is_pair, "guidance_interval", self)
-            object.__setattr__(self, "guidance_interval", tuple(interval))
-            check_guidance_interval(self.guidance_interval)
+        for name in ("guidance_interval", "skip_tuning"):
+            pair = getattr(self, name)
+            if pair is not None:
+                is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and all(map(_is_number, pair))
+                _check(is_pair, name, self)
+                object.__setattr__(self, name, tuple(pair))
+        check_guidance_interval(self.guidance_interval)
         if self.skip_tuning is not None:
-            tuning = self.skip_tuning
-            _check(
-                isinstance(tuning, list | tuple) and len(tuning) == 2 and all(map(_is_number, tuning)),
-                "skip_tuning",
-                self,
-            )
-            object.__setattr__(self, "skip_tuning", tuple(tuning))
-            SkipTuning(*tuning)
+            SkipTuning(*self.skip_tuning)
 
     def check_fits(self, num_classes: int) -> None:
         """Checks that the labels are those of a network.
