@@ -58,11 +58,14 @@ def check_scale(op: str, scale: Tensor, h: Tensor, s: Tensor) -> Tensor:
 
 def concatenated(h: Tensor, s: Tensor | None, scale: Scale) -> Tensor:
     """``cat([h, scale * s], 1)``, written out."""
-    if s is None:
-        return h
+    return h if s is None else torch.cat([h, scaled(s, scale)], dim=1)
+
+
+def scaled(s: Tensor, scale: Scale) -> Tensor:
+    """``scale * s`` of (N, C, *), in its dtype; the factor of each channel is (N, C) or (C,), and None stands for 1."""
     if isinstance(scale, Tensor) and scale.dim() > 0:
         scale = scale[(..., *[None] * (s.dim() - 2))]
-    return torch.cat([h, s if scale is None else (s * scale).to(s.dtype)], dim=1)
+    return s if scale is None else (s * scale).to(s.dtype)
 
 
 def concatenated_tokens(x_BTD1: Tensor, s_BTD2: Tensor, scale: Scale) -> Tensor:

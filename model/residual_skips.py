@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from scalelong.kernels.arguments import scaled
 from scalelong.model.skip_scale import LongSkip
 
 
@@ -41,12 +42,3 @@ class ResidualJoin(nn.Module):
         takes_embedding = getattr(self.up, "takes_embedding", False)
         up_BCHW = self.up(change_BCHW, emb) if takes_embedding else self.up(change_BCHW)
         return up_BCHW + scaled(skip.features, skip.scale)
-
-
-def scaled(x_BCHW: Tensor, scale: Tensor | float | None) -> Tensor:
-    """``scale * x``; a factor for each channel is (B, C) or (C,), None stands for 1."""
-    if scale is None:
-        return x_BCHW
-    if isinstance(scale, Tensor) and scale.dim() > 0:
-        scale = scale[..., None, None]
-    return (scale * x_BCHW).to(x_BCHW.dtype)
