@@ -19,7 +19,22 @@ MAGNITUDE = (
 )
 """Both kinds of network by one schedule, and samples scored at the end."""
 
-
+METHODS = (
+    "--seeds 3 --images 25600 --probe --optimizer.weight-decay 0 --optimizer.schedule cosine "
+    "--optimizer.ema-rampup 0.05 --evaluation.features pixels --evaluation.num-images 500 --sample.steps 12 "
+    "--images-per-evaluation 25600"
+)
+"""Methods beside each other, by one schedule: samples are scored and blocks probed at the end."""
+SKIP_SCALES = "none,inv-sqrt2,cs:0.7,geometric:0.7,ls,ls-separate,profiled"
+WRAPPERS = "--variant 'sigma-reparam=--model.linear sigma-reparam' --variant 'decoupled=--model.linear decoupled'"
+MUON = "--variant 'muon=--optimizer.kind muon'"
+MAGNITUDE_PRESERVING = "--variant 'magnitude-preserving=--model.magnitude-preserving True'"
+FEATURES = (
+    "--variant 'self-conditioning=--model.self-condition-block {middle}' --variant 'contrast=--objective.contrast 0.1'"
+)
+MUP = "--variant 'mup=--parametrization mup --base-width 32'"
+MODULATIONS = " ".join(f"--variant '{name}=--model.modulation {name}'" for name in ("scale-rot", "scale", "rot"))
+QK_NORM = "--variant 'qk-norm=--model.qk-norm True'"
 SPEED = (
     "--seeds 5 --optimizer.ema-rampup 0.05 --evaluation.features pixels --evaluation.num-images 256 --sample.steps 12 "
     "--images-per-evaluation 1600"
@@ -110,6 +125,49 @@ EXPERIMENTS = {
             f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {DIGITS}",
         ),
         "not timed: 30 runs of twice the steps of digits-uvit's depth 12, some 30 s each, two at a time",
+    ),
+    "methods-digits": Experiment(
+        "U-ViT on digits, the skip family and its neighbours beside each other",
+        "digits-uvit",
+        (
+            f"--depths 12 --skip-scale {SKIP_SCALES} --learning-rates 2^-8.5..2^-7.5:0.5 {METHODS} {DIGITS}",
+            f"--depths 12 --skip-scale none {WRAPPERS} {FEATURES.format(middle=6)} {MUP} {MUON} "
+            f"--learning-rates 2^-8.5..2^-7.5:0.5 {METHODS} {DIGITS}",
+            f"--depths 12 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7..2^-5 "
+            f"{METHODS} {DIGITS}",
+        ),
+        "not timed",
+    ),
+    "methods-photos": Experiment(
+        "U-ViT on photographs, the skip family and its neighbours beside each other",
+        "photos32-uvit",
+        (
+            f"--depths 8 --skip-scale {SKIP_SCALES} --learning-rates 2^-9,2^-8 {METHODS} {DIGITS}",
+            f"--depths 8 --skip-scale none {WRAPPERS} {FEATURES.format(middle=4)} {MUP} {MUON} "
+            f"--learning-rates 2^-9,2^-8 {METHODS} {DIGITS}",
+            f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7,2^-6 "
+            f"{METHODS} {DIGITS}",
+        ),
+        "not timed",
+    ),
+    "methods-dit": Experiment(
+        "DiT on digits, modulations, QK-norm and magnitude-preserving layers against norms",
+        "digits-dit",
+        (
+            f"--depths 6 --skip-scale none --learning-rates 2^-9..2^-7 {METHODS} {DIGITS}",
+            f"--depths 6 --skip-scale none {MODULATIONS} {QK_NORM} --learning-rates 2^-9..2^-7 {METHODS} {DIGITS}",
+            f"--depths 6 --skip-scale none {MAGNITUDE_PRESERVING} --learning-rates 2^-7..2^-5 {METHODS} {DIGITS}",
+        ),
+        "not timed",
+    ),
+    "digits-muon": Experiment(
+        "U-ViT on digits, Muon against AdamW: images to AdamW's best loss",
+        "digits-uvit",
+        (
+            f"--depths 12 --skip-scale none --learning-rates 2^-8.5..2^-7.5:0.5 --seeds 5 --images 25600 {DIGITS}",
+            f"--depths 12 --skip-scale none {MUON} --learning-rates 2^-8.5..2^-7:0.5 --seeds 5 --images 25600 {DIGITS}",
+        ),
+        "not timed",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",
