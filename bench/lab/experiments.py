@@ -20,19 +20,21 @@ MAGNITUDE = (
 """Both kinds of network by one schedule, and samples scored at the end."""
 
 METHODS = (
-    "--seeds 3 --images 25600 --probe --optimizer.weight-decay 0 --optimizer.schedule cosine "
-    "--optimizer.ema-rampup 0.05 --evaluation.features pixels --evaluation.num-images 500 --sample.steps 12 "
-    "--images-per-evaluation 25600"
+    "--seeds 3 --probe --optimizer.weight-decay 0 --optimizer.schedule cosine --optimizer.ema-rampup 0.05 "
+    "--evaluation.features pixels --evaluation.num-images 500 --sample.steps 12 --sample.guidance 0"
 )
 """Methods beside each other, by one schedule: samples are scored and blocks probed at the end."""
+METHODS_ON_DIGITS = f"--images 19200 --images-per-validation 1920 --images-per-evaluation 19200 {METHODS} {DIGITS}"
+METHODS_ON_PHOTOS = f"--images 12800 --images-per-validation 1280 --images-per-evaluation 12800 {METHODS} {DIGITS}"
 SKIP_SCALES = "none,inv-sqrt2,cs:0.7,geometric:0.7,ls,ls-separate,profiled"
-WRAPPERS = "--variant 'sigma-reparam=--model.linear sigma-reparam' --variant 'decoupled=--model.linear decoupled'"
-MUON = "--variant 'muon=--optimizer.kind muon'"
-MAGNITUDE_PRESERVING = "--variant 'magnitude-preserving=--model.magnitude-preserving True'"
+LINEARS = "--variant 'sigma-reparam=--model.linear sigma-reparam' --variant 'decoupled=--model.linear decoupled'"
 FEATURES = (
     "--variant 'self-conditioning=--model.self-condition-block {middle}' --variant 'contrast=--objective.contrast 0.1'"
 )
+MUON = "--variant 'muon=--optimizer.kind muon'"
 MUP = "--variant 'mup=--parametrization mup --base-width 32'"
+"""Rates of hidden weights are half as high as those that are given."""
+MAGNITUDE_PRESERVING = "--variant 'magnitude-preserving=--model.magnitude-preserving True'"
 MODULATIONS = " ".join(f"--variant '{name}=--model.modulation {name}'" for name in ("scale-rot", "scale", "rot"))
 QK_NORM = "--variant 'qk-norm=--model.qk-norm True'"
 SPEED = (
@@ -130,35 +132,37 @@ EXPERIMENTS = {
         "U-ViT on digits, the skip family and its neighbours beside each other",
         "digits-uvit",
         (
-            f"--depths 12 --skip-scale {SKIP_SCALES} --learning-rates 2^-8.5..2^-7.5:0.5 {METHODS} {DIGITS}",
-            f"--depths 12 --skip-scale none {WRAPPERS} {FEATURES.format(middle=6)} {MUP} {MUON} "
-            f"--learning-rates 2^-8.5..2^-7.5:0.5 {METHODS} {DIGITS}",
-            f"--depths 12 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7..2^-5 "
-            f"{METHODS} {DIGITS}",
+            f"--depths 12 --skip-scale {SKIP_SCALES} --learning-rates 2^-8.5..2^-7.5:0.5 {METHODS_ON_DIGITS}",
+            f"--depths 12 --skip-scale none {LINEARS} {FEATURES.format(middle=6)} "
+            f"--learning-rates 2^-8.5..2^-7.5:0.5 {METHODS_ON_DIGITS}",
+            f"--depths 12 --skip-scale none {MUON} {MUP} --learning-rates 2^-8..2^-7:0.5 {METHODS_ON_DIGITS}",
+            f"--depths 12 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7.5..2^-5.5 "
+            f"{METHODS_ON_DIGITS}",
         ),
-        "not timed",
+        "not timed: 126 runs of 300 steps of depth 12, two at a time",
     ),
     "methods-photos": Experiment(
         "U-ViT on photographs, the skip family and its neighbours beside each other",
         "photos32-uvit",
         (
-            f"--depths 8 --skip-scale {SKIP_SCALES} --learning-rates 2^-9,2^-8 {METHODS} {DIGITS}",
-            f"--depths 8 --skip-scale none {WRAPPERS} {FEATURES.format(middle=4)} {MUP} {MUON} "
-            f"--learning-rates 2^-9,2^-8 {METHODS} {DIGITS}",
+            f"--depths 8 --skip-scale {SKIP_SCALES} --learning-rates 2^-9,2^-8 {METHODS_ON_PHOTOS}",
+            f"--depths 8 --skip-scale none {LINEARS} {FEATURES.format(middle=4)} --learning-rates 2^-9,2^-8 "
+            f"{METHODS_ON_PHOTOS}",
+            f"--depths 8 --skip-scale none {MUON} {MUP} --learning-rates 2^-8.5,2^-7.5 {METHODS_ON_PHOTOS}",
             f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7,2^-6 "
-            f"{METHODS} {DIGITS}",
+            f"{METHODS_ON_PHOTOS}",
         ),
-        "not timed",
+        "not timed: 84 runs of 400 steps, two at a time",
     ),
     "methods-dit": Experiment(
         "DiT on digits, modulations, QK-norm and magnitude-preserving layers against norms",
         "digits-dit",
         (
-            f"--depths 6 --skip-scale none --learning-rates 2^-9..2^-7 {METHODS} {DIGITS}",
-            f"--depths 6 --skip-scale none {MODULATIONS} {QK_NORM} --learning-rates 2^-9..2^-7 {METHODS} {DIGITS}",
-            f"--depths 6 --skip-scale none {MAGNITUDE_PRESERVING} --learning-rates 2^-7..2^-5 {METHODS} {DIGITS}",
+            f"--depths 6 --skip-scale none --learning-rates 2^-9..2^-7 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none {MODULATIONS} {QK_NORM} --learning-rates 2^-9..2^-7 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none {MAGNITUDE_PRESERVING} --learning-rates 2^-7.5..2^-5.5 {METHODS_ON_DIGITS}",
         ),
-        "not timed",
+        "not timed: 54 runs of 300 steps of depth 6, two at a time",
     ),
     "digits-muon": Experiment(
         "U-ViT on digits, Muon against AdamW: images to AdamW's best loss",
@@ -167,7 +171,7 @@ EXPERIMENTS = {
             f"--depths 12 --skip-scale none --learning-rates 2^-8.5..2^-7.5:0.5 --seeds 5 --images 25600 {DIGITS}",
             f"--depths 12 --skip-scale none {MUON} --learning-rates 2^-8.5..2^-7:0.5 --seeds 5 --images 25600 {DIGITS}",
         ),
-        "not timed",
+        "not timed: 35 runs of 400 steps of depth 12, two at a time",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",

@@ -211,7 +211,7 @@ def best_table(groups: Sequence[Group]) -> Table:
             accuracies, block = best_block(finished)
             lines.append(
                 [
-                    *(context, group.mode, group.best_rate),
+                    *(context, group.mode, end_of(group.rates, group.best_rate) + group.best_rate),
                     f"{len(finished)}" if len(finished) == len(rows) else f"{len(finished)} of {len(rows)}",
                     mean_and_spread([row.final_loss for row in finished], 4),
                     mean_and_spread([1000 * row.kernel_distance for row in finished], 1),
@@ -227,12 +227,20 @@ def best_table(groups: Sequence[Group]) -> Table:
         *("gradient spikes %", "largest gradient", "oscillation", "time a step"),
     )
     note = (
-        "At the rate whose median loss is the mode's best: mean and standard deviation over the seeds that came to "
-        "their end. Kernel distance of samples to real images, times 1,000; accuracy of a linear probe of the averaged "
-        "network's best block, 0 the first; share of steps whose gradient spikes; time a step by the wall clock, over "
-        "that of the unscaled network with the same seed (medians over rates)."
+        "At the rate whose median loss is the mode's best (≤, ≥: the lowest, the highest of several): mean and "
+        "standard deviation over the seeds that came to their end. Kernel distance of samples to real images, times "
+        "1,000; accuracy of a linear probe of the averaged network's best block, 0 the first; share of steps whose "
+        "gradient spikes; time a step by the wall clock, over that of the unscaled network with the same seed (medians "
+        "over rates)."
     )
     return Table("best", "Each mode at its own best rate", note, header, lines)
+
+
+def end_of(rates: Sequence[str], rate: str) -> str:
+    """Whether a rate is one of the ends of those that were tried, beyond which a better one may lie."""
+    if len(rates) < 2:
+        return ""
+    return "≤ " if rate == rates[0] else "≥ " if rate == rates[-1] else ""
 
 
 def best_block(rows: Sequence[Row]) -> tuple[list[float], int]:
