@@ -166,7 +166,8 @@ def tables(results: Path = RESULTS) -> dict[str, tuple[Table, str]]:
     found: dict[str, tuple[Table, str]] = {}
     lines = coordinate_rows(results)
     if lines:
-        made_by = ", ".join(dict.fromkeys(word for line in lines for word in line[len(HEADER) :]))
+        columns = zip(*(line[len(HEADER) :] for line in lines), strict=True)
+        made_by = ", ".join(word for column in columns for word in dict.fromkeys(column))
         shown: list[list[Value]] = [[*line[: len(HEADER)]] for line in lines]
         found[COORDINATES] = Table(COORDINATES, "", "", HEADER, shown), made_by
     for name in TRANSFERS:
