@@ -15,7 +15,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "lab"
 DIGITS = "--model.width 64"
 MAGNITUDE = (
     "--seeds 3 --images 51200 --optimizer.weight-decay 0 --optimizer.schedule cosine "
-    "--evaluation.features pixels --images-per-evaluation 51200"
+    "--evaluation.features pixels --sample.steps 12 --images-per-evaluation 51200"
 )
 """Both kinds of network by one schedule, and samples scored at the end."""
 
