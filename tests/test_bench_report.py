@@ -8,6 +8,7 @@ pytest.importorskip("tyro")
 
 from scalelong.bench import report
 from scalelong.bench.lab.experiments import EXPERIMENTS, commands_of
+from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import Row, write_table
 from scalelong.train.errors import UserError
 
@@ -105,6 +106,25 @@ def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
 def test_what_was_not_measured_names_its_command(tmp_path):
     made = report.rebuilt("<!-- lab clipping stability -->\n<!-- end -->", tmp_path)
     assert "Not measured yet: `python -m scalelong.bench.lab.experiments clipping` (36 minutes" in made
+
+
+def test_marks_of_what_is_not_measured_yet_name_columns_that_there_will_be():
+    """Every one, of rows that have everything."""
+    names = "curve_images", "curve_loss", "curve_scored_images", "curve_kernel_distance"
+    curves = {name: [1.0, 0.5] for name in names}
+    trained = replace(ROWS[0], state="finished", start_loss=1.0, final_loss=0.5, largest_gradient=1.0, weight_norm=1.0)
+    rows = [
+        replace(trained, cell=f"depth=4 skip-scale={mode} learning-rate=2^-8 seed=0", gain_0_1=[1.0] * 5, **curves)
+        for mode in ("none", "ls")
+    ]
+    rows = [replace(row, gain_0_01=row.gain_0_1, gain_0_3=row.gain_0_1) for row in rows]
+    tables = {table.key: table for table in tables_of([*ROWS, *rows])}
+    marks = [mark for path in report.DOCUMENTS for mark in report.MARKED.finditer(path.read_text())]
+    assert {mark[2] for mark in marks} >= {"methods-digits", "methods-photos", "methods-dit", "digits-muon"}
+    for _, name, key, columns in (mark.groups()[:4] for mark in marks):
+        assert name in EXPERIMENTS
+        named = [column.strip() for column in (columns or "").split(",") if column]
+        assert set(named) <= set(tables[key].header), (name, key)
 
 
 @pytest.mark.parametrize("mark", ["no table", "initialisation no", "initialisation law no"])
