@@ -47,7 +47,7 @@ class Trial:
     def commands(self, run: Path) -> list[list[str]]:
         """The modules and their arguments that train the run to its end from where it is, and score its samples."""
         ends = ["--run", run, "--seed", self.seed, "--total-images", self.images]
-        ends += ["--images-per-checkpoint", max(self.images // 4, 1)]
+        ends += ["--images-per-checkpoint", max(self.images // 4, 1), "--optimizer.warmup-images", self.images // 10]
         sweep = ["--sweep", f"steps={','.join(STEPS)}", f"skip-tuning={','.join(FACTORS)}"]
         scored = ["--features", "pixels", "--num-images", self.samples, "--guidance", 0, *sweep]
         commands = [
