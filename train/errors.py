@@ -179,5 +179,5 @@ def check_installed(package: str, *, asked_by: str = "") -> None:
         UserError: it is not installed.
     """
     found = importlib.util.find_spec(package)
-    if found is None or found.origin is None:  # a folder of that name, as W&B's of its runs, is a package without a file
+    if found is None or found.origin is None:  # W&B's own folder of runs is a package without a file
         raise UserError(f"{asked_by}: {not_installed(package)}" if asked_by else not_installed(package))
