@@ -109,7 +109,7 @@ EXPERIMENTS = {
             "--depths 12 --skip-scale none,cs:0.7 --axis model.self-condition-block=None,3,6,9,11 "
             f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {DIGITS}",
         ),
-        "not timed: 30 runs of twice the steps of digits-uvit's depth 12, some 30 s each, two at a time",
+        "15 minutes: 30 runs of 30 s, two at a time",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",
