@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from scalelong.bench import probe_comparison
-from scalelong.bench.lab.summary import Table, Value, mean_and_spread
+from scalelong.bench.lab.report_table import Table, Value, mean_and_spread
 from scalelong.bench.objectives import VARIED
 
 Line = dict[str, str]
@@ -69,14 +69,14 @@ def ddae(rows: Sequence[Line]) -> Table:
         best = max(blocks, key=lambda block: blocks[block])
         of_best = [100 * float(row["accuracy"]) for row in those if row["block"] == best]
         runs = {row["seed"]: row for row in those}.values()
-        distances = [1000 * float(row["kernel_distance"]) for row in runs]
+        distances = [float(row["kernel_distance"]) for row in runs]
         losses = [float(row["validation_loss"]) for row in runs]
-        spread = [f"{mean_and_spread(of_best, 1)} %", mean_and_spread(distances, 2), mean_and_spread(losses, 4)]
+        spread = [f"{mean_and_spread(of_best, 1)} %", mean_and_spread(distances, 1), mean_and_spread(losses, 4)]
         lines.append([method, kappa, best, *spread, len(runs)])
     images, samples = int(rows[0]["images"]), int(rows[0]["samples"])
     note = (
         f"{images:,} images a run; linear probes at sigma {probe_comparison.SIGMA:g}; kernel distance of {samples:,} "
-        f"samples in principal components of pixels, times 1,000; mean and standard deviation over seeds"
+        f"samples in principal components of pixels; mean and standard deviation over seeds"
     )
     header = ("", "kappa", "best block", "accuracy of its probe", "kernel distance", "validation loss", "seeds")
     return Table("ddae", "", note, header, lines)

@@ -90,8 +90,10 @@ class BackboneConfig:
     augment_dim: int = 0
     """Numbers that say how an image was augmented, which the network is told beside the time; 0: it is told nothing."""
 
-    def __init_subclass__(cls, architecture: str = "", **more: object):
+    def __init_subclass__(cls, architecture: str | None = "", **more: object):
         super().__init_subclass__(**more)
+        if architecture is None:  # what several configurations share; no network is saved by it
+            return
         cls.architecture = architecture or cls.__name__.removesuffix("Config")
         before = BackboneConfig.known.setdefault(cls.architecture, cls)
         if before.__module__ != cls.__module__:

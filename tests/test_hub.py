@@ -7,10 +7,13 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 pytest.importorskip("PIL")
+pytest.importorskip("tyro")
 
 from hub_stand_in import StandIn, stand_in
 from test_pipeline import CONFIG, network
 
+from scalelong.train.commands.export import main as export_main
+from scalelong.train.errors import UserError
 from scalelong.train.sampling.pipeline import Pipeline
 
 TOKEN = "hf_aVerySecretToken"
@@ -75,6 +78,17 @@ def test_a_hub_that_refuses_or_does_not_answer_is_one_line_without_the_token(exp
     assert TOKEN not in printed
     assert "hf_another1" not in printed
     assert hub.models == {}
+
+
+def test_an_export_for_a_hub_that_does_not_answer_writes_nothing(export, hub: StandIn, tmp_path):
+    hub.refuses = True
+    line = [str(export), "--out", str(tmp_path / "again"), "--push-to-hub", "me/insects"]
+    with pytest.raises(UserError, match=r"^cannot put me/insects onto the hub: .*; nothing is written$"):
+        export_main(line)
+    assert not (tmp_path / "again").exists()
+    hub.refuses = False
+    export_main(line)
+    assert hub.models["me/insects"].keys() == {path.name for path in (tmp_path / "again").iterdir()}
 
 
 def test_a_path_below_a_folder_that_is_here_is_not_looked_for_on_the_hub(hub: StandIn, tmp_path, monkeypatch):

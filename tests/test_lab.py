@@ -242,7 +242,7 @@ def test_the_table_of_methods_has_means_and_spreads_at_the_best_rate():
     (table,) = (t for t in tables_of([measured(row) for row in GOOD]) if t.key == "best")
     none, ls = (dict(zip(table.header, line, strict=True)) for line in table.lines)
     assert (none["mode"], none["rate"], none["seeds"], none["loss"]) == ("none", "≤ 0.001", "3", "0.2000 ± 0.0000")
-    assert none["kernel distance"] == "11.0 ± 1.0"
+    assert none["kernel distance"] == "0.0110 ± 0.0010"
     assert none["probe % (block)"] == "81.0 ± 1.0 (1)"
     assert (none["gradient spikes %"], none["largest gradient"]) == ("2.00 ± 0.00", "2.00 ± 0.00")
     assert (none["time a step"], ls["time a step"]) == ("1.00 ± 0.00", "1.25 ± 0.00")

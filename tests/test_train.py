@@ -28,7 +28,7 @@ from scalelong.train.config import DataConfig
 from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, UserError
 from scalelong.train.hosts import meeting
 from scalelong.train.loop import train
-from scalelong.train.run_folder import lock_path
+from scalelong.train.run_folder import lock_path, read_config
 from scalelong.train.sampling.pipeline import Pipeline
 from scalelong.train.zero import engine as zero
 
@@ -274,15 +274,35 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path):
     assert again.returncode == 0, again.stderr
 
 
-def test_an_own_folder_of_colour_images_trains(tmp_path):
+@pytest.fixture
+def own_images(tmp_path):
+    """A folder of colour images of different sizes, in two classes."""
     rng = np.random.default_rng(0)
     for number in range(12):
         folder = tmp_path / "images" / ("cat" if number % 2 else "dog")
         folder.mkdir(parents=True, exist_ok=True)
         pixels = rng.integers(0, 256, (20 + number, 30, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.jpg")
+    return tmp_path / "images"
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("recipe", ["images32-uvit", "images64-uvit", "images64-unet"])
+def test_recipes_for_own_images_train_in_their_size(recipe, own_images, tmp_path):
     done = run_command(
-        *("digits-uvit", *SMALL, "--run", tmp_path / "run", "--data.path", tmp_path / "images"),
+        *(recipe, "--run", tmp_path / "run", "--data.path", own_images, "--images-per-step", 2, "--total-images", 4),
+        *("--images-per-log", 2, "--sample.num-images", 2, "--sample.steps", 2),
+        timeout=500,
+    )
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "run/samples/4.png").size[0] == 2 * (64 + 2) + 2, "images of 32 pixels twice as large"
+    assert read_config(tmp_path / "run").model.num_classes == 3
+
+
+def test_an_own_folder_of_colour_images_trains(own_images, tmp_path):
+    done = run_command(
+        *("digits-uvit", *SMALL, "--run", tmp_path / "run", "--data.path", own_images),
         *("--model.num-classes", 3, "--model.img-size", 16, "--model.in-channels", 3, "--total-images", 2 * STEP),
     )
     assert done.returncode == 0, done.stderr

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,10 +114,17 @@ def test_training_goes_on_where_wandb_refuses(wandb, tmp_path, monkeypatch, caps
     assert len(log_rows(tmp_path)) == 2
 
 
-def test_without_the_package_nothing_is_written(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("wandb", '--log.wandb: wandb is not installed: pip install "scalelong[wandb]"'),
+        ("tensorboard", 'tensorboard is not installed: pip install "scalelong[train]"'),
+    ],
+)
+def test_without_the_package_nothing_is_written(package, message, tmp_path, monkeypatch):
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "wandb" else find(name, *more))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == package else find(name, *more))
     config = small_config(tmp_path / "run", log=LogConfig(wandb="mine"))
-    with pytest.raises(UserError, match=r'^--log.wandb: .* pip install "scalelong\[wandb\]"$'):
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
         train(config)
     assert not config.run.exists()

@@ -22,7 +22,7 @@ from scalelong.train.data.batches import (
 from scalelong.train.data.order import BatchPlan
 from scalelong.train.data.source import LatentSource, open_data
 from scalelong.train.data.stand_ins import BadSamples, SoundImages, spread_indices
-from scalelong.train.errors import UserError, warn
+from scalelong.train.errors import UserError, check_installed, warn
 from scalelong.train.hosts.cores import cores_per_process
 from scalelong.train.hosts.preflight import check_versions, installed_versions
 from scalelong.train.hosts.processes import Processes
@@ -32,7 +32,6 @@ from scalelong.train.run_folder import checkpoints_folder, config_path, holds_so
 from scalelong.train.schedule import check_rates, with_horizon
 from scalelong.train.scores.feature_spaces import check_feature_space
 from scalelong.train.scores.real_images import check_real_images
-from scalelong.train.wandb_sink import check_wandb
 from scalelong.train.zero.engine_config import check_engine_config
 
 OF_ONE_HOST = {
@@ -222,8 +221,9 @@ def check_input(config: TrainConfig, processes: Processes, checkpoint: Path | No
     check_memory(config, plan)
     check_engine_config(config, plan.micro_batch)
     check_compile(config, processes.device)
+    check_installed("tensorboard")  # as the report needs it: before the run folder is made
     if config.log.wandb:
-        check_wandb()
+        check_installed("wandb", asked_by="--log.wandb")
     source = open_data(config)
     fingerprint = source.fingerprint()
     prepared = prepare_source(config, source)

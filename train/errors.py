@@ -4,6 +4,7 @@ Imports nothing that takes time, so that ``--help`` costs nothing.
 """
 
 import contextlib
+import importlib.util
 import io
 import os
 import sys
@@ -160,4 +161,23 @@ def _missing_extra_in_one_line() -> Iterator[None]:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS:
             raise
-        raise UserError(f'{package} is not installed: pip install "scalelong[{EXTRAS[package]}]"') from error
+        raise UserError(not_installed(package)) from error
+
+
+def not_installed(package: str) -> str:
+    """What to say of a package that an extra brings and that is not there."""
+    return f'{package} is not installed: pip install "scalelong[{EXTRAS[package]}]"'
+
+
+def check_installed(package: str, *, asked_by: str = "") -> None:
+    """
+    Args:
+        package: that an extra brings, by the name under which it is imported.
+        asked_by: the flag without which it would not be needed.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    found = importlib.util.find_spec(package)
+    if found is None or found.origin is None:  # W&B's own folder of runs is a package without a file
+        raise UserError(f"{asked_by}: {not_installed(package)}" if asked_by else not_installed(package))

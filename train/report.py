@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from scalelong.train.errors import UserError, warn
-from scalelong.train.pace import Pace, clock
+from scalelong.train.pace import Pace, clock, short
 from scalelong.train.run_folder import config_path, log_path, tensorboard_folder
 from scalelong.train.wandb_sink import open_wandb
 from scalelong.train.write_whole import staged, sync
@@ -214,14 +214,14 @@ class Terminal:
         images_seen, loss, speed = int(row["images_seen"]), f"{row['loss']:.4f}", float(row["images_per_second"])
         left = clock(self._pace.seconds_for(self._total - images_seen, images_seen=images_seen, speed=speed))
         if self._bar is not None:
-            self._bar.update(self._task, completed=images_seen, loss=loss, speed=f"{speed:,.0f}", left=left)
+            self._bar.update(self._task, completed=images_seen, loss=loss, speed=short(speed), left=left)
             return
         now = time.monotonic()
         if now - self._line_time < SECONDS_BETWEEN_LINES and images_seen < self._total:
             return
         self._line_time = now
         progress = f"{images_seen:,} / {self._total:,} images"
-        print(f"{progress}  loss {loss}  {speed:,.0f} images/s  {left} left", flush=True)
+        print(f"{progress}  loss {loss}  {short(speed)} images/s  {left} left", flush=True)
 
     def sync(self) -> None:
         pass

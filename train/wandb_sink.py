@@ -5,7 +5,6 @@ so that resuming goes on with it. Rows and grids that W&B lacks, as after a star
 the folder; those that it has are not.
 """
 
-import importlib.util
 import json
 import math
 import secrets
@@ -16,7 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from scalelong.train.errors import UserError, warn
+from scalelong.train.errors import warn
 from scalelong.train.run_folder import config_path, grid_path, log_path, wandb_path
 from scalelong.train.write_whole import write_whole
 
@@ -36,16 +35,6 @@ class Tracked:
     """The images_seen up to which W&B has rows and grids, or the files of starts that ended as they should have."""
     unfinished: str = ""
     """The name of the offline folder of a start that is under way, or was killed: its file may lack its end."""
-
-
-def check_wandb() -> None:
-    """
-    Raises:
-        UserError: W&B is not installed.
-    """
-    found = importlib.util.find_spec("wandb")
-    if found is None or found.origin is None:  # W&B's own folder of runs is a package without a file
-        raise UserError('--log.wandb: Weights & Biases is not installed: pip install "scalelong[wandb]"')
 
 
 def open_wandb(project: str, run: Path, images_seen: int) -> "WeightsAndBiases | None":

@@ -129,7 +129,7 @@ EXPERIMENTS = {
             "--depths 12 --skip-scale none,cs:0.7 --axis model.self-condition-block=None,3,6,9,11 "
             f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {DIGITS}",
         ),
-        "not timed: 30 runs of twice the steps of digits-uvit's depth 12, some 30 s each, two at a time",
+        "15 minutes: 30 runs of 30 s, two at a time",
     ),
     "methods-digits": Experiment(
         "U-ViT on digits, the skip family and its neighbours beside each other",

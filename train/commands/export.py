@@ -17,7 +17,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.errors import UserError, warn
 from scalelong.train.parsing import parse
 from scalelong.train.run_folder import read_config
-from scalelong.train.sampling.hub import NAME, upload
+from scalelong.train.sampling.hub import NAME, make_repository, upload
 from scalelong.train.sampling.model_card import read_scores
 from scalelong.train.sampling.pipeline import Pipeline
 from scalelong.train.sampling.pipeline_config import PipelineConfig
@@ -62,6 +62,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.push_to_hub and not NAME.fullmatch(arguments.push_to_hub):
         raise UserError(f"--push-to-hub {arguments.push_to_hub}: a model on the hub is called OWNER/NAME")
     pipeline = load_export(arguments) if is_export(arguments.run) else pipeline_of_run(arguments)
+    check_empty(arguments.out)
+    if arguments.push_to_hub:
+        try:
+            make_repository(arguments.push_to_hub, private=arguments.private)
+        except (OSError, ImportError) as error:
+            raise UserError(f"{error}; nothing is written") from error
     saved: Saved = AsDiffusers(pipeline.model) if arguments.format == "diffusers" else pipeline
     write_export(saved, arguments.out)
     print(f"{pipeline.model.num_params():,} parameters -> {arguments.out}")
@@ -136,14 +142,25 @@ def describe_training(config: TrainConfig, *, images_seen: int, weights: str) ->
     }
 
 
+def check_empty(out: Path) -> None:
+    """
+    Raises:
+        UserError: the folder is not empty, or no folder.
+    """
+    try:
+        if out.exists() and any(out.iterdir()):
+            raise UserError(f"{out} is not empty")
+    except OSError as error:
+        raise UserError(f"cannot write {out}: {error}") from error
+
+
 def write_export(saved: Saved, out: Path) -> None:
     """
     Raises:
         UserError: the folder is not empty, or cannot be written; or a network that the format cannot say.
     """
+    check_empty(out)
     try:
-        if out.exists() and any(out.iterdir()):
-            raise UserError(f"{out} is not empty")
         saved.save_pretrained(out)
     except OSError as error:
         raise UserError(f"cannot write {out}: {error}") from error

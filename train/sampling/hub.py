@@ -26,6 +26,22 @@ def fetch(repository: str, *, revision: str | None = None, token: str | None = N
         return Path(snapshot_download(repository, revision=revision, token=token, allow_patterns=FILES))
 
 
+def make_repository(repository: str, *, private: bool = False, token: str | None = None) -> None:
+    """Asks the hub for a repository, which may be there: whether it answers and lets us is known before files are made.
+
+    Raises:
+        ValueError: no name of a repository.
+        ConnectionError: the hub does not answer, or refuses.
+        ImportError: huggingface_hub is missing.
+    """
+    if not NAME.fullmatch(repository):
+        raise ValueError(f"a model on the hub is called OWNER/NAME, got {repository!r}")
+    with _one_line(f"cannot put {repository} onto the hub", token):
+        from huggingface_hub import HfApi
+
+        HfApi(token=token).create_repo(repository, private=private, exist_ok=True)
+
+
 def upload(
     save: Callable[[Path], None], repository: str, *, private: bool = False, token: str | None = None, message: str
 ) -> str:
@@ -36,8 +52,7 @@ def upload(
         ConnectionError: the hub does not answer, or refuses.
         ImportError: huggingface_hub is missing.
     """
-    if not NAME.fullmatch(repository):
-        raise ValueError(f"a model on the hub is called OWNER/NAME, got {repository!r}")
+    make_repository(repository, private=private, token=token)
     with tempfile.TemporaryDirectory() as written:
         folder = Path(written) / repository.rpartition("/")[2]
         save(folder)
@@ -45,9 +60,7 @@ def upload(
             from huggingface_hub import HfApi
 
             hub = HfApi(token=token)
-            hub.create_repo(repository, private=private, exist_ok=True)
-            commit = hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-            return str(commit.commit_url)
+            return str(hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message).commit_url)
 
 
 @contextmanager
