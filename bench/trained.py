@@ -71,7 +71,7 @@ def ddae(rows: Sequence[Line]) -> Table:
         runs = {row["seed"]: row for row in those}.values()
         distances = [float(row["kernel_distance"]) for row in runs]
         losses = [float(row["validation_loss"]) for row in runs]
-        spread = [f"{mean_and_spread(of_best, 1)} %", mean_and_spread(distances, 1), mean_and_spread(losses, 4)]
+        spread = [f"{mean_and_spread(of_best, 1)} %", mean_and_spread(distances), mean_and_spread(losses, 4)]
         lines.append([method, kappa, best, *spread, len(runs)])
     images, samples = int(rows[0]["images"]), int(rows[0]["samples"])
     note = (

@@ -63,7 +63,7 @@ def test_it_goes_on_where_it_was_and_says_what_came(tmp_path):
         "0.7",
         "mid_block",
         "75.0 ± 7.1 %",
-        "10.00 ± 0.00",
+        "0.0100 ± 0.0000",
         "0.2500 ± 0.0000",
         2,
     ]
