@@ -148,10 +148,11 @@ def test_every_experiment_is_a_grid_that_can_be_planned(name, tmp_path):
         if not arguments.report_only:
             given = {option: getattr(arguments, option.replace("-", "_")) or text for option, text in DEFAULTS.items()}
             cells = cells_of(line[0], arguments, given, training_flags(rest))
-            assert len(cells) <= 200
-            assert all(cell.config(tmp_path) for cell in cells[:: max(1, len(cells) // 4)])
             num_cells += len(cells)
-    assert num_cells >= 20
+            # Cells are alike but for their variants: the first, and the last of each variant.
+            chosen = {dict(cell.place).get("variant"): cell for cell in cells}
+            assert all(cell.config(tmp_path) for cell in (cells[0], *chosen.values()))
+    assert 20 <= num_cells <= 250
 
 
 def test_tables_of_mup_are_made_anew(tmp_path):
