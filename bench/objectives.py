@@ -21,6 +21,7 @@ from typing import Any, get_args
 
 from scalelong.bench.modules import run_module
 from scalelong.bench.record import RESULTS, provenance
+from scalelong.bench.trials import finished
 from scalelong.train.objective_config import PredictionName, TimesName, WeightingName
 from scalelong.train.optimizer_config import ScheduleName
 from scalelong.train.recipes import RECIPES
@@ -147,14 +148,6 @@ def row_of(trial: Trial, run: Path) -> Row:
         sampler=f"{sample.sampler}, {sample.steps} steps, guidance {guided['guidance']:g}",
         **provenance("cpu", "1 thread"),
     )
-
-
-def finished(path: Path) -> list[dict[str, str]]:
-    """The rows that are there."""
-    if not path.is_file():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -14,18 +14,16 @@ import itertools
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
 
 from scalelong.bench.modules import run_module
-from scalelong.bench.objectives import finished
 from scalelong.bench.record import RESULTS, ROOM, commit, device_name
+from scalelong.bench.trials import finished, run_trials
 from scalelong.train.errors import run_command
 from scalelong.train.run_folder import log_path
 from scalelong.train.write_whole import staged
@@ -56,7 +54,8 @@ class Trial:
     samples: int
 
     def __str__(self) -> str:
-        return f"self-condition={self.self_condition},contrast={self.contrast:g},kappa={self.kappa:g},seed={self.seed}"
+        method = f"self-condition={self.self_condition},contrast={self.contrast:g},kappa={self.kappa:g}"
+        return f"{method},seed={self.seed}-{self.images}"
 
     @property
     def is_of(self) -> str:
@@ -137,43 +136,9 @@ def rows_of(trial: Trial, run: Path) -> list[Row]:
     return [Row(**asdict(trial), **of_run, block=p["source"], accuracy=float(p["accuracy"])) for p in probes]
 
 
-def run_trials(
-    wanted: Sequence[Trial], runs: Path, out: Path, jobs: int, work: Callable[[Trial, Path], list[Row]]
-) -> int:
-    """Does what has no rows yet, so many at a time, and appends its rows as they come; returns how many failed."""
-    names = [field.name for field in fields(Trial)]
-    there = {tuple(row[name] for name in names) for row in finished(out)}
-    left = [trial for trial in wanted if tuple(str(getattr(trial, name)) for name in names) not in there]
-    print(f"{len(wanted)} runs: {len(wanted) - len(left)} in {out}, {len(left)} to do", flush=True)
-    began, num_failed = time.monotonic(), 0
-
-    def attempt(trial: Trial) -> list[Row] | str:
-        try:
-            return work(trial, runs / f"{trial}-{trial.images}")
-        except RuntimeError as error:
-            return f"{trial}: {error}"
-
-    with ThreadPoolExecutor(jobs) as pool:
-        for number, (trial, came) in enumerate(zip(left, pool.map(attempt, left), strict=True), start=1):
-            if isinstance(came, str):
-                num_failed += 1
-                print(came, file=sys.stderr, flush=True)
-                continue
-            append_rows(out, came)
-            minutes = (time.monotonic() - began) / 60 / number * (len(left) - number)
-            best = max(came, key=lambda row: row.accuracy)
-            print(f"{trial}: {best.accuracy:.1%} of {best.block}; about {minutes:.0f} min left", flush=True)
-    return num_failed
-
-
-def append_rows(path: Path, rows: Iterable[Row]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+def describe(rows: Sequence[Row]) -> str:
+    best = max(rows, key=lambda row: row.accuracy)
+    return f"{best.accuracy:.1%} of {best.block}"
 
 
 def methods_of(rows: Sequence[dict[str, str]]) -> dict[tuple[str, str], list[dict[str, str]]]:
@@ -234,7 +199,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=2)
     a = parser.parse_args(argv)
     wanted = trials(a.images, a.samples, a.seeds)
-    num_failed = run_trials(wanted, a.runs, a.out, a.jobs, train_and_judge)
+    num_failed = run_trials(wanted, a.runs, a.out, a.jobs, train_and_judge, describe)
     if finished(a.out):
         draw(finished(a.out), a.picture)
         print(f"-> {a.out}, {a.picture}")

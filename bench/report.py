@@ -19,9 +19,9 @@ from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.summary import Table, Value, tables_of
 from scalelong.bench.lab.table import read_table
 from scalelong.bench.mup import experiments
-from scalelong.bench.objectives import finished
 from scalelong.bench.trained import TABLES
 from scalelong.bench.trained import where as sources
+from scalelong.bench.trials import finished
 from scalelong.model.architectures import make_backbone
 from scalelong.train.errors import UserError, run_command
 from scalelong.train.objective_config import ObjectiveConfig
@@ -30,7 +30,7 @@ from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("results", "recipes", "training", "mup", *TABLES)
+NAMES = ("results", "recipes", "training", "mup", "methods", "objectives", "scores", "fine-tuning", "ddae")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_TABLE = re.compile(r"(<!-- recipes( of images)? -->\n).*?(<!-- end -->)", re.DOTALL)

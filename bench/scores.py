@@ -15,8 +15,8 @@ from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from scalelong.bench.modules import run_module
-from scalelong.bench.objectives import finished
 from scalelong.bench.record import RESULTS, provenance
+from scalelong.bench.trials import finished
 from scalelong.train.recipes import RECIPES
 from scalelong.train.write_whole import staged
 

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Callable, Sequence
 
 from scalelong.bench import probe_comparison
-from scalelong.bench.lab.summary import Table, Value
+from scalelong.bench.lab.report_table import Table, Value, mean_and_spread
 from scalelong.bench.objectives import VARIED
 
 Line = dict[str, str]
@@ -71,7 +71,7 @@ def ddae(rows: Sequence[Line]) -> Table:
         runs = {row["seed"]: row for row in those}.values()
         distances = [float(row["kernel_distance"]) for row in runs]
         losses = [float(row["validation_loss"]) for row in runs]
-        spread = [_with_spread(of_best, 1, " %"), _with_spread(distances, 1), _with_spread(losses, 4)]
+        spread = [f"{mean_and_spread(of_best, 1)} %", mean_and_spread(distances), mean_and_spread(losses, 4)]
         lines.append([method, kappa, best, *spread, len(runs)])
     images, samples = int(rows[0]["images"]), int(rows[0]["samples"])
     note = (
@@ -82,9 +82,27 @@ def ddae(rows: Sequence[Line]) -> Table:
     return Table("ddae", "", note, header, lines)
 
 
-def _with_spread(values: Sequence[float], decimals: int, unit: str = "") -> str:
-    deviation = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.{decimals}f}{deviation}{unit}"
+def skip_tuning(rows: Sequence[Line]) -> Table:
+    """Of each policy and number of steps: the distance at a factor of 1, and what other factors add to it."""
+    factors = sorted({row["bottom"] for row in rows}, key=float)
+    others = [factor for factor in factors if float(factor) != 1]
+    lines: list[list[Value]] = []
+    for policy, steps in dict.fromkeys((row["skip_scale"], row["steps"]) for row in rows):
+        those = [row for row in rows if (row["skip_scale"], row["steps"]) == (policy, steps)]
+        at = {(float(row["bottom"]), row["seed"]): float(row["kernel_distance"]) for row in those}
+        seeds = list(dict.fromkeys(row["seed"] for row in those))
+        changes = [[1000 * (at[float(factor), seed] - at[1.0, seed]) for seed in seeds] for factor in others]
+        plain = mean_and_spread([1000 * at[1.0, seed] for seed in seeds], 2)
+        lines.append([policy, steps, len(seeds), plain, *(mean_and_spread(those, 2) for those in changes)])
+    images, samples = int(rows[0]["images"]), int(rows[0]["samples"])
+    note = (
+        f"{images:,} images a network of depth {rows[0]['depth']}; kernel distance of {samples:,} samples by "
+        f"{rows[0]['sampler']} without guidance, in principal components of pixels, times 1,000; then what is added to "
+        f"it, network by network, where the innermost skip is multiplied by the factor, the outermost by 1, and those "
+        f"between by numbers on a line; mean and standard deviation over seeds"
+    )
+    header = ("skip scale", "steps", "seeds", "distance at 1", *(f"change at {factor}" for factor in others))
+    return Table("skip-tuning", "", note, header, lines)
 
 
 TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], Table]]] = {
@@ -92,6 +110,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Line]], Table]]] = {
     "scores": ("scalelong.bench.scores", scores),
     "fine-tuning": ("scalelong.bench.fine_tuning", fine_tuning),
     "ddae": ("scalelong.bench.probe_comparison", ddae),
+    "skip-tuning": ("scalelong.bench.skip_tuning", skip_tuning),
 }
 """The name of a table and of its file, the module that makes the rows, and what makes a table of them."""
 

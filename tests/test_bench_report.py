@@ -8,6 +8,7 @@ pytest.importorskip("tyro")
 
 from scalelong.bench import report
 from scalelong.bench.lab.experiments import EXPERIMENTS, commands_of
+from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import Row, write_table
 from scalelong.train.errors import UserError
 
@@ -73,6 +74,13 @@ def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
         ),
         "fine-tuning": "start,images_seen,label_accuracy,date,commit,device,torch\n"
         f"from weights,640,0.75,{where}\nfrom weights,1280,1,{where}\nfrom nothing,1280,0.125,{where}\n",
+        "skip-tuning": "skip_scale,seed,images,samples,depth,steps,bottom,kernel_distance,sampler,"
+        "date,commit,device,torch\n"
+        + "".join(
+            f"none,{seed},640,100,12,4,{bottom},{distance},heun,{where}\n"
+            for seed, distances in ((0, (0.02, 0.01)), (1, (0.02, 0.018)))
+            for bottom, distance in zip((1.0, 0.9), distances, strict=True)
+        ),
     }
     said = {
         "objectives": "| `--objective.prediction v --objective.times edm` | 90.0 % | 40.0 % | 1.0 | 2.5 |\n"
@@ -82,6 +90,7 @@ def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
         "| r | samples, after 640 images | 20.0 ± 1.0 | 20.0 ± 1.0 | 0.50 | 0.25 |\n"
         "| r | noise | 500.0 ± 1.0 | 500.0 ± 1.0 | 0.50 | 0.25 |\n",
         "fine-tuning": "| 640 | 75.0 % | - |\n| 1,280 | 100.0 % | 12.5 % |\n",
+        "skip-tuning": "| none | 4 | 2 | 20.00 ± 0.00 | -6.00 ± 5.66 |\n",
     }
     for name, rows in files.items():
         mark = f"<!-- trained {name} -->\n<!-- end -->"
@@ -99,6 +108,25 @@ def test_what_was_not_measured_names_its_command(tmp_path):
     assert "Not measured yet: `python -m scalelong.bench.lab.experiments clipping` (36 minutes" in made
 
 
+def test_marks_of_what_is_not_measured_yet_name_columns_that_there_will_be():
+    """Every one, of rows that have everything."""
+    names = "curve_images", "curve_loss", "curve_scored_images", "curve_kernel_distance"
+    curves = {name: [1.0, 0.5] for name in names}
+    trained = replace(ROWS[0], state="finished", start_loss=1.0, final_loss=0.5, largest_gradient=1.0, weight_norm=1.0)
+    rows = [
+        replace(trained, cell=f"depth=4 skip-scale={mode} learning-rate=2^-8 seed=0", gain_0_1=[1.0] * 5, **curves)
+        for mode in ("none", "ls")
+    ]
+    rows = [replace(row, gain_0_01=row.gain_0_1, gain_0_3=row.gain_0_1) for row in rows]
+    tables = {table.key: table for table in tables_of([*ROWS, *rows])}
+    marks = [mark for path in report.DOCUMENTS for mark in report.MARKED.finditer(path.read_text())]
+    assert {mark[2] for mark in marks} >= {"methods-digits", "methods-photos", "methods-dit", "digits-muon"}
+    for _, name, key, columns in (mark.groups()[:4] for mark in marks):
+        assert name in EXPERIMENTS
+        named = [column.strip() for column in (columns or "").split(",") if column]
+        assert set(named) <= set(tables[key].header), (name, key)
+
+
 @pytest.mark.parametrize("mark", ["no table", "initialisation no", "initialisation law no"])
 def test_a_mark_that_names_nothing_is_an_error(tmp_path, mark):
     (tmp_path / "initialisation").mkdir()
@@ -114,13 +142,17 @@ def test_every_experiment_is_a_grid_that_can_be_planned(name, tmp_path):
 
     if EXPERIMENTS[name].preset not in RECIPES:
         pytest.skip(f"no recipe {EXPERIMENTS[name].preset}")
+    num_cells = 0
     for line in commands_of(name):
         arguments, rest = parser().parse_known_args(line)
         if not arguments.report_only:
             given = {option: getattr(arguments, option.replace("-", "_")) or text for option, text in DEFAULTS.items()}
             cells = cells_of(line[0], arguments, given, training_flags(rest))
-            assert 20 <= len(cells) <= 200
-            assert all(cell.config(tmp_path) for cell in cells[:: len(cells) // 4])
+            num_cells += len(cells)
+            # Cells are alike but for their variants: the first, and the last of each variant.
+            chosen = {dict(cell.place).get("variant"): cell for cell in cells}
+            assert all(cell.config(tmp_path) for cell in (cells[0], *chosen.values()))
+    assert 20 <= num_cells <= 250
 
 
 def test_tables_of_mup_are_made_anew(tmp_path):

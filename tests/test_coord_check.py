@@ -4,6 +4,7 @@ import csv
 from dataclasses import replace
 
 import pytest
+import torch
 
 pytest.importorskip("tyro")
 
@@ -13,6 +14,7 @@ from scalelong.bench.mup.coordinates import (
     MODELS,
     Check,
     Curve,
+    batch_of,
     curves_of,
     layer_kind,
     networks,
@@ -20,7 +22,9 @@ from scalelong.bench.mup.coordinates import (
     worst_growth,
     worst_of_kinds,
 )
-from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
+from scalelong.bench.mup.experiments import cases
+from scalelong.model.skip_profile import profile_skips
+from scalelong.model.skip_scale import ProfiledScale, SkipScale, Unscaled, make_skip_scale
 from scalelong.train.errors import UserError
 
 FOUND_FROM = 0.5
@@ -35,20 +39,43 @@ def checked(model: str, policy: str = "none", bug: str | None = None, check: Che
     return curves_of(networks(config, make_skip_scale(policy), bug), check)
 
 
+SAMPLED = {("uvit", "mup", "ls"), ("dit", "mup", "geometric")}
+"""What make test checks of everything that has to pass."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "policy"),
+    "case",
     [
-        pytest.param(model, policy, marks=() if policy == sampled else pytest.mark.exhaustive)
-        for model, sampled in (("uvit", "ls"), ("dit", "geometric"))
-        for policy in SKIP_SCALE_NAMES
+        pytest.param(case, marks=() if case.words in SAMPLED else pytest.mark.exhaustive, id=" ".join(case.words))
+        for case in cases()
+        if case.parametrization == "mup" and not case.bug
     ],
 )
-def test_coordinates_keep_their_size_under_mup(model, policy):
-    curves = checked(model, policy)
+def test_coordinates_keep_their_size_under_mup(case):
+    curves = case.curves()
     assert worst_growth(curves) <= GATE
     kinds = {kind for kind, measure in worst_of_kinds(curves) if measure == "update"}
     assert kinds >= {"attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "skip_linear"}
+
+
+def test_every_policy_that_trains_the_network_is_checked():
+    checked_policies = {case.policy.kind for case in cases() if case.parametrization == "mup" and not case.bug}
+    ours = {name for name, kind in SkipScale.known.items() if kind.policy.__module__ == SkipScale.__module__}
+    assert checked_policies == ours - {name for name in ours if SkipScale.known[name].policy.trains_alone}
+
+
+def test_factors_that_are_measured_are_those_of_each_network():
+    """With the weights that it would have had without."""
+    config = MODELS["uvit"]
+    torch.manual_seed(0)
+    found = networks(config, ProfiledScale(share=0.3))(64)
+    torch.manual_seed(0)
+    plain = networks(config, Unscaled())(64)
+    images, _, times, labels = batch_of(plain)
+    assert isinstance(found.skip_scale, ProfiledScale)
+    assert found.skip_scale.factors == profile_skips(plain, lambda: plain(images, times, labels), share=0.3)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), plain.parameters(), strict=True))
 
 
 @each_model

@@ -27,6 +27,7 @@ from scalelong.bench.lab.cells import (
     make_cells,
     named_axis,
     number,
+    variant_axis,
 )
 from scalelong.bench.lab.command import cells_of, fixed_flags, parser
 from scalelong.bench.lab.grid import Grid, plan_cells, run_grid, table_path
@@ -77,6 +78,42 @@ def test_axes_become_flags():
             named_axis(option, "digits-uvit", wrong)
     with pytest.raises(UserError, match="expected FLAG=VALUE"):
         free_axis("model.width")
+
+
+def test_variants_are_flags_under_a_name():
+    line = "digits-uvit --skip-scale none --learning-rates 2^-8 --depths 4 --seeds 1 --probe"
+    texts = ["--variant", "plain=", "--variant", "muon=--optimizer.kind muon --optimizer.momentum 0.9"]
+    arguments, _ = parser().parse_known_args([*line.split(), *texts])
+    values = {"skip-scale": "none", "learning-rates": "2^-8", "depths": "4", "seeds": "1"}
+    plain, muon = cells_of("digits-uvit", arguments, values, ())
+    assert muon.name == "depth=4 skip-scale=none learning-rate=2^-8 variant=muon seed=0"
+    configs = [cell.config(Path("run")) for cell in (plain, muon)]
+    assert [(c.optimizer.kind, c.optimizer.momentum) for c in configs] == [("adamw", 0.95), ("muon", 0.9)]
+    # One that is probed is another cell; others have the digest that they had.
+    assert digest_of(muon, configs[1]) != digest_of(replace(muon, is_probed=False), configs[1])
+    assert [group.mode for group in groups_of(rows_named(plain.name, muon.name))] == ["none, plain", "none, muon"]
+    for wrong in ("muon", "=--a 1", "a b=--c 1", "a='"):
+        with pytest.raises(UserError, match="--variant"):
+            variant_axis([wrong])
+    with pytest.raises(UserError, match="--variant a is given twice"):
+        variant_axis(["a=", "a=--b 1"])
+    arguments, _ = parser().parse_known_args(["digits-uvit", "--images", "0", "--probe"])
+    with pytest.raises(UserError, match="--probe is of trained networks"):
+        cells_of("digits-uvit", arguments, values, ())
+
+
+def rows_named(*names: str) -> list[Row]:
+    return [Row(cell=name, digest="d", preset="digits-uvit", state="finished") for name in names]
+
+
+def test_a_run_whose_skips_were_profiled_goes_on(tmp_path):
+    from scalelong.model.skip_scale import ProfiledScale
+    from scalelong.train.run_folder import write_config
+
+    (cell,) = small_cells(64, skip_scale="profiled", learning_rates="2^-8")
+    config = cell.config(tmp_path / "cells" / cell.folder)
+    write_config(replace(config, skip_scale=ProfiledScale((0.7,))))  # as the run has measured it
+    assert [one.cell for one in plan_cells([cell], [], Grid(tmp_path, {}))] == [cell]
 
 
 def test_digests_tell_what_is_computed_and_nothing_else(tmp_path):
@@ -191,6 +228,35 @@ def test_tables_hold_the_metrics_of_each_mode():
     assert tables["losses"].lines[0][3] == "0.9 (1 of 3 diverged)"
 
 
+def test_the_table_of_methods_has_means_and_spreads_at_the_best_rate():
+    def measured(row: Row) -> Row:
+        mode, seed = ("ls" if "skip-scale=ls" in row.cell else "none"), float(row.cell[-1])
+        return replace(
+            row,
+            kernel_distance=0.01 + 0.001 * seed,
+            probe_accuracy=[0.5, 0.8 + 0.01 * seed, 0.7],
+            largest_gradient=2.0,
+            images_per_second=100.0 if mode == "none" else 80.0,
+        )
+
+    (table,) = (t for t in tables_of([measured(row) for row in GOOD]) if t.key == "best")
+    none, ls = (dict(zip(table.header, line, strict=True)) for line in table.lines)
+    assert (none["mode"], none["rate"], none["seeds"], none["loss"]) == ("none", "≤ 0.001", "3", "0.2000 ± 0.0000")
+    assert none["kernel distance"] == "0.0110 ± 0.0010"
+    assert none["probe % (block)"] == "81.0 ± 1.0 (1)"
+    assert (none["gradient spikes %"], none["largest gradient"]) == ("2.00 ± 0.00", "2.00 ± 0.00")
+    assert (none["time a step"], ls["time a step"]) == ("1.00 ± 0.00", "1.25 ± 0.00")
+    some_lost = results(
+        none={0.001: [0.2, 0.3, math.inf]}, ls={0.001: [0.3], 0.002: [0.2]}, cs={0.001: [0.3], 0.002: [0.2], 0.004: [1]}
+    )
+    (table,) = (t for t in tables_of(some_lost) if t.key == "best")
+    assert [line[2] for line in table.lines] == ["0.001", "≥ 0.002", "0.002"]
+    line = dict(zip(table.header, table.lines[0], strict=True))
+    assert (line["seeds"], line["loss"]) == ("2 of 3", "0.2500 ± 0.0707")
+    # What was not measured is told, and nothing made of it.
+    assert [line[name] for name in ("kernel distance", "probe % (block)", "time a step")] == ["-", "-", "-"]
+
+
 def test_verdicts_are_plain_whichever_way_they_fall():
     assert [verdict.holds for verdict in verdicts_of(GOOD)] == [True, True, True, False]
     same = results(none={0.001: [0.2] * 3, 0.002: [0.2] * 3}, cs={0.001: [0.2] * 3, 0.002: [0.3] * 3})
@@ -201,7 +267,7 @@ def test_verdicts_are_plain_whichever_way_they_fall():
     assert verdicts_of([]) == []
     lost = results(none={0.001: [math.inf] * 3}, ls={0.001: [0.2] * 3})
     assert "none diverges at every rate" in verdicts_of(lost)[0].found
-    assert {table.key for table in tables_of(lost)} == {"stability", "losses", "magnitudes", "gain"}
+    assert {table.key for table in tables_of(lost)} == {"stability", "losses", "magnitudes", "best", "gain"}
 
 
 def test_a_target_that_no_run_reaches_is_said():
@@ -276,6 +342,7 @@ def without_cost(rows: list[Row]) -> list[str]:
 @pytest.mark.slow
 def test_a_grid_of_four_cells_and_again_from_its_table(tmp_path):
     cells = small_cells(20 * 32, learning_rates="2^-8,2^30")
+    cells[0] = replace(cells[0], is_probed=True)
     said: list[str] = []
     grid = run_grid(cells, tmp_path / "a", trains=True, workers=2, say=said.append)
     assert said[0] == "4 cells: 0 in the table, 4 to run, 0 that cannot"
@@ -283,6 +350,8 @@ def test_a_grid_of_four_cells_and_again_from_its_table(tmp_path):
     finished = [row for row in grid.rows.values() if not row.reason]
     assert all(len(row.curve_loss) == 20 and len(row.gain_0_1) == 5 for row in finished)
     assert all(0.1 < row.operators_speedup < 10 for row in finished)
+    assert [len(row.probe_accuracy) for row in finished] == [3, 0]
+    assert max(finished[0].probe_accuracy) > 0.3
     assert not list(tmp_path.glob("a/cells/*/checkpoints"))
     # The table alone, elsewhere: nothing is left to run.
     (tmp_path / "b").mkdir()

@@ -9,9 +9,9 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from scalelong.bench.objectives import finished
-from scalelong.bench.probe_comparison import Row, Trial, draw, rows_of, run_trials, trials
+from scalelong.bench.probe_comparison import Row, Trial, describe, draw, rows_of, trials
 from scalelong.bench.trained import ddae
+from scalelong.bench.trials import finished, run_trials
 from scalelong.train.command_line import parse_train_arguments
 from scalelong.train.commands.probe import ProbeArguments
 from scalelong.train.parsing import parse
@@ -52,8 +52,8 @@ def test_it_goes_on_where_it_was_and_says_what_came(tmp_path):
             raise RuntimeError("no disk")
         return rows_for(trial)
 
-    assert run_trials(wanted, tmp_path, out, 1, work) == 1
-    assert run_trials(wanted, tmp_path, out, 2, work) == 0
+    assert run_trials(wanted, tmp_path, out, 1, work, describe) == 1
+    assert run_trials(wanted, tmp_path, out, 2, work, describe) == 0
     assert len(done) == len(wanted) + 1
     rows = finished(out)
     table = ddae(rows)
@@ -63,7 +63,7 @@ def test_it_goes_on_where_it_was_and_says_what_came(tmp_path):
         "0.7",
         "mid_block",
         "75.0 ± 7.1 %",
-        "10.00 ± 0.00",
+        "0.0100 ± 0.0000",
         "0.2500 ± 0.0000",
         2,
     ]

@@ -24,6 +24,7 @@ NETWORKS: dict[str, Any] = {
     "dit": (DiT, DiTConfig(**TRANSFORMER, depth=4, skip="plain")),
     "unet": (UNet, UNetConfig(**SIZES, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, num_groups=8)),
 }
+STEP = 32
 BATCH = torch.linspace(-1, 1, 3 * 64).reshape(3, 1, 8, 8), torch.tensor([1.0, 500.0, 900.0])
 
 
@@ -106,11 +107,11 @@ def test_a_run_measures_once_and_goes_on_bit_for_bit(tmp_path):
 
     def trained(run: str, steps: int, share: float = 0.25) -> dict[str, Tensor]:
         values = {"skip_scale": ProfiledScale(share=share), "num_validation_images": 0, "zero_stage": 3}
-        config = small_config(tmp_path / run, total_images=32 * steps, **values)
+        config = small_config(tmp_path / run, total_images=STEP * steps, **values)
         config = replace(config, sample=replace(config.sample, num_images=1, steps=1))
         config = replace(config, optimizer=replace(config.optimizer, kind="muon"))
         assert train(replace(config, model=replace(config.model, linear="sigma-reparam"))) == 0
-        folder = tmp_path / run / "checkpoints" / str(32 * steps)
+        folder = tmp_path / run / "checkpoints" / str(STEP * steps)
         files = ("model", "ema", "optimizer")
         return {f"{file} {n}": x for file in files for n, x in load_file(folder / f"{file}.safetensors").items()}
 
@@ -125,6 +126,28 @@ def test_a_run_measures_once_and_goes_on_bit_for_bit(tmp_path):
     assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
     with pytest.raises(UserError, match=r"--skip-scale.share 0.25 -> 0.5"):
         trained("resumed", 3, share=0.5)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.slow
+def test_two_ranks_measure_once_and_go_on_bit_for_bit_for_fifty_steps(tmp_path):
+    pytest.importorskip("deepspeed")
+    from running import SMALL, train_on_ranks
+    from safetensors.torch import load_file
+
+    for run, stops in (("straight", [50]), ("resumed", [25, 50])):
+        for steps in stops:
+            flags = ["--zero-stage", 2, "--total-images", steps * STEP, "--model.depth", 4, "--skip-scale", "profiled"]
+            train_on_ranks(2, "digits-uvit", *SMALL, *flags, "--run", tmp_path / run)
+    found = run_factors(tmp_path / "straight")
+    assert run_factors(tmp_path / "resumed") == found
+    assert len(set(found["factors"])) == 2
+    for name in ("model", "ema", "optimizer"):
+        resumed, straight = (
+            load_file(tmp_path / run / "checkpoints" / str(50 * STEP) / f"{name}.safetensors")
+            for run in ("resumed", "straight")
+        )
+        assert all(torch.equal(resumed[key], straight[key]) for key in straight)
 
 
 def test_the_command_line_takes_factors_and_refuses_another_number(tmp_path):

@@ -1,7 +1,11 @@
 """Skip-Tuning: long skips of a trained network scaled while it samples."""
 
 import copy
+import re
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -103,6 +107,33 @@ def test_networks_of_diffusers_that_were_patched():
     assert torch.equal(sample(unet), plain)
     patch_diffusers(unet, skip_scale="inv-sqrt2")
     torch.testing.assert_close(tuned, sample(unet))
+
+
+def test_the_example_of_the_documents(monkeypatch):
+    diffusers = pytest.importorskip("diffusers")
+    import scalelong
+
+    page = (Path(__file__).resolve().parents[1] / "docs" / "diffusers.md").read_text()
+    (example,) = re.findall(r"^## Skip-Tuning\n.*?^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    torch.manual_seed(0)
+    down, up = ("DownBlock2D", "DownBlock2D"), ("UpBlock2D", "UpBlock2D")
+    unet = diffusers.UNet2DModel(
+        8, 3, 3, block_out_channels=(32, 32), down_block_types=down, up_block_types=up, layers_per_block=1
+    )
+    pipeline = diffusers.DDIMPipeline(unet, diffusers.DDIMScheduler())
+    pipeline.set_progress_bar_config(disable=True)
+
+    def drawn():
+        torch.manual_seed(1)
+        return np.stack(pipeline(num_inference_steps=5).images)
+
+    program: dict[str, Any] = {"scalelong": scalelong, "pipeline": pipeline}
+    torch.manual_seed(1)
+    exec(compile(example, "docs/diffusers.md", "exec"), program)
+    found = np.stack(program["images"])
+    assert not np.array_equal(found, drawn())
+    with tuned_skips(unet, (0.9, 1.0)):
+        assert np.array_equal(found, drawn())
 
 
 @pytest.mark.parametrize("factors", [(0.0, 1.0), (1.0, -1.0), (float("nan"), 1.0), ("a", 1.0)])

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from scalelong.bench.lab.cells import STARTS, Cell, digest_of
+from scalelong.bench.lab.linear_probes import probe_accuracies
 from scalelong.bench.lab.metrics import oscillation_range, smoothed, spike_score
 from scalelong.bench.lab.probes import operators_speedup, preserve_norms, probe
 from scalelong.bench.lab.table import Row
@@ -109,6 +110,8 @@ def measure_trained(cell: Cell, config: TrainConfig) -> Row | None:
     if found["state"] == "finished":
         model, _ = load_model(config.run, weights="model")
         found |= probe(model, config) | {"operators_speedup": operators_speedup(model, config)}
+        if cell.is_probed:
+            found["probe_accuracy"] = probe_accuracies(config.run)
     return _row(cell, config, **found)
 
 

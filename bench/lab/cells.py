@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from itertools import product
@@ -18,6 +19,8 @@ from scalelong.train.errors import UserError
 from scalelong.train.recipes import RECIPES
 
 Flags = tuple[str, ...]
+VARIANT = "variant"
+"""The axis of named sets of flags."""
 STARTS = ("published", "preserving")
 """How weights begin in a grid without training: as the recipe's, or with projections of skips that preserve norms."""
 
@@ -39,6 +42,8 @@ class Cell:
     place: tuple[tuple[str, str], ...]
     """(axis, value) of each axis."""
     flags: Flags
+    is_probed: bool = False
+    """Whether linear probes of its blocks are measured, once it is trained."""
 
     @property
     def name(self) -> str:
@@ -66,13 +71,14 @@ class Cell:
         return f"python -m scalelong.train {self.preset} {' '.join(self.flags)}"
 
 
-def make_cells(preset: str, axes: Iterable[Axis], fixed: Flags = ()) -> list[Cell]:
+def make_cells(preset: str, axes: Iterable[Axis], fixed: Flags = (), *, is_probed: bool = False) -> list[Cell]:
     """All combinations, the last axis running fastest; flags of axes stand behind those that all cells share."""
     axes = list(axes)
     cells = []
     for values in product(*(axis.values.items() for axis in axes)):
         place = tuple((axis.name, label) for axis, (label, _) in zip(axes, values, strict=True))
-        cells.append(Cell(preset, place, (*fixed, *(flag for _, flags in values for flag in flags))))
+        flags = (*fixed, *(flag for _, flags in values for flag in flags))
+        cells.append(Cell(preset, place, flags, is_probed))
     return cells
 
 
@@ -82,6 +88,7 @@ def digest_of(cell: Cell, config: TrainConfig) -> str:
     Values that are the defaults of their class do not count, so that a later version with more fields has the same.
     """
     values = {"preset": cell.preset, "start": cell.start, "images": config.total_images, "run": _computed(config)}
+    values |= {"probed": True} if cell.is_probed else {}
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:12]
 
 
@@ -222,6 +229,26 @@ def free_axis(text: str) -> Axis:
     if not equals or not name or not values:
         raise UserError(f"--axis {text!r}: expected FLAG=VALUE,VALUE, as in model.width=64,128")
     return Axis(name, {value: (f"--{name}", value) for value in expand(values)})
+
+
+def variant_axis(texts: Sequence[str]) -> Axis:
+    """Each "muon=--optimizer.kind muon": a name, and the flags of training that it stands for, none of the plain one.
+
+    Raises:
+        UserError: no name, one given twice, or flags that are no words of a shell.
+    """
+    values: dict[str, Flags] = {}
+    for text in texts:
+        name, equals, flags = text.partition("=")
+        if not equals or not re.fullmatch(r"[^\s,]+", name):
+            raise UserError(f"--variant {text!r}: expected NAME=FLAGS, as in 'muon=--optimizer.kind muon'")
+        if name in values:
+            raise UserError(f"--variant {name} is given twice")
+        try:
+            values[name] = tuple(shlex.split(flags))
+        except ValueError as error:
+            raise UserError(f"--variant {text!r}: {error}") from None
+    return Axis(VARIANT, values)
 
 
 def place_of(name: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
-from scalelong.bench.lab.cells import AXES, Axis, Cell, free_axis, make_cells, named_axis
+from scalelong.bench.lab.cells import AXES, Axis, Cell, free_axis, make_cells, named_axis, variant_axis
 from scalelong.bench.lab.grid import Grid, run_grid, table_path
 from scalelong.bench.lab.report_page import Facts, write_report
 from scalelong.bench.lab.table import read_table
@@ -82,6 +82,10 @@ def parser() -> argparse.ArgumentParser:
         default = DEFAULTS.get(name)
         made.add_argument(f"--{name}", metavar="LIST", help=HELP[name] + (f" ({default})" if default else ""))
     made.add_argument("--axis", action="append", default=[], metavar="FLAG=LIST", help="any flag of training")
+    made.add_argument(
+        "--variant", action="append", default=[], metavar="NAME=FLAGS", help="several flags of training under a name"
+    )
+    made.add_argument("--probe", action="store_true", help="linear probes of the blocks of each finished run")
     made.add_argument("--images", type=int, help="images each run is trained on (12,800); 0: networks as they begin")
     made.add_argument("--warm-up", type=int, dest="warm_up", help="images of the warm-up (a tenth)")
     made.add_argument("--out", type=Path, help="folder (runs/lab-PRESET)")
@@ -112,8 +116,12 @@ def cells_of(preset: str, arguments: argparse.Namespace, values: dict[str, str],
     if images == 0 and arguments.learning_rates is None:
         chosen["learning-rates"] = None
     axes: list[Axis] = [named_axis(option, preset, str(text)) for option, text in chosen.items() if text]
-    axes[-1:-1] = [free_axis(text) for text in arguments.axis]  # seeds run fastest
-    return make_cells(preset, axes, (*fixed_flags(max(images, 1), int(warm_up)), *extra))
+    variants = [variant_axis(arguments.variant)] if arguments.variant else []
+    axes[-1:-1] = [*variants, *(free_axis(text) for text in arguments.axis)]  # seeds run fastest
+    if images == 0 and arguments.probe:
+        raise UserError("--probe is of trained networks, --images 0 of such as they begin")
+    fixed = (*fixed_flags(max(images, 1), int(warm_up)), *extra)
+    return make_cells(preset, axes, fixed, is_probed=arguments.probe)
 
 
 def fixed_flags(images: int, warm_up: int) -> tuple[str, ...]:

@@ -15,11 +15,31 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "lab"
 DIGITS = "--model.width 64"
 MAGNITUDE = (
     "--seeds 3 --images 51200 --optimizer.weight-decay 0 --optimizer.schedule cosine "
-    "--evaluation.features pixels --images-per-evaluation 51200"
+    "--evaluation.features pixels --sample.steps 12 --images-per-evaluation 51200"
 )
 """Both kinds of network by one schedule, and samples scored at the end."""
 
-
+METHODS = (
+    "--seeds 3 --probe --optimizer.weight-decay 0 --optimizer.schedule cosine --optimizer.ema-rampup 0.05 "
+    "--evaluation.features pixels --evaluation.num-images 500 --sample.steps 12 --sample.guidance 0"
+)
+"""Methods beside each other, by one schedule: samples are scored and blocks probed at the end."""
+METHODS_ON_DIGITS = f"--images 19200 --images-per-validation 1920 --images-per-evaluation 19200 {METHODS} {DIGITS}"
+METHODS_ON_PHOTOS = (
+    f"--images 9600 --images-per-validation 960 --images-per-evaluation 9600 {METHODS} {DIGITS} "
+    "--evaluation.max-real-images 2000"  # whose principal components would else take as long as training
+)
+SKIP_SCALES = "none,inv-sqrt2,cs:0.7,geometric:0.7,ls,ls-separate,profiled"
+LINEARS = "--variant 'sigma-reparam=--model.linear sigma-reparam' --variant 'decoupled=--model.linear decoupled'"
+FEATURES = (
+    "--variant 'self-conditioning=--model.self-condition-block {middle}' --variant 'contrast=--objective.contrast 0.1'"
+)
+MUON = "--variant 'muon=--optimizer.kind muon'"
+MUP = "--variant 'mup=--parametrization mup --base-width 32'"
+"""Rates of hidden weights are half as high as those that are given."""
+MAGNITUDE_PRESERVING = "--variant 'magnitude-preserving=--model.magnitude-preserving True'"
+MODULATIONS = " ".join(f"--variant '{name}=--model.modulation {name}'" for name in ("scale-rot", "scale", "rot"))
+QK_NORM = "--variant 'qk-norm=--model.qk-norm True'"
 SPEED = (
     "--seeds 5 --optimizer.ema-rampup 0.05 --evaluation.features pixels --evaluation.num-images 256 --sample.steps 12 "
     "--images-per-evaluation 1600"
@@ -110,6 +130,51 @@ EXPERIMENTS = {
             f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {DIGITS}",
         ),
         "15 minutes: 30 runs of 30 s, two at a time",
+    ),
+    "methods-digits": Experiment(
+        "U-ViT on digits, the skip family and its neighbours beside each other",
+        "digits-uvit",
+        (
+            f"--depths 12 --skip-scale {SKIP_SCALES} --learning-rates 2^-8.5..2^-7.5:0.5 {METHODS_ON_DIGITS}",
+            f"--depths 12 --skip-scale none {LINEARS} {FEATURES.format(middle=6)} "
+            f"--learning-rates 2^-8.5..2^-7.5:0.5 {METHODS_ON_DIGITS}",
+            f"--depths 12 --skip-scale none {MUON} {MUP} --learning-rates 2^-8..2^-7:0.5 {METHODS_ON_DIGITS}",
+            f"--depths 12 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7.5..2^-5.5 "
+            f"{METHODS_ON_DIGITS}",
+        ),
+        "40 minutes, reckoned from 14 s for 200 steps of depth 12: 126 runs of 300 steps, two at a time",
+    ),
+    "methods-photos": Experiment(
+        "U-ViT on photographs, the skip family and its neighbours beside each other",
+        "photos32-uvit",
+        (
+            f"--depths 8 --skip-scale {SKIP_SCALES} --learning-rates 2^-9,2^-8 {METHODS_ON_PHOTOS}",
+            f"--depths 8 --skip-scale none {LINEARS} {FEATURES.format(middle=4)} --learning-rates 2^-9,2^-8 "
+            f"{METHODS_ON_PHOTOS}",
+            f"--depths 8 --skip-scale none {MUON} {MUP} --learning-rates 2^-8.5,2^-7.5 {METHODS_ON_PHOTOS}",
+            f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7,2^-6 "
+            f"{METHODS_ON_PHOTOS}",
+        ),
+        "40 minutes, reckoned: 84 runs of 300 steps that take 1.4 times as long, two at a time",
+    ),
+    "methods-dit": Experiment(
+        "DiT on digits, modulations, QK-norm and magnitude-preserving layers against norms",
+        "digits-dit",
+        (
+            f"--depths 6 --skip-scale none --learning-rates 2^-9..2^-7 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none {MODULATIONS} {QK_NORM} --learning-rates 2^-9..2^-7 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none {MAGNITUDE_PRESERVING} --learning-rates 2^-7.5..2^-5.5 {METHODS_ON_DIGITS}",
+        ),
+        "10 minutes, reckoned: 54 runs of 300 steps of depth 6, two at a time",
+    ),
+    "digits-muon": Experiment(
+        "U-ViT on digits, Muon against AdamW: images to AdamW's best loss",
+        "digits-uvit",
+        (
+            f"--depths 12 --skip-scale none --learning-rates 2^-8.5..2^-7.5:0.5 --seeds 5 --images 25600 {DIGITS}",
+            f"--depths 12 --skip-scale none {MUON} --learning-rates 2^-8.5..2^-7:0.5 --seeds 5 --images 25600 {DIGITS}",
+        ),
+        "15 minutes, reckoned: 35 runs of 400 steps of depth 12, two at a time",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",

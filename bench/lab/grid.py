@@ -134,10 +134,12 @@ def check_run(run: Path, config: TrainConfig) -> None:
     Raises:
         UserError: there is a run of another configuration.
     """
+    from scalelong.train.checks import keep_profiled
+
     if not config_path(run).is_file():
         return
     there = read_config(run)
-    differences = config_differences(there, config)
+    differences = config_differences(there, keep_profiled(there, config))
     if there.total_images != config.total_images:
         differences.append(f"--total-images {there.total_images} -> {config.total_images}")
     if differences:

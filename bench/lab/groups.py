@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scalelong.bench.lab.cells import number, place_of, sorted_values
+from scalelong.bench.lab.cells import VARIANT, number, place_of, sorted_values
 from scalelong.bench.lab.metrics import (
     Ratio,
     StableWidth,
@@ -82,6 +82,16 @@ class Group:
     def width(self, best_loss: float) -> StableWidth:
         return stable_width(self.rate_values, self.losses, self.diverged, best_loss)
 
+    @cached_property
+    def seeds(self) -> list[str]:
+        return list(dict.fromkeys(place_of(row.cell).get("seed", "") for row in self.rows))
+
+    def pace(self, seed: str) -> float:
+        """Images a second of a seed, the median over rates; NaN where no run took a step."""
+        rows = [row for row in self.rows if place_of(row.cell).get("seed", "") == seed]
+        paces = [row.images_per_second for row in rows if not math.isnan(row.images_per_second)]
+        return median(paces) if paces else math.nan
+
     def mean(self, column: str) -> float:
         values = [getattr(row, column) for row in self.rows if not math.isnan(getattr(row, column))]
         return float(np.mean(values)) if values else math.nan
@@ -107,7 +117,7 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
     for row, place in zip(rows, places, strict=True):
         context = ", ".join(f"{axis} {place[axis]}" for axis in CONTEXT if axis in place and axis in varying)
         mode = [
-            place[axis] if axis == "skip-scale" else f"{axis} {place[axis]}"
+            place[axis] if axis in ("skip-scale", VARIANT) else f"{axis} {place[axis]}"
             for axis in place
             if axis not in (*CONTEXT, "learning-rate", "seed") and axis in varying
         ]

@@ -66,11 +66,10 @@ def as_bytes(figure: Figure) -> tuple[bytes, bytes]:
 
 def looks_of(modes: Sequence[str]) -> dict[str, dict[str, Any]]:
     """A colour and a mark for each mode, the same in every picture of a table."""
-    names = list(dict.fromkeys(modes))
-    return {
-        mode: {"color": COLORS[n % len(COLORS)], "marker": MARKERS[n % len(MARKERS)], "label": mode}
-        for n, mode in enumerate(names)
-    }
+    names, kinds = list(dict.fromkeys(modes)), len(COLORS)
+    # Colours come again with other marks.
+    marks = [MARKERS[(n + n // kinds) % len(MARKERS)] for n in range(len(names))]
+    return {mode: {"color": COLORS[n % kinds], "marker": marks[n], "label": mode} for n, mode in enumerate(names)}
 
 
 def panels(titles: Sequence[str], *, share_y: bool = True) -> tuple[Figure, list[Axes]]:

@@ -2,11 +2,11 @@
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from statistics import median
 
 import numpy as np
 
+from scalelong.bench.lab.best_table import best_table
 from scalelong.bench.lab.cells import place_of, sorted_values
 from scalelong.bench.lab.groups import (
     KERNEL_DISTANCE,
@@ -25,20 +25,8 @@ from scalelong.bench.lab.groups import (
 )
 from scalelong.bench.lab.metrics import Ratio, fit_depth_law
 from scalelong.bench.lab.probe_points import DELTAS, TIMES
+from scalelong.bench.lab.report_table import Table, Value
 from scalelong.bench.lab.table import Row
-
-Value = str | float
-
-
-@dataclass(frozen=True)
-class Table:
-    """Numbers with a heading each."""
-
-    key: str
-    title: str
-    note: str
-    header: tuple[str, ...]
-    lines: list[list[Value]]
 
 
 def tables_of(rows: Sequence[Row]) -> list[Table]:
@@ -51,7 +39,7 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
         speed_table(groups),
         score_speed_table(groups),
     ]
-    tables.append(magnitude_table(groups))
+    tables += [magnitude_table(groups), best_table(groups)]
     tables += start_tables(untrained(rows))
     tables.append(gain_table(groups_of([row for row in rows if row.gain_0_1])))
     return [table for table in tables if table.lines]

@@ -68,6 +68,8 @@ class Row:
     gain_0_3: List = field(default_factory=list)
     mean_mode_share: List = field(default_factory=list)
     """Of each block."""
+    probe_accuracy: List = field(default_factory=list)
+    """Of the linear probe of each block, on held-out images; where it was asked for."""
     curve_images: List = field(default_factory=list)
     curve_loss: List = field(default_factory=list)
     curve_gradient: List = field(default_factory=list)

@@ -22,11 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from scalelong.model.architectures import make_backbone
 from scalelong.model.backbone import Backbone
 from scalelong.model.dit_config import DiTConfig
 from scalelong.model.parameter_kinds import ParameterKind, kind_of
-from scalelong.model.skip_scale import SkipScale
+from scalelong.model.skip_profile import profile_skips
+from scalelong.model.skip_scale import ProfiledScale, SkipScale
 from scalelong.model.uvit_config import UViTConfig
 from scalelong.train.optimizer_config import OptimizerConfig, OptimizerName
 from scalelong.train.zero.engine import LEARNING_RATE_FACTOR, make_optimizer, matrices_of, optimizer_groups
@@ -95,19 +95,51 @@ def of_width(config: Any, width: int) -> Any:
 
 
 def networks(config: Any, policy: SkipScale, bug: str | None = None) -> Make:
-    """What makes the network of a width, its table of parameters spoiled by a bug of BUGS if one is named."""
-    if bug is None:
-        return lambda width: make_backbone(of_width(config, width), skip_scale=policy)
-    kind: Any = config.network()
-    change = BUGS[bug]
+    """What makes the network of a width, its table of parameters spoiled by a bug of BUGS if one is named.
 
-    class Spoiled(kind):
+    Factors that are yet to be measured (``ProfiledScale``) are those of each network on the batch of the check.
+    """
+    network: Any = config.network() if bug is None else spoiled(config.network(), BUGS[bug])
+
+    def make(width: int) -> Backbone:
+        if not isinstance(policy, ProfiledScale) or policy.factors:
+            return network(of_width(config, width), skip_scale=policy)
+        random = torch.get_rng_state()
+        unmeasured = network(of_width(config, width), skip_scale=policy)
+        images, _, times, labels = batch_of(unmeasured)
+        factors = profile_skips(unmeasured, lambda: unmeasured(images, times, labels), share=policy.share)
+        torch.set_rng_state(random)  # the same weights again
+        return network(of_width(config, width), skip_scale=replace(policy, factors=factors))
+
+    return make
+
+
+def spoiled(network: Any, change: Bug) -> Any:
+    """The network's class with another table of parameters."""
+
+    class Spoiled(network):
         def parameter_kinds(self):
             kinds = super().parameter_kinds()
             rows = {name: kind_of(name, kinds) for name, _ in self.named_parameters()}
             return tuple(replace(change(row, name), names=name) for name, row in rows.items())
 
-    return lambda width: Spoiled(of_width(config, width), skip_scale=policy)
+    return Spoiled
+
+
+class Batch(NamedTuple):
+    """What every network of a check is shown."""
+
+    images: Tensor
+    noise: Tensor
+    times: Tensor
+    labels: Tensor
+
+
+def batch_of(model: Backbone) -> Batch:
+    """Noise for images too, the same whatever the width."""
+    config, generator = model.config, torch.Generator().manual_seed(7)
+    images, noise = torch.randn(2, BATCH, config.in_channels, config.img_size, config.img_size, generator=generator)
+    return Batch(images, noise, torch.linspace(10, 990, BATCH), torch.arange(BATCH))
 
 
 def curves_of(make: Make, check: Check) -> list[Curve]:
@@ -130,10 +162,7 @@ def curves_of(make: Make, check: Check) -> list[Curve]:
 
 def coordinates(model: Backbone, check: Check) -> Iterator[tuple[tuple[str, Measure, int], float]]:
     """Steps on one batch; (module, measure, step) and the value, after each step."""
-    config, begun = model.config, copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(7)
-    images, noise = torch.randn(2, BATCH, config.in_channels, config.img_size, config.img_size, generator=generator)
-    times, labels = torch.linspace(10, 990, BATCH), torch.arange(BATCH)
+    begun, batch = copy.deepcopy(model), batch_of(model)
     options = OptimizerConfig(kind=check.optimizer, beta1=0.9)
     matrices = matrices_of(model, options)
     optimizer = make_optimizer(optimizer_groups(model, 0.0, matrices), options, model, matrices)
@@ -141,12 +170,12 @@ def coordinates(model: Backbone, check: Check) -> Iterator[tuple[tuple[str, Meas
         group["lr"] = check.learning_rate * group[LEARNING_RATE_FACTOR]
     for step in range(1, check.steps + 1):
         optimizer.zero_grad()
-        F.mse_loss(model(images, times, labels), noise).backward()
+        F.mse_loss(model(batch.images, batch.times, batch.labels), batch.noise).backward()
         optimizer.step()
         found: dict[tuple[str, Measure], Tensor] = {}
         stop = watch(model, begun, found)
         with torch.no_grad():
-            model(images, times, labels)
+            model(batch.images, batch.times, batch.labels)
         stop()
         yield from (((*key, step), float(value)) for key, value in found.items())
 

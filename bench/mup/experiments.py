@@ -6,10 +6,10 @@ Tables are left in ``bench/results/mup``, pictures in ``docs/images``; a grid th
 import csv
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, get_args
 
 from scalelong.bench.lab.report_page import csv_of, where
 from scalelong.bench.lab.summary import Table, Value
@@ -18,8 +18,17 @@ from scalelong.bench.mup.coordinates import BUGS, MODELS, Check, Curve, curves_o
 from scalelong.bench.mup.lr_transfer import main as run_transfer
 from scalelong.bench.mup.transfer import FIXED_RATE, tables_of
 from scalelong.bench.record import provenance
-from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
+from scalelong.model.backbone_config import LinearName
+from scalelong.model.skip_scale import (
+    SKIP_SCALE_NAMES,
+    GivenScale,
+    ProfiledScale,
+    SkipScale,
+    Unscaled,
+    make_skip_scale,
+)
 from scalelong.train.errors import UserError, run_command
+from scalelong.train.optimizer_config import OptimizerName
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -65,36 +74,77 @@ def main() -> None:
             shutil.copyfile(folder / "transfer.png", IMAGES / f"{name}.png")
     else:
         lines = (f"  {name:<14} {transfer.estimate}" for name, transfer in TRANSFERS.items())
-        raise UserError("what to measure? There are\n" + "\n".join([f"  {COORDINATES:<14} 3 minutes", *lines]))
+        raise UserError("what to measure? There are\n" + "\n".join([f"  {COORDINATES:<14} 5 minutes", *lines]))
 
 
-def cases() -> Iterator[tuple[str, str, str, str | None]]:
-    """(model, parametrization, policy, bug) of everything that the table of coordinates has."""
+class Case(NamedTuple):
+    """A network of MODELS, with one thing that is not as in the plain one."""
+
+    model: str
+    parametrization: str = "mup"
+    policy: SkipScale = Unscaled()
+    linear: LinearName = "plain"
+    optimizer: OptimizerName = "adamw"
+    bug: str | None = None
+
+    @property
+    def words(self) -> tuple[str, str, str]:
+        """What it is called in the first columns of the table."""
+        beside = [self.linear] if self.linear != "plain" else []
+        beside += [self.optimizer] if self.optimizer != "adamw" else []
+        beside += [f"bug: {self.bug}"] if self.bug else []
+        return self.model, ", ".join([self.parametrization, *beside]), self.policy.kind
+
+    def curves(self) -> list[Curve]:
+        changes: dict[str, Any] = {"parametrization": "mup", "base_width": 64} if self.parametrization == "mup" else {}
+        config = replace(MODELS[self.model], linear=self.linear, **changes)
+        return curves_of(networks(config, self.policy, self.bug), Check(optimizer=self.optimizer))
+
+
+POLICIES = (*map(make_skip_scale, SKIP_SCALE_NAMES), GivenScale((1.0, 0.5)), ProfiledScale())
+"""All that train the network; adapters leave it as it is."""
+PICTURED = (Case("uvit", "standard"), Case("uvit"))
+
+
+def cases() -> Iterator[Case]:
+    """Everything that the table of coordinates has."""
     for model in MODELS:
-        yield model, "standard", "none", None
-        yield from ((model, "mup", policy, None) for policy in SKIP_SCALE_NAMES)
-        yield from ((model, "mup", "none", bug) for bug in BUGS)
+        yield Case(model, "standard")
+        yield from (Case(model, policy=policy) for policy in POLICIES)
+        yield from (Case(model, linear=linear) for linear in get_args(LinearName) if linear != "plain")
+        yield Case(model, optimizer="muon")
+        yield from (Case(model, bug=bug) for bug in BUGS)
 
 
 def measure_coordinates() -> None:
-    check, lines, shown = Check(), [], {}
+    """Each row is written as it comes, and stays: to measure all anew, remove the table."""
     made_by = [provenance("cpu")[name] for name in MADE_BY]
-    for model, parametrization, policy, bug in cases():
-        changes: dict[str, Any] = {"parametrization": "mup", "base_width": 64} if parametrization == "mup" else {}
-        make = networks(replace(MODELS[model], **changes), make_skip_scale(policy), bug)
-        curves = curves_of(make, check)
-        name = parametrization if bug is None else f"mup, bug: {bug}"
-        lines.append([model, name, policy, *worst_of(curves), *made_by])
-        print(*lines[-1][:6], flush=True)
-        if policy == "none" and bug is None:
-            shown.setdefault(model, {})[parametrization] = curves
+    lines: dict[tuple[str, ...], list[Value]] = {tuple(line[:3]): [*line] for line in coordinate_rows(RESULTS)}
     RESULTS.mkdir(parents=True, exist_ok=True)
-    table = Table(COORDINATES, "", "", (*HEADER, *MADE_BY), lines)
-    write_whole(RESULTS / f"{COORDINATES}.csv", csv_of(table).encode())
-    draw(shown["uvit"], check)
+    pictured: dict[Case, Sequence[Curve]] = {}
+    for case in cases():
+        if case.words not in lines:
+            curves = case.curves()
+            pictured |= {case: curves} if case in PICTURED else {}
+            lines[case.words] = [*case.words, *worst_of(curves), *made_by]
+            in_order = [lines[other.words] for other in cases() if other.words in lines]
+            table = Table(COORDINATES, "", "", (*HEADER, *MADE_BY), in_order)
+            write_whole(RESULTS / f"{COORDINATES}.csv", csv_of(table).encode())
+        print(*lines[case.words][: len(HEADER)], flush=True)
+    if pictured:
+        draw({case.parametrization: pictured.get(case) or case.curves() for case in PICTURED}, Check())
 
 
-def draw(shown: dict[str, Sequence[Curve]], check: Check) -> None:
+def coordinate_rows(results: Path) -> list[list[str]]:
+    """The lines of the table of coordinates; none if it was never made."""
+    path = results / f"{COORDINATES}.csv"
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def draw(shown: Mapping[str, Sequence[Curve]], check: Check) -> None:
     from scalelong.bench.mup.plots import coordinates_picture
 
     IMAGES.mkdir(parents=True, exist_ok=True)
@@ -114,11 +164,10 @@ def tables(results: Path = RESULTS) -> dict[str, tuple[Table, str]]:
         UserError: a table that cannot be read.
     """
     found: dict[str, tuple[Table, str]] = {}
-    path = results / f"{COORDINATES}.csv"
-    if path.is_file():
-        with path.open(newline="") as file:
-            _, *lines = csv.reader(file)
-        made_by = ", ".join(dict.fromkeys(word for line in lines for word in line[len(HEADER) :]))
+    lines = coordinate_rows(results)
+    if lines:
+        columns = zip(*(line[len(HEADER) :] for line in lines), strict=True)
+        made_by = ", ".join(word for column in columns for word in dict.fromkeys(column))
         shown: list[list[Value]] = [[*line[: len(HEADER)]] for line in lines]
         found[COORDINATES] = Table(COORDINATES, "", "", HEADER, shown), made_by
     for name in TRANSFERS:
