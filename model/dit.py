@@ -216,9 +216,14 @@ class DiT(Backbone):
         return output_BCHW if kept is None else (output_BCHW, kept[0])
 
     def hidden_states(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        middle: MiddleTokens | None = None,
     ) -> Iterator[Tensor]:
-        return (tokens_BTD for tokens_BTD, _ in self._states(x_BCHW, t_B, y_B, augment_BA))
+        return (tokens_BTD for tokens_BTD, _ in self._states(x_BCHW, t_B, y_B, augment_BA, middle))
 
     def _states(
         self,
