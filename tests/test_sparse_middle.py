@@ -83,7 +83,8 @@ def test_a_network_that_drops_nothing_is_the_dense_one(name):
 
 def restored(model: Any, seen_BSD: Tensor, kept_BK: Tensor) -> Tensor:
     """Written out, image by image."""
-    E, mask_D = model.sparse_middle.num_extras, model.sparse_middle.mask_token[0]
+    E: int = model.sparse_middle.num_extras
+    mask_D: Tensor = model.sparse_middle.mask_token[0]
     rows = []
     for image, patches in zip(seen_BSD, kept_BK.tolist(), strict=True):
         at: dict[int, Tensor] = {
