@@ -114,13 +114,16 @@ def test_every_experiment_is_a_grid_that_can_be_planned(name, tmp_path):
 
     if EXPERIMENTS[name].preset not in RECIPES:
         pytest.skip(f"no recipe {EXPERIMENTS[name].preset}")
+    num_cells = 0
     for line in commands_of(name):
         arguments, rest = parser().parse_known_args(line)
         if not arguments.report_only:
             given = {option: getattr(arguments, option.replace("-", "_")) or text for option, text in DEFAULTS.items()}
             cells = cells_of(line[0], arguments, given, training_flags(rest))
-            assert 20 <= len(cells) <= 200
-            assert all(cell.config(tmp_path) for cell in cells[:: len(cells) // 4])
+            assert len(cells) <= 200
+            assert all(cell.config(tmp_path) for cell in cells[:: max(1, len(cells) // 4)])
+            num_cells += len(cells)
+    assert num_cells >= 20
 
 
 def test_tables_of_mup_are_made_anew(tmp_path):
