@@ -150,7 +150,7 @@ class BackboneConfig:
             ValueError: a network without a sparse middle that is given one, shares out of their range, no block in the
                 middle, or patches that are too few; or a middle that cannot be gone past.
         """
-        ratio, last = self.sparse_ratio, len(self.block_widths) - 1
+        ratio = self.sparse_ratio
         if ratio is None:
             if self.path_drop:
                 raise ValueError("path_drop is of a network with a sparse middle: it needs a sparse_ratio")
@@ -164,7 +164,7 @@ class BackboneConfig:
         if not self.middle_blocks:
             raise ValueError(
                 f"dense_blocks {self.dense_blocks} at each end leave no block between them: this {self.architecture} "
-                f"has the blocks 0 to {last}"
+                f"has the blocks 0 to {len(self.block_widths) - 1}"
             )
         if ratio and not 0 < self.num_kept < self.num_patches:
             raise ValueError(f"sparse_ratio {ratio} keeps {self.num_kept} of {self.num_patches} patches")
