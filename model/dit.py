@@ -237,7 +237,8 @@ class DiT(Backbone):
         c_BD, time_BD = self._condition(x_BCHW, t_B, y_B, augment_BA)
         tokens_BTD = self.joined(self.x_embedder(x_BCHW), self.pos_embed)
         sparse, sources = self._sparse_pass(middle, tokens_BTD), self.config.skip_sources
-        takers, skips = list(sources), dict[int, Tensor]()
+        takers = list(sources)
+        skips: dict[int, Tensor] = {}  # torch.compile traces no dict[int, Tensor]()
         for n, block in enumerate(self.blocks):
             if sparse is not None:
                 tokens_BTD = sparse.before(n, tokens_BTD)

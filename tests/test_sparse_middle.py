@@ -177,8 +177,9 @@ def test_every_parameter_has_a_gradient_whatever_is_recomputed(name, policy, rec
 
 
 @pytest.mark.exhaustive
-def test_a_graph_is_the_same_network():
-    config = replace(CONFIGS["uvit"], **SPARSE)
+@pytest.mark.parametrize("name", ["uvit", "dit"])
+def test_a_graph_is_the_same_network(name):
+    config = replace(CONFIGS[name], **SPARSE)
     model, batch, middle = (
         alive(make(config, "ls")),
         batch_of(config),
