@@ -22,7 +22,7 @@ from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_out
 from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
 from scalelong.model.skip_tuning import SkipTuning
-from scalelong.model.sparse_middle import MASK_TOKEN, MiddleTokens, SparseMiddle, SparsePass
+from scalelong.model.sparse_middle import MASK_TOKEN, SparseMiddle, SparsePass
 from scalelong.model.sparse_middle import MP_PARAMETERS as OF_MP_MIDDLE
 from scalelong.model.sparse_middle import PARAMETERS as OF_MIDDLE
 
@@ -240,21 +240,6 @@ class Backbone(nn.Module):
             if name.startswith(prefixes):
                 kind_of(name, all_kinds).start(parameter)
         multiply_outputs(self, all_kinds)
-
-    def _sparse_pass(self, middle: MiddleTokens | None, x_BTD: Tensor) -> SparsePass | None:
-        """What the middle sees of a batch of tokens; None: all of them.
-
-        Raises:
-            ValueError: a network without a sparse middle, or patches of another number of images.
-        """
-        if middle is None:
-            return None
-        name, given = type(self).__name__, [len(x) for x in middle if x is not None]
-        if self.sparse_middle is None:
-            raise ValueError(f"{name}: this model has no sparse middle (sparse_ratio)")
-        if any(count != len(x_BTD) for count in given):
-            raise ValueError(f"{name}: tokens of the middle are of {given[0]} images, not of {len(x_BTD)}")
-        return SparsePass(self.sparse_middle, middle, x_BTD)
 
     def _tokens_of_blocks(self, num_dropped: int) -> list[int]:
         """How many tokens each block sees, where those of the middle do not see so many."""

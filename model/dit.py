@@ -30,7 +30,7 @@ from scalelong.model.norm_layers import AddLayerNorm, add_gated, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_norm_layers import SkipLayerNorm, project_normalised_skip
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
-from scalelong.model.sparse_middle import MiddleTokens
+from scalelong.model.sparse_middle import MiddleTokens, sparse_pass
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 from scalelong.model.transformer_layers import Attention, Mlp, PatchEmbed, unpatchify
 
@@ -236,7 +236,7 @@ class DiT(Backbone):
         """What each block puts out, with the condition of what comes behind it."""
         c_BD, time_BD = self._condition(x_BCHW, t_B, y_B, augment_BA)
         tokens_BTD = self.joined(self.x_embedder(x_BCHW), self.pos_embed)
-        sparse, sources = self._sparse_pass(middle, tokens_BTD), self.config.skip_sources
+        sparse, sources = sparse_pass(self, middle, tokens_BTD), self.config.skip_sources
         takers = list(sources)
         skips: dict[int, Tensor] = {}  # torch.compile traces no dict[int, Tensor]()
         for n, block in enumerate(self.blocks):

@@ -129,3 +129,20 @@ class SparsePass:
         if self.rows_M is None:
             return x_BT
         return x_BT.flatten(0, 1).index_select(0, self.rows_M).unflatten(0, (self.num_images, -1))
+
+
+def sparse_pass(network: nn.Module, tokens: MiddleTokens | None, x_BTD: Tensor) -> SparsePass | None:
+    """The pass of a batch through a network of which the middle sees what ``tokens`` says; None: all of it.
+
+    Raises:
+        ValueError: a network without a sparse middle, or tokens of another number of images.
+    """
+    if tokens is None:
+        return None
+    name, middle = type(network).__name__, getattr(network, "sparse_middle", None)
+    if middle is None:
+        raise ValueError(f"{name}: this model has no sparse middle (sparse_ratio)")
+    for given in tokens:
+        if given is not None and len(given) != len(x_BTD):
+            raise ValueError(f"{name}: tokens of the middle are of {len(given)} images, not of {len(x_BTD)}")
+    return SparsePass(middle, tokens, x_BTD)

@@ -33,7 +33,7 @@ from scalelong.model.mp_transformer import MPAttention, MPMlp, MPPatchEmbed, MPR
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
-from scalelong.model.sparse_middle import MiddleTokens
+from scalelong.model.sparse_middle import MiddleTokens, sparse_pass
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 from scalelong.model.transformer_layers import Attention, Mlp, PatchEmbed, unpatchify
 from scalelong.model.uvit_config import UViTConfig as UViTConfig
@@ -220,7 +220,7 @@ class UViT(Backbone):
         middle: MiddleTokens | None = None,
     ) -> Iterator[Tensor]:
         tokens_BTD, time_BD = self._embed(x_BCHW, t_B, y_B, augment_BA)
-        sparse = self._sparse_pass(middle, tokens_BTD)
+        sparse = sparse_pass(self, middle, tokens_BTD)
         skips, num_skips = [], self.config.num_skips
         gain: tuple[Tensor, ...] = ()
         for number, (_, block) in enumerate(self.named_blocks()):
