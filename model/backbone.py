@@ -16,12 +16,15 @@ from scalelong.model.conditioning import PARAMETERS as OF_CONDITIONS
 from scalelong.model.conditioning import make_augment_embed, make_self_condition
 from scalelong.model.hidden_matrices import HiddenMatrices
 from scalelong.model.linear_wrappers import SigmaLinear
-from scalelong.model.magnitude import MPFourier, forced_normalisation
+from scalelong.model.magnitude import MPFourier, forced_normalisation, unit_rms
 from scalelong.model.mup import mup_kinds
 from scalelong.model.parameter_kinds import ParameterKind, kind_of, multiply_outputs
 from scalelong.model.recompute import run_block
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape, Unscaled
 from scalelong.model.skip_tuning import SkipTuning
+from scalelong.model.sparse_middle import MASK_TOKEN, SparseMiddle, SparsePass
+from scalelong.model.sparse_middle import MP_PARAMETERS as OF_MP_MIDDLE
+from scalelong.model.sparse_middle import PARAMETERS as OF_MIDDLE
 
 Hidden = TypeVar("Hidden")
 
@@ -75,6 +78,7 @@ class Backbone(nn.Module):
         self.block_memory = config.block_memory
         self.self_condition: nn.Module | None = None
         self.augment_embed: nn.Module | None = None
+        self.sparse_middle: SparseMiddle | None = None
 
     def named_blocks(self) -> list[tuple[str, nn.Module]]:
         """The blocks by the names of their modules, in execution order."""
@@ -130,6 +134,10 @@ class Backbone(nn.Module):
         """
         raise NotImplementedError
 
+    def training_flops(self, batch_size: int = 1) -> int:
+        """Those of a forward pass in training: fewer where the middle is sparse."""
+        return self.flops(batch_size)
+
     def features(
         self,
         x_BCHW: Tensor,
@@ -184,15 +192,21 @@ class Backbone(nn.Module):
         """``block(*arguments)``, keeping for backward what ``recompute`` allows."""
         return run_block(block, *arguments, recompute=self.recompute, memory=self.block_memory)
 
-    def _long_skip(self, executed: int, features: Tensor, gates: nn.Module | None) -> LongSkip:
+    def _long_skip(
+        self, executed: int, features: Tensor, gates: nn.Module | None, sparse: SparsePass | None = None
+    ) -> LongSkip:
         """The long skip that the decoder's block number ``executed`` takes in."""
-        skip = self.skip_scale.long_skip(len(self.skips) - executed, self.skips, features, gates)
+        i = len(self.skips) - executed
+        if sparse is None:
+            skip = self.skip_scale.long_skip(i, self.skips, features, gates)
+        else:
+            skip = sparse.long_skip(i, self.skip_scale, self.skips, features, gates)
         return skip if self.skip_tuning is None else self.skip_tuning.tune(skip, len(self.skips))
 
     def _add_conditions(self, width: int) -> None:
         """Makes what the configuration asks for beside time and label, of ``width`` features.
 
-        Last of all, so that whatever else there is begins as without.
+        Behind all of the published network, so that whatever else there is begins as without.
         """
         config = self.config
         how = {"preserves_magnitude": config.preserves_magnitude}
@@ -202,13 +216,35 @@ class Backbone(nn.Module):
             self.augment_embed = make_augment_embed(config.augment_dim, width, **how)
         if self.self_condition is None and self.augment_embed is None:
             return
-        if not config.preserves_magnitude:
-            self.kinds = (*OF_CONDITIONS, *self.kinds)
-        kinds = self.parameter_kinds()
+        of_conditions = () if config.preserves_magnitude else OF_CONDITIONS
+        self._begin(of_conditions, "self_condition.", "augment_embed.")
+
+    def _add_sparse_middle(self, width: int, num_extras: int) -> None:
+        """Makes what stands for tokens that a sparse middle has not seen, if the network has one. Last of all.
+
+        Args:
+            num_extras: tokens before the patches.
+        """
+        config = self.config
+        if config.sparse_ratio is None:
+            return
+        blocks, preserves = config.middle_blocks, config.preserves_magnitude
+        self.sparse_middle = SparseMiddle(width, num_extras=num_extras, blocks=blocks, preserves_magnitude=preserves)
+        self._begin(OF_MP_MIDDLE if preserves else OF_MIDDLE, MASK_TOKEN)
+
+    def _begin(self, kinds: Sequence[ParameterKind], *prefixes: str) -> None:
+        """Gives parameters of these names their first values, by kinds that stand before those of the network."""
+        self.kinds = (*kinds, *self.kinds)
+        all_kinds = self.parameter_kinds()
         for name, parameter in self.named_parameters():
-            if name.startswith(("self_condition.", "augment_embed.")):
-                kind_of(name, kinds).start(parameter)
-        multiply_outputs(self, kinds)
+            if name.startswith(prefixes):
+                kind_of(name, all_kinds).start(parameter)
+        multiply_outputs(self, all_kinds)
+
+    def _tokens_of_blocks(self, num_dropped: int) -> list[int]:
+        """How many tokens each block sees, where those of the middle do not see so many."""
+        c = self.config
+        return [c.num_tokens - num_dropped * (n in c.middle_blocks) for n in range(len(c.block_widths))]
 
     def _with_augmentation(self, time_BD: Tensor, augment_BA: Tensor | None) -> Tensor:
         """The embedding of time, with that of how the images were augmented.
@@ -269,7 +305,8 @@ class Backbone(nn.Module):
         Nothing, but for the weights of magnitude-preserving layers, whose rows it normalises. Each function is given a
         whole parameter (rows, ...), and may let a row depend on that row alone.
         """
-        return forced_normalisation(self)
+        mask = {MASK_TOKEN: unit_rms} if self.sparse_middle is not None and self.config.preserves_magnitude else {}
+        return {**forced_normalisation(self), **mask}
 
     def save_pretrained(self, folder: str | Path, *, pipeline: Mapping[str, Any] | None = None) -> None:
         """Writes ``config.json`` and ``model.safetensors`` into ``folder``, made if need be.

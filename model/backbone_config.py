@@ -89,6 +89,13 @@ class BackboneConfig:
     """The block whose features condition those behind it, by its number in execution order, 0 the first; None: none."""
     augment_dim: int = 0
     """Numbers that say how an image was augmented, which the network is told beside the time; 0: it is told nothing."""
+    sparse_ratio: float | None = None
+    """Share of the patches, in [0, 1), that the blocks between both ends do not see in training (SPRINT has 0.75; 0 is
+    to train on with all of them); None: there is no such middle."""
+    dense_blocks: int = 2
+    """Of sparse_ratio: blocks at each end that see all tokens."""
+    path_drop: float = 0.0
+    """Of sparse_ratio: share of the training images that go past the middle, for path-drop guidance (SPRINT: 0.1)."""
 
     def __init_subclass__(cls, architecture: str | None = "", **more: object):
         super().__init_subclass__(**more)
@@ -111,6 +118,8 @@ class BackboneConfig:
         self.check_at_least(0, "out_channels", "num_classes", "context_tokens", "base_width", "augment_dim")
         if type(self).block_widths is BackboneConfig.block_widths:
             self.check_conditions()
+        if type(self).num_patches is BackboneConfig.num_patches:
+            self.check_sparse_middle()
         if self.parametrization not in get_args(Parametrization):
             raise ValueError(f"parametrization must be standard or mup, got {self.parametrization!r}")
         if self.parametrization == "standard" and self.base_width:
@@ -135,6 +144,46 @@ class BackboneConfig:
             raise ValueError(
                 f"self_condition_block {block}: this {self.architecture} has the blocks 0 to {last}, of which those "
                 f"from 0 to {last - 1} have one behind them"
+            )
+
+    def check_sparse_middle(self) -> None:
+        """
+        Raises:
+            ValueError: a network without a sparse middle that is given one, shares out of their range, no block in the
+                middle, or patches that are too few; or a middle that cannot be gone past.
+        """
+        ratio = self.sparse_ratio
+        if ratio is None:
+            if self.path_drop:
+                raise ValueError("path_drop is of a network with a sparse middle: it needs a sparse_ratio")
+            return
+        if not self.num_patches:
+            raise ValueError(f"a {self.architecture} takes no sparse_ratio: its blocks see no patches as tokens")
+        for name, share in {"sparse_ratio": ratio, "path_drop": self.path_drop}.items():
+            if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share < 1:
+                raise ValueError(f"{name} must be a share in [0, 1), got {share!r}")
+        self.check_at_least(1, "dense_blocks")
+        if not self.middle_blocks:
+            raise ValueError(
+                f"dense_blocks {self.dense_blocks} at each end leave no block between them: this {self.architecture} "
+                f"has the blocks 0 to {len(self.block_widths) - 1}"
+            )
+        if ratio and not 0 < self.num_kept < self.num_patches:
+            raise ValueError(f"sparse_ratio {ratio} keeps {self.num_kept} of {self.num_patches} patches")
+        if self.path_drop and self.self_condition_block in self.middle_blocks:
+            raise ValueError(
+                f"path_drop goes past the block {self.self_condition_block}, which conditions those behind it: take a "
+                f"self_condition_block outside of {self.middle_blocks.start} to {self.middle_blocks.stop - 1}"
+            )
+
+    def check_path_drop(self, path_drop: bool) -> None:
+        """
+        Raises:
+            ValueError: path-drop guidance of a network that was not trained for it.
+        """
+        if path_drop and not self.path_drop:
+            raise ValueError(
+                f"path_drop guidance needs a {self.architecture} that was trained with model.path_drop above 0"
             )
 
     def check_at_least(self, least: int, *names: str) -> None:
@@ -170,6 +219,23 @@ class BackboneConfig:
         """Features of what each block puts out, in execution order. A network whose configuration knows them takes
         ``self_condition_block`` and ``augment_dim``."""
         return ()
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of an image that blocks see as tokens. A network that has some takes ``sparse_ratio``."""
+        return 0
+
+    @property
+    def num_kept(self) -> int:
+        """Patches of an image that the blocks of the middle see in training."""
+        return self.num_patches - round((self.sparse_ratio or 0) * self.num_patches)
+
+    @property
+    def middle_blocks(self) -> range:
+        """Numbers of the blocks between those that see all tokens; none of a network without a sparse middle."""
+        if self.sparse_ratio is None:
+            return range(0)
+        return range(self.dense_blocks, len(self.block_widths) - self.dense_blocks)
 
     @property
     def channels_out(self) -> int:

@@ -30,6 +30,7 @@ from scalelong.model.norm_layers import AddLayerNorm, add_gated, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_norm_layers import SkipLayerNorm, project_normalised_skip
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
+from scalelong.model.sparse_middle import MiddleTokens, sparse_pass
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 from scalelong.model.transformer_layers import Attention, Mlp, PatchEmbed, unpatchify
 
@@ -162,7 +163,7 @@ class DiT(Backbone):
 
     def __init__(self, config: DiTConfig, *, skip_scale: SkipScale | None = None, recompute: Recompute = "none"):
         super().__init__(config, skip_scale=skip_scale, recompute=recompute)
-        width, num_skips = config.width, config.num_skips
+        width = config.width
         parts, self.joined = PUBLISHED, torch.add
         if config.magnitude_preserving:
             parts, self.joined, self.kinds = MAGNITUDE_PRESERVING, mp_sum, MP_PARAMETERS
@@ -170,14 +171,15 @@ class DiT(Backbone):
         self.t_embedder = parts.time(width)
         self.y_embedder = parts.label(config.num_classes, width) if config.num_classes else None
         self.register_buffer("pos_embed", self._positions())
-        first_with_skip = config.depth - num_skips
-        self.blocks = nn.ModuleList(parts.block(config, takes_skip=n >= first_with_skip) for n in range(config.depth))
+        takers = config.skip_sources
+        self.blocks = nn.ModuleList(parts.block(config, takes_skip=n in takers) for n in range(config.depth))
         self.final_layer = parts.end(config)
         wrap_linears(hidden_layers(self), config.linear)
         self.init_weights()
-        self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * num_skips
+        self.skips = (SkipShape("tokens", width, width, config.num_tokens),) * config.num_skips
         self.skip_gates = self.skip_scale.make_gates(self.skips)
         self._add_conditions(width)
+        self._add_sparse_middle(width, num_extras=0)
 
     def forward(
         self,
@@ -187,6 +189,7 @@ class DiT(Backbone):
         augment_BA: Tensor | None = None,
         *,
         keeps: int | None = None,
+        middle: MiddleTokens | None = None,
     ) -> Any:
         """Predicts the noise in ``x_BCHW`` and, where the configuration has twice the channels, its variance.
 
@@ -196,41 +199,59 @@ class DiT(Backbone):
             y_B: class labels (B,).
             augment_BA: labels of how the images were augmented (``augment_dim``); None: as of plain images.
             keeps: the number of a block whose features are wanted too.
+            middle: what the blocks of a sparse middle see; None: all tokens.
 
         Returns:
             The prediction, shaped as ``x_BCHW`` but for ``out_channels``; with ``keeps``, it and those features.
 
         Raises:
             ValueError: an image of another shape than the configuration's, another number of times or labels than of
-                images, labels missing or not wanted.
+                images, labels missing or not wanted, tokens of a middle that there is not.
         """
         config = self.config
-        (tokens_BTD, c_BD), kept = last_and_kept(self._states(x_BCHW, t_B, y_B, augment_BA), keeps)
+        (tokens_BTD, c_BD), kept = last_and_kept(self._states(x_BCHW, t_B, y_B, augment_BA, middle), keeps)
         patches_BTD = self.final_layer(tokens_BTD, c_BD)
         side = config.img_size // config.patch_size
         output_BCHW = unpatchify(patches_BTD, side, config.patch_size, config.channels_out)
         return output_BCHW if kept is None else (output_BCHW, kept[0])
 
     def hidden_states(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        middle: MiddleTokens | None = None,
     ) -> Iterator[Tensor]:
-        return (tokens_BTD for tokens_BTD, _ in self._states(x_BCHW, t_B, y_B, augment_BA))
+        return (tokens_BTD for tokens_BTD, _ in self._states(x_BCHW, t_B, y_B, augment_BA, middle))
 
     def _states(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None, augment_BA: Tensor | None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None,
+        augment_BA: Tensor | None,
+        middle: MiddleTokens | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What each block puts out, with the condition of what comes behind it."""
         c_BD, time_BD = self._condition(x_BCHW, t_B, y_B, augment_BA)
-        tokens_BTD, num_skips, skips = self.joined(self.x_embedder(x_BCHW), self.pos_embed), self.config.num_skips, []
+        tokens_BTD = self.joined(self.x_embedder(x_BCHW), self.pos_embed)
+        sparse, sources = sparse_pass(self, middle, tokens_BTD), self.config.skip_sources
+        takers = list(sources)
+        skips: dict[int, Tensor] = {}  # torch.compile traces no dict[int, Tensor]()
         for n, block in enumerate(self.blocks):
-            executed = n - (len(self.blocks) - num_skips)
-            if executed < 0:
-                tokens_BTD = self._run(block, tokens_BTD, c_BD)
-            else:
-                skip = self._long_skip(executed, skips.pop(), self.skip_gates)
+            if sparse is not None:
+                tokens_BTD = sparse.before(n, tokens_BTD)
+                if sparse.leaves_out(n):
+                    yield tokens_BTD, c_BD
+                    continue
+            if n in sources:
+                skip = self._long_skip(takers.index(n), skips.pop(sources[n]), self.skip_gates, sparse)
                 tokens_BTD = self._run(block, tokens_BTD, c_BD, skip)
-            if n < num_skips:
-                skips.append(tokens_BTD)
+            else:
+                tokens_BTD = self._run(block, tokens_BTD, c_BD)
+            if n in sources.values():
+                skips[n] = tokens_BTD
             if n == self.config.self_condition_block and self.self_condition is not None:
                 c_BD = self.self_condition(c_BD, self.pooled(tokens_BTD), time_BD)
             yield tokens_BTD, c_BD
@@ -276,18 +297,25 @@ class DiT(Backbone):
 
     def skip_blocks(self) -> list[tuple[int, nn.Module]]:
         num_skips = self.config.num_skips
-        decoder = list(self.blocks)[len(self.blocks) - num_skips :]
-        return [(num_skips - executed, block) for executed, block in enumerate(decoder)]
+        return [(num_skips - executed, self.blocks[n]) for executed, n in enumerate(self.config.skip_sources)]
 
     def flops(self, batch_size: int = 1) -> int:
+        return self._flops(batch_size, num_dropped=0)
+
+    def training_flops(self, batch_size: int = 1) -> int:
+        return self._flops(batch_size, num_dropped=self.config.num_patches - self.config.num_kept)
+
+    def _flops(self, batch_size: int, *, num_dropped: int) -> int:
+        """Of a pass of which the middle does not see so many patches."""
         c = self.config
         T, D = c.num_tokens, c.width
         in_features, out_features = (c.patch_size**2 * channels for channels in (c.in_channels, c.channels_out))
         in_features += c.magnitude_preserving  # the constant that stands for a bias
-        attention_macs = 4 * T * D * D + 2 * T * T * D
-        mlp_macs = 2 * T * D * c.mlp_width
+        seen = self._tokens_of_blocks(num_dropped)
         told_macs = D * sum(sizes_of(D, TOLD[c.modulation]))  # of a norm
-        blocks = c.depth * (attention_macs + mlp_macs + 2 * (told_macs + D * D)) + c.num_skips * 2 * T * D * D
+        # Attention, the MLP, both norms and gates, and the projections of skips.
+        blocks = sum(S * (4 * D * D + 2 * S * D + 2 * D * c.mlp_width) + 2 * (told_macs + D * D) for S in seen)
+        blocks += sum(2 * seen[n] * D * D for n in c.skip_sources)
         ends = T * in_features * D + NUM_FREQUENCIES * D + D * D + told_macs + T * D * out_features
         return 2 * batch_size * (blocks + ends + self._condition_macs())
 

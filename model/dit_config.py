@@ -36,7 +36,7 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
     """RMSNorm of the queries and keys of each head (no published network has it)."""
     skip: SkipForm = "none"
     """Long skips from the first half of the blocks to the second: none, as published; concatenated, normalised and
-    projected, as Skip-DiT's; or concatenated and projected, as U-ViT's."""
+    projected, as Skip-DiT's; or concatenated and projected, as U-ViT's. With a sparse middle none is one: past it."""
     modulation: Modulation = "adaln"
     """What time and class do to the features that a norm puts out: scale and shift them, as published; scale them and
     rotate pairs of them (arXiv:2505.19122); rotate them; or scale them. Each branch has its gate in all four."""
@@ -73,6 +73,7 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
         if self.parametrization == "mup":
             self.base_config()
         self.check_conditions()
+        self.check_sparse_middle()
 
     def _check_without_norms(self) -> None:
         if self.qk_norm:
@@ -103,8 +104,16 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
         return (self.width,) * self.depth
 
     @property
+    def skip_sources(self) -> dict[int, int]:
+        """The number of the block whose output a block takes in, by the number of that one, in execution order."""
+        if self.skip != "none":
+            return {n: self.depth - 1 - n for n in range(self.depth - self.depth // 2, self.depth)}
+        # What the middle puts out is fused with what entered it.
+        return {middle.stop: middle.start - 1} if (middle := self.middle_blocks) else {}
+
+    @property
     def num_skips(self) -> int:
-        return 0 if self.skip == "none" else self.depth // 2
+        return len(self.skip_sources)
 
     @property
     def has_skips(self) -> bool:
@@ -115,8 +124,12 @@ class DiTConfig(BackboneConfig, architecture="DiT"):
         return round(self.width * self.mlp_ratio)
 
     @property
-    def num_tokens(self) -> int:
+    def num_patches(self) -> int:
         return (self.img_size // self.patch_size) ** 2
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_patches
 
     @property
     def block_memory(self) -> BlockMemory:

@@ -20,6 +20,7 @@ from scalelong.model.dit_config import DiTConfig
 from scalelong.model.linear_wrappers import SINGULAR_VECTOR
 from scalelong.model.nearest_preset import differing_sizes, nearest_preset
 from scalelong.model.skip_scale import SkipScale, described
+from scalelong.model.sparse_middle import MASK_TOKEN
 from scalelong.model.unet_config import UNetConfig
 from scalelong.model.uvit_config import UViTConfig
 
@@ -35,6 +36,7 @@ MAY_DIFFER = frozenset(
         *("img_size", "num_classes", "context_tokens", "out_channels", "dropout", "skip_position"),
         "use_new_attention_order",
         *("self_condition_block", "self_condition_form", "augment_dim"),
+        *("sparse_ratio", "dense_blocks", "path_drop"),
     }
 )
 """Fields of a configuration that leave the meaning of the weights as it is, or have a rule here."""
@@ -110,6 +112,7 @@ def fit(
         _reorder_attention(fitting, weights.config, config)
     _fit_gates(fitting)
     _fit_conditions(fitting, weights.config, config)
+    _fit_middle(fitting, weights.config, config)
     if isinstance(config, UViTConfig):
         _fit_positions(fitting, weights.config, config)  # first, as labels and text tell of extra tokens
         _fit_context(fitting)
@@ -198,6 +201,15 @@ def _fit_conditions(fitting: _Fitting, before: BackboneConfig | None, config: Ba
         has_it = [any(name.startswith(prefix) for name in state) for state in (fitting.given, fitting.fresh)]
         if has_it[0] != has_it[1] or not is_same:
             fitting.begin_anew(prefix, names[prefix])
+
+
+def _fit_middle(fitting: _Fitting, before: BackboneConfig | None, config: BackboneConfig) -> None:
+    """The mask token of a sparse middle and, of a DiT without other skips, the projection past it; or they are new."""
+    if (MASK_TOKEN in fitting.given) != (MASK_TOKEN in fitting.fresh):
+        fitting.begin_anew(MASK_TOKEN, "the mask token of a sparse middle")
+    if isinstance(before, DiTConfig) and isinstance(config, DiTConfig) and config.skip == "none":
+        for block in before.skip_sources.keys() ^ config.skip_sources.keys():
+            fitting.begin_anew(f"blocks.{block}.skip_linear.", "the projection past a sparse middle")
 
 
 def _fit_labels(fitting: _Fitting, labels: str, had_null: bool | None, has_null: bool) -> None:

@@ -33,6 +33,7 @@ from scalelong.model.mp_transformer import MPAttention, MPMlp, MPPatchEmbed, MPR
 from scalelong.model.norm_layers import AddLayerNorm, add_norm
 from scalelong.model.parameter_kinds import ParameterKind
 from scalelong.model.skip_scale import LongSkip, SkipScale, SkipShape
+from scalelong.model.sparse_middle import MiddleTokens, sparse_pass
 from scalelong.model.time_embedding import check_labels, time_embedding, times_of_images
 from scalelong.model.transformer_layers import Attention, Mlp, PatchEmbed, unpatchify
 from scalelong.model.uvit_config import UViTConfig as UViTConfig
@@ -174,6 +175,7 @@ class UViT(Backbone):
         # The published name.
         self.se = self.skip_scale.make_gates(self.skips)
         self._add_conditions(width)
+        self._add_sparse_middle(width, config.num_extras)
 
     def forward(
         self,
@@ -183,6 +185,7 @@ class UViT(Backbone):
         augment_BA: Tensor | None = None,
         *,
         keeps: int | None = None,
+        middle: MiddleTokens | None = None,
     ) -> Any:
         """Predicts the noise in ``x_BCHW``.
 
@@ -192,15 +195,16 @@ class UViT(Backbone):
             y_B: class labels (B,), or text tokens (B, L, context_dim).
             augment_BA: labels of how the images were augmented (``augment_dim``); None: as of plain images.
             keeps: the number of a block whose features are wanted too.
+            middle: what the blocks of a sparse middle see; None: all tokens.
 
         Returns:
             The prediction, shaped as ``x_BCHW`` but for ``out_channels``; with ``keeps``, it and those features.
 
         Raises:
             ValueError: an image or text of another shape than the configuration's, another number of times or labels
-                than of images, labels missing or not wanted.
+                than of images, labels missing or not wanted, tokens of a middle that there is not.
         """
-        tokens_BTD, kept_BTD = last_and_kept(self.hidden_states(x_BCHW, t_B, y_B, augment_BA), keeps)
+        tokens_BTD, kept_BTD = last_and_kept(self.hidden_states(x_BCHW, t_B, y_B, augment_BA, middle), keeps)
         config = self.config
         patches_BTD = self.decoder_pred(self.norm(tokens_BTD))[:, config.num_extras :]
         side = config.img_size // config.patch_size
@@ -208,14 +212,25 @@ class UViT(Backbone):
         return output_BCHW if keeps is None else (output_BCHW, kept_BTD)
 
     def hidden_states(
-        self, x_BCHW: Tensor, t_B: Tensor, y_B: Tensor | None = None, augment_BA: Tensor | None = None
+        self,
+        x_BCHW: Tensor,
+        t_B: Tensor,
+        y_B: Tensor | None = None,
+        augment_BA: Tensor | None = None,
+        middle: MiddleTokens | None = None,
     ) -> Iterator[Tensor]:
         tokens_BTD, time_BD = self._embed(x_BCHW, t_B, y_B, augment_BA)
+        sparse = sparse_pass(self, middle, tokens_BTD)
         skips, num_skips = [], self.config.num_skips
         gain: tuple[Tensor, ...] = ()
         for number, (_, block) in enumerate(self.named_blocks()):
+            if sparse is not None:
+                tokens_BTD = sparse.before(number, tokens_BTD)
+                if sparse.leaves_out(number):
+                    yield tokens_BTD
+                    continue
             executed = number - num_skips - 1
-            skip = self._long_skip(executed, skips.pop(), self.se) if executed >= 0 else None
+            skip = self._long_skip(executed, skips.pop(), self.se, sparse) if executed >= 0 else None
             # Blocks put in the place of ours need not know of what they are not given.
             arguments = (skip, *gain) if skip is not None or gain else ()
             tokens_BTD = self._run(block, tokens_BTD, *arguments)
@@ -286,14 +301,22 @@ class UViT(Backbone):
         return [(num_skips - executed, block) for executed, block in enumerate(self.out_blocks)]
 
     def flops(self, batch_size: int = 1) -> int:
+        return self._flops(batch_size, num_dropped=0)
+
+    def training_flops(self, batch_size: int = 1) -> int:
+        return self._flops(batch_size, num_dropped=self.config.num_patches - self.config.num_kept)
+
+    def _flops(self, batch_size: int, *, num_dropped: int) -> int:
+        """Of a pass of which the middle does not see so many patches."""
         c = self.config
         T, D = c.num_tokens, c.width
         num_patches = T - c.num_extras
         in_features, out_features = (c.patch_size**2 * channels for channels in (c.in_channels, c.channels_out))
         in_features += c.magnitude_preserving  # the constant that stands for a bias
-        attention_macs = 4 * T * D * D + 2 * T * T * D
-        mlp_macs = 2 * T * D * c.mlp_width
-        blocks = (c.depth + 1) * (attention_macs + mlp_macs) + c.num_skips * 2 * T * D * D
+        seen = self._tokens_of_blocks(num_dropped)
+        # Attention, the MLP, and in the decoder the projection of the skip.
+        blocks = sum(S * (4 * D * D + 2 * S * D + 2 * D * c.mlp_width) for S in seen)
+        blocks += sum(2 * S * D * D for S in seen[-c.num_skips :])
         ends = num_patches * in_features * D + T * D * out_features
         if c.final_conv:
             ends += 9 * c.channels_out**2 * c.img_size**2

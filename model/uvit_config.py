@@ -66,6 +66,7 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
         if self.parametrization == "mup":
             self.base_config()
         self.check_conditions()
+        self.check_sparse_middle()
 
     @classmethod
     def network(cls) -> type["UViT"]:
@@ -103,8 +104,12 @@ class UViTConfig(BackboneConfig, architecture="UViT"):
         return 1 + (1 if self.num_classes else 0) + self.context_tokens
 
     @property
+    def num_patches(self) -> int:
+        return (self.img_size // self.patch_size) ** 2
+
+    @property
     def num_tokens(self) -> int:
-        return self.num_extras + (self.img_size // self.patch_size) ** 2
+        return self.num_extras + self.num_patches
 
     @property
     def block_memory(self) -> BlockMemory:

@@ -458,7 +458,7 @@ def test_a_difference_in_what_is_computed_is_named_as_flags(flags, difference):
 
 def test_every_field_of_a_configuration_is_compared_or_marked_as_bookkeeping():
     kept = {f.name for f in fields(TrainConfig) if f.metadata.get("bookkeeping")}
-    computed = {"images_per_step", "seed", "skip_scale", "objective", "label_drop"}
+    computed = {"images_per_step", "seed", "skip_scale", "objective", "label_drop", "sparse_images"}
     assert {f.name for f in fields(TrainConfig)} - kept == computed | {
         "precision",
         "model",

@@ -71,9 +71,17 @@ def test_axes_become_flags():
         *("--optimizer.clip-z-score", "2.5", "--seed", "3"),
     )
     assert len(named_axis("seeds", "digits-uvit", "3").values) == 3
+    sparse = {"dense": (), "0.75:64": ("--model.sparse-ratio", "0.75", "--sparse-images", "64")}
+    assert named_axis("sparse", "digits-uvit", "dense,0.75:64").values == sparse
     assert named_axis("depths", "digits-unet", "2").values == {"2": ("--model.num-res-blocks", "2")}
     assert free_axis("model.width=32,64").values["64"] == ("--model.width", "64")
-    for option, wrong in (("skip-scale", "no"), ("skip-scale", "none:1"), ("clipping", "z:1"), ("starts", "zero")):
+    for option, wrong in (
+        ("skip-scale", "no"),
+        ("skip-scale", "none:1"),
+        ("clipping", "z:1"),
+        ("starts", "zero"),
+        ("sparse", "x"),
+    ):
         with pytest.raises(UserError):
             named_axis(option, "digits-uvit", wrong)
     with pytest.raises(UserError, match="expected FLAG=VALUE"):
@@ -292,6 +300,31 @@ def test_images_to_the_baselines_kernel_distance_and_the_wall_clock_of_operators
     assert ls["images to target"] == 75.0  # from 1 to 0 over the first 100
     assert str(ls["times fewer"]).startswith("2.67 ")
     assert [line[-1] for line in tables["speed"].lines] == [1.0, 2.0]
+
+
+def test_operations_to_the_baselines_best_loss_where_modes_differ_in_what_an_image_costs():
+    """The dense unscaled mode is the baseline, wherever its rows stand."""
+
+    def counted(row: Row, sparse: str, cost: float) -> Row:
+        cell = row.cell.replace(" learning", f" sparse={sparse} learning")
+        return replace(row, cell=cell, curve_flops=[cost * images for images in row.curve_images])
+
+    rows = results(none={0.001: [0.2] * 3, 0.002: [0.6] * 3}, cs={0.001: [0.6] * 3, 0.002: [0.2] * 3})
+    sparse, dense = [counted(row, "0.75:100", 1e9) for row in rows], [counted(row, "dense", 4e9) for row in rows]
+    tables = {table.key: table for table in tables_of([*sparse, *dense])}
+    lines = [dict(zip(tables["flops"].header, line, strict=True)) for line in tables["flops"].lines]
+    assert [line["mode"] for line in lines] == [
+        f"{m}, sparse {s}" for s in ("0.75:100", "dense") for m in ("none", "cs")
+    ]
+    assert [line["GFLOP an image"] for line in lines] == [1, 1, 4, 4]
+    assert [line["TFLOP to target"] for line in lines] == pytest.approx([0.2, 0.2, 0.8, 0.8])
+    assert [str(line["times fewer"])[:4] for line in lines] == ["4.00", "4.00", "1.00", "1.00"]
+    (verdict,) = (verdict for verdict in verdicts_of([*sparse, *dense]) if "operations" in verdict.claim)
+    assert verdict.holds
+    assert "cs, sparse 0.75:100, times fewer: 4.00" in verdict.found
+    for alike in (dense, [replace(row, curve_flops=[]) for row in [*sparse, *dense]]):
+        assert "flops" not in {table.key for table in tables_of(alike)}
+        assert not [verdict for verdict in verdicts_of(alike) if "operations" in verdict.claim]
 
 
 def test_groups_are_named_by_what_differs():

@@ -83,6 +83,8 @@ class SampleConfig:
     skip_tuning: tuple[float, float] | None = bookkeeping(None)
     """BOTTOM TOP: factors of the innermost and of the outermost long skip while sampling (Skip-Tuning), those between
     on a line; as trained if not given."""
+    path_drop: bool = bookkeeping(False)
+    """Guidance by a pass that leaves out the sparse middle (SPRINT), of a model trained with model.path-drop."""
     num_images: int = bookkeeping(100)
     """Images in a grid."""
 
@@ -156,6 +158,8 @@ class TrainConfig:
     """What multiplies the long skips: a policy, or its name."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     """What the network learns."""
+    sparse_images: int = 0
+    """Of a model with a sparse middle: from so many images on it sees all tokens (SPRINT's second stage); 0: never."""
     label_drop: float = 0.0
     """Share of labels replaced by the null label, or texts by the empty one, for guidance; 0: no null label."""
     precision: PrecisionName = "fp32"
@@ -190,7 +194,7 @@ class TrainConfig:
             object.__setattr__(self, "objective", ObjectiveConfig(noise=cast(NoiseName, self.objective)))
         positive = ("total_images", "images_per_step", "images_per_checkpoint", "accumulation_steps")
         not_negative = ("images_per_grid", "images_per_average", "images_per_log", "images_per_validation")
-        not_negative += ("num_validation_images", "images_per_evaluation", "seed")
+        not_negative += ("num_validation_images", "images_per_evaluation", "seed", "sparse_images")
         _check(self, positive, lambda v: v >= 1, "at least 1")
         _check(self, not_negative, lambda v: v >= 0, "not negative")
         _check(self, ("keep_checkpoints",), lambda v: v >= 2, "at least 2")
@@ -212,6 +216,7 @@ class TrainConfig:
         _check(self.sample, ("guidance",), lambda v: 0 <= v < math.inf, "finite and not negative")
         check_guidance_interval(self.sample.guidance_interval)
         self.model.check_skip_tuning(self.sample.skip_tuning)
+        self.model.check_path_drop(self.sample.path_drop)
         _check(self.data, ("num_threads", "check_images"), lambda v: v >= 0, "not negative")
         _check(self.data, ("max_bad_share",), lambda v: 0 <= v < 1, "in [0, 1)")
         _check(self.guard, ("skip_steps", "roll_backs"), lambda v: v >= 0, "not negative")
@@ -226,6 +231,8 @@ class TrainConfig:
             raise ValueError("label_drop needs a model with labels or text (model.num_classes, model.context_tokens)")
         if self.sample.guidance and not self.label_drop:
             raise ValueError("sample.guidance needs label_drop above 0 in training")
+        if self.sparse_images and not self.model.sparse_ratio:
+            raise ValueError("sparse_images is of a model whose middle drops patches: model.sparse_ratio above 0")
         if self.model.channels_out != self.model.in_channels:
             raise ValueError("a learned variance is not trained: model.out_channels must be 0 or model.in_channels")
         if self.branch_from is not None and self.init_from is not None:
@@ -250,6 +257,10 @@ class TrainConfig:
         """The number of the block whose features are compared."""
         given = (self.objective.contrast_block, self.model.self_condition_block)
         return next((block for block in given if block is not None), len(self.model.block_widths) // 2)
+
+    def drops_tokens_at(self, images_seen: int) -> bool:
+        """Whether the middle does not see all tokens in the step that begins there."""
+        return bool(self.model.sparse_ratio) and not 0 < self.sparse_images <= images_seen
 
     @property
     def null_label(self) -> int | None:

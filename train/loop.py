@@ -128,7 +128,8 @@ def take_steps(
         if due.log:
             note_bad_samples(run)
             speed = meter.take(config.images_per_step, run.batches.take_seconds())
-            speed |= run.resources.figures(speed["images_per_second"])
+            drops = config.drops_tokens_at(run.images_seen - config.images_per_step)
+            speed |= run.resources.figures(speed["images_per_second"], drops_tokens=drops)
             figures = validation.losses(run) if due.validation else {}
             if due.evaluation:
                 figures |= evaluation.scores(run)
@@ -172,9 +173,8 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
         if measures and not watches_step:
             run.watch_uncompiled(batch)
         torch.manual_seed(batch.dropout_seed)
-        network = engine if distillation is None else distillation.student(batch)
         minimised, loss = objective.training_loss(
-            network, batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
+            run.network_of(batch), batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, learned
         )
         if distillation is not None:
             minimised = minimised + distillation.loss(batch)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from scalelong.train.config import PrecisionName
+from scalelong.train.config import PrecisionName, TrainConfig
 
 FORWARD_AND_BACKWARD = 3
 """Products of a training step over those of a forward pass: backward has two for each."""
@@ -81,6 +81,7 @@ class Resources:
         world_size: how many devices share the images.
         peak: FLOP/s of a device at most; None if that is not known.
         began: ``time.monotonic()`` of the run's first start, without the time between starts.
+        sparse_flops_per_image: of a step in which the middle does not see all tokens.
     """
 
     device: torch.device
@@ -88,16 +89,22 @@ class Resources:
     world_size: int
     peak: float | None
     began: float
+    sparse_flops_per_image: int | None = None
 
     def memory_gb(self) -> float:
         """The most so far, of this process and its device."""
         return memory_gb(self.device)
 
-    def figures(self, images_per_second: float) -> dict[str, float]:
-        """Of a row of the log."""
+    def figures(self, images_per_second: float, *, drops_tokens: bool = False) -> dict[str, float]:
+        """Of a row of the log.
+
+        Args:
+            drops_tokens: whether the middle does not see all tokens.
+        """
         found = {"wall_seconds": time.monotonic() - self.began, "memory_gb": memory_gb(self.device)}
-        if self.flops_per_image is not None:
-            flops_per_second = self.flops_per_image * images_per_second / self.world_size
+        flops_per_image = self.sparse_flops_per_image if drops_tokens else self.flops_per_image
+        if flops_per_image is not None:
+            flops_per_second = flops_per_image * images_per_second / self.world_size
             found["tflops_per_device"] = flops_per_second / 1e12
             if self.peak is not None:
                 found["mfu"] = flops_per_second / self.peak
@@ -113,9 +120,35 @@ def resources_of(
         model: a ``Backbone``; one of one's own need not count its operations.
         seconds_before: what the log has of earlier starts.
     """
+    sparse_flops = None
     try:
         flops_per_image = FORWARD_AND_BACKWARD * model.flops()
+        if getattr(model, "sparse_middle", None) is not None:
+            sparse_flops = FORWARD_AND_BACKWARD * model.training_flops()
     except NotImplementedError:
         flops_per_image = None
     peak = peak_flops(torch.cuda.get_device_name(device), precision) if device.type == "cuda" else None
-    return Resources(device, flops_per_image, world_size, peak, time.monotonic() - seconds_before)
+    return Resources(device, flops_per_image, world_size, peak, time.monotonic() - seconds_before, sparse_flops)
+
+
+def flops_of_training(model: Any, config: TrainConfig, images_seen: int) -> int:
+    """Of a run of a network up to there, forward and backward, whole steps.
+
+    Raises:
+        NotImplementedError: the network does not say.
+    """
+    step = config.images_per_step
+    sparse = 0 if not config.model.sparse_ratio else images_seen
+    if sparse and config.sparse_images:
+        sparse = min(images_seen, -(-config.sparse_images // step) * step)  # steps that begin before are sparse whole
+    return FORWARD_AND_BACKWARD * (sparse * model.training_flops() + (images_seen - sparse) * model.flops())
+
+
+def describe_middle(model: Any) -> str:
+    """What the sparse middle of a network sees in training, and what that leaves of its arithmetic."""
+    config, blocks = model.config, model.config.middle_blocks
+    sparse, dense = (FORWARD_AND_BACKWARD * flops for flops in (model.training_flops(), model.flops()))
+    return (
+        f"blocks {blocks.start} to {blocks.stop - 1} see {config.num_kept} of {config.num_patches} patches: "
+        f"{sparse / 1e9:.3g} GFLOP an image in place of {dense / 1e9:.3g}, {dense / sparse:.2f} times fewer"
+    )

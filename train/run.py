@@ -1,7 +1,9 @@
 """A run in progress: how it is built from nothing or a checkpoint, saved, and rolled back."""
 
 import gc
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +83,17 @@ class Run:
     def source(self) -> SoundImages | LatentSource:
         return self.start.source
 
+    def network_of(self, batch: Batch) -> Callable[..., Tensor]:
+        """The network as an objective calls it, told what a batch says beside images, times and conditions."""
+        network = self.engine if self.distillation is None else self.distillation.student(batch)
+        return network if batch.middle is None else partial(network, middle=batch.middle)
+
     @torch.no_grad()
     def watch_uncompiled(self, batch: Batch) -> None:
         """Takes down what blocks and skips do with a batch, in a forward pass of its own: graphs call no hooks."""
         self.monitor.active = True
         torch.manual_seed(batch.dropout_seed)
-        network = self.engine if self.distillation is None else self.distillation.student(batch)
+        network = self.network_of(batch)
         images, noise = batch.images_BCHW, batch.noise_BCHW
         make_objective(self.config.objective).loss(network, images, noise, batch.time_u_B, batch.condition)
         self.monitor.active = False

@@ -60,8 +60,8 @@ class SelfDistillation:
         assert batch.views is not None
         labels_BA = batch.views.labels_BA
 
-        def network(x_BCHW: Tensor, t_B: Tensor, condition: Tensor | None) -> Tensor:
-            output_BCHW, hidden = self.engine(x_BCHW, t_B, condition, labels_BA, keeps=self.block)
+        def network(x_BCHW: Tensor, t_B: Tensor, condition: Tensor | None, **more: Any) -> Tensor:
+            output_BCHW, hidden = self.engine(x_BCHW, t_B, condition, labels_BA, keeps=self.block, **more)
             self._pooled_BF = self.engine.module.pooled(hidden)
             return output_BCHW
 

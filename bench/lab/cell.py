@@ -28,6 +28,7 @@ from scalelong.train.config import TrainConfig
 from scalelong.train.errors import DivergedError, UserError
 from scalelong.train.loop import train
 from scalelong.train.outcome import Outcome, read_outcome
+from scalelong.train.resources import flops_of_training
 from scalelong.train.run_folder import log_path
 from scalelong.train.write_whole import write_whole
 
@@ -168,7 +169,18 @@ def measures_of(rows: Sequence[LogRow], config: TrainConfig, outcome: Outcome) -
         found |= dict(zip(("final_loss", "final_is"), final_loss(rows), strict=True))
         if not found["final_loss"] < found["start_loss"]:  # training has undone what there was
             found |= {"state": "diverged", "reason": f"the loss ended at {found['final_loss']:.3g}, above its start"}
-    return {**found, **curves_of(rows, losses_T, gradients_T, outermost_T, weights_T)}
+    found |= curves_of(rows, losses_T, gradients_T, outermost_T, weights_T)
+    return {**found, "curve_flops": flops_at(found["curve_images"], config)}
+
+
+def flops_at(images: Sequence[float], config: TrainConfig) -> list[float]:
+    """Of training up to so many images; none of a network that does not count them."""
+    with torch.device("meta"):
+        model = make_backbone(config.model, skip_scale=config.skip_scale)
+    try:
+        return [float(flops_of_training(model, config, int(count))) for count in images]
+    except NotImplementedError:
+        return []
 
 
 def magnitudes_of(rows: Sequence[LogRow], weights_T: np.ndarray) -> dict[str, float]:

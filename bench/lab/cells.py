@@ -186,9 +186,19 @@ def magnitude_flags(_preset: str, value: str) -> Flags:
     return tuple(part for flag in flags.items() for part in flag)
 
 
+def sparse_flags(_preset: str, value: str) -> Flags:
+    """ "dense", or "0.75:25600": the share of the patches that the middle does not see, for so many images."""
+    if value == "dense":
+        return ()
+    ratio, _, images = value.partition(":")
+    number(ratio)
+    return ("--model.sparse-ratio", ratio, *(("--sparse-images", images) if images else ()))
+
+
 AXES: dict[str, tuple[str, Callable[[str, str], Flags]]] = {
     "depths": ("depth", depth_flags),
     "skip-scale": ("skip-scale", skip_scale_flags),
+    "sparse": ("sparse", sparse_flags),
     "positions": ("position", lambda _, value: ("--skip-position", value)),
     "qk-norm": ("qk-norm", lambda _, value: ("--model.qk-norm", value)),
     "magnitude": ("magnitude", magnitude_flags),

@@ -34,6 +34,7 @@ DIVERGED_FACTOR, DIVERGED_STEPS = 3, 10
 HELP = {
     "depths": "blocks of a U-ViT, or residual blocks a level of a UNet",
     "skip-scale": "policies; cs:0.7 is cs with kappa 0.7, geometric:0.7:False one with the values of two fields",
+    "sparse": "dense, 0.75, 0.75:25600; of U-ViT and DiT, the share that the middle does not see, for so many images",
     "positions": "of a UNet's skip scales: before-norm, after-norm",
     "qk-norm": "True, False; of models that have it",
     "magnitude": "plain, mp; of U-ViT and DiT, mp with a rate that falls by a cosine",

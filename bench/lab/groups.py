@@ -141,23 +141,27 @@ def contexts_of(groups: Iterable[Group]) -> dict[str, list[Group]]:
 
 
 def baseline_of(groups: Sequence[Group]) -> Group | None:
-    """The mode whose skips are unscaled, the first of them; None without one."""
-    return next((group for group in groups if group.mode.split(", ")[0] == "none"), None)
+    """The mode whose skips are unscaled, the first of those that see all tokens; None without one."""
+    unscaled = [group for group in groups if group.mode.split(", ")[0] == "none"]
+    dense = [group for group in unscaled if place_of(group.rows[0].cell).get("sparse", "dense") == "dense"]
+    return next(iter(dense), None)
 
 
 class Curve(NamedTuple):
     """What falls while a run trains, by the columns of the table."""
 
     images: str
+    """Or what else training costs."""
     values: str
 
 
 LOSS = Curve("curve_images", "curve_loss")
 KERNEL_DISTANCE = Curve("curve_scored_images", "curve_kernel_distance")
+LOSS_BY_FLOPS = Curve("curve_flops", "curve_loss")
 
 
 class Speed(NamedTuple):
-    """Images to the best that the baseline's curve has, against the baseline at its own best rate."""
+    """Images (or FLOPs) to the best that the baseline's curve has, against the baseline at its own best rate."""
 
     images: float
     """The median over seeds, at the mode's own best rate; infinite if most never came there."""
@@ -185,6 +189,14 @@ def speed_of(group: Group, baseline: Group, curve: Curve = LOSS) -> Speed:
     )
     at_equal_rate = ratio_of_medians(theirs, equal) if equal else None
     return Speed(median(mine), ratio_of_medians(theirs, mine), at_equal_rate, len(mine))
+
+
+def flops_per_image(group: Group) -> float:
+    """Of training, the mean over a run; the median over runs, NaN where one of them does not have it."""
+    if any(len(row.curve_flops) != len(row.curve_loss) for row in group.rows):
+        return math.nan
+    found = [row.curve_flops[-1] / row.curve_images[-1] for row in group.rows if row.curve_flops]
+    return median(found) if found else math.nan
 
 
 def depth_of(place: dict[str, str]) -> float:

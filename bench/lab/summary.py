@@ -11,12 +11,14 @@ from scalelong.bench.lab.cells import place_of, sorted_values
 from scalelong.bench.lab.groups import (
     KERNEL_DISTANCE,
     LOSS,
+    LOSS_BY_FLOPS,
     MIN_SEEDS_OF_SPEED,
     Curve,
     Group,
     baseline_of,
     contexts_of,
     depth_of,
+    flops_per_image,
     groups_of,
     speed_of,
     target_of,
@@ -38,6 +40,7 @@ def tables_of(rows: Sequence[Row]) -> list[Table]:
         gradient_table(groups),
         speed_table(groups),
         score_speed_table(groups),
+        flops_table(groups),
     ]
     tables += [magnitude_table(groups), best_table(groups)]
     tables += start_tables(untrained(rows))
@@ -132,6 +135,26 @@ def score_speed_table(groups: Sequence[Group]) -> Table:
     )
     lines = [line for _, line in speed_lines(groups, KERNEL_DISTANCE)]
     return Table("score-speed", "Images to the baseline's best kernel distance", note, header, lines)
+
+
+def flops_table(groups: Sequence[Group]) -> Table:
+    """Of contexts whose modes differ in what an image costs."""
+    costs = {id(group): flops_per_image(group) for group in groups}
+    compared = [
+        group
+        for modes in contexts_of(groups).values()
+        if len({costs[id(group)] for group in modes}) > 1 and not any(math.isnan(costs[id(group)]) for group in modes)
+        for group in modes
+    ]
+    lines: list[list[Value]] = []
+    for group, (*line, flops, own, equal) in speed_lines(compared, LOSS_BY_FLOPS):
+        lines.append([*line, costs[id(group)] / 1e9, float(flops) / 1e12, own, equal])
+    header = ("network", "mode", "rate", "seeds", "target loss", "GFLOP an image", "TFLOP to target", *SPEED_HEADER[1:])
+    note = (
+        "As for images, of the operations of training, forward and backward, matrix products and attention alone; an "
+        "image's over the whole run. The validation loss is that of the network with all tokens."
+    )
+    return Table("flops", "Operations to the baseline's best loss", note, header, lines)
 
 
 SPEED_HEADER = ("images to target", "times fewer", "at equal rate")

@@ -75,6 +75,8 @@ class Row:
     curve_gradient: List = field(default_factory=list)
     curve_hidden: List = field(default_factory=list)
     curve_weights: List = field(default_factory=list)
+    curve_flops: List = field(default_factory=list)
+    """Of training so far, forward and backward."""
     curve_scored_images: List = field(default_factory=list)
     curve_kernel_distance: List = field(default_factory=list)
     """Of samples to real images, at the scores that the run takes while it trains."""

@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from scalelong.bench.lab.cells import place_of
-from scalelong.bench.lab.groups import Group, baseline_of, contexts_of, depth_of, groups_of, speed_of, trained
+from scalelong.bench.lab.groups import (
+    LOSS_BY_FLOPS,
+    Group,
+    baseline_of,
+    contexts_of,
+    depth_of,
+    flops_per_image,
+    groups_of,
+    speed_of,
+    trained,
+)
 from scalelong.bench.lab.summary import show_ratio
 from scalelong.bench.lab.table import Row
 
@@ -39,6 +49,7 @@ def verdicts_of(rows: Sequence[Row]) -> list[Verdict]:
         sensitivity_verdict(scaled, baseline, deepest),
         spike_verdict(scaled, baseline, deepest),
         speed_verdict(scaled, baseline, deepest),
+        *flops_verdicts(scaled, baseline, deepest),
     ]
 
 
@@ -85,6 +96,18 @@ def speed_verdict(scaled: Sequence[Group], baseline: Group, deepest: str) -> Ver
     mode, ratio = max(ratios.items(), key=lambda item: _or_lowest(item[1].value))
     found = f"{deepest}: {mode}, times fewer: {show_ratio(ratio)}"
     return Verdict(claim, found, None if math.isnan(ratio.value) else ratio.value >= 1.3)
+
+
+def flops_verdicts(scaled: Sequence[Group], baseline: Group, deepest: str) -> list[Verdict]:
+    """Of a sparse middle, where there is one."""
+    claim = "with a sparse middle and scaled skips, at least 2 x fewer operations to the best loss of the dense none"
+    sparse = [group for group in scaled if flops_per_image(group) < flops_per_image(baseline)]
+    if not sparse:
+        return []
+    ratios = {group.mode: speed_of(group, baseline, LOSS_BY_FLOPS).at_own_rate for group in sparse}
+    mode, ratio = max(ratios.items(), key=lambda item: _or_lowest(item[1].value))
+    found = f"{deepest}: {mode}, times fewer: {show_ratio(ratio)}"
+    return [Verdict(claim, found, None if math.isnan(ratio.value) else ratio.value >= 2)]
 
 
 def _or_lowest(value: float) -> float:

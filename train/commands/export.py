@@ -114,6 +114,7 @@ def make_pipeline(config: TrainConfig, model: Backbone, *, images_seen: int, wei
         guidance=sample.guidance if config.null_label is not None or empty is not None else 0.0,
         guidance_interval=sample.guidance_interval,
         skip_tuning=sample.skip_tuning,
+        path_drop=sample.path_drop,
         training=describe_training(config, images_seen=images_seen, weights=weights),
     )
     return Pipeline(model, about, autoencoder=config.data.vae or None, empty_context=empty)

@@ -44,6 +44,8 @@ class SamplingArguments(RunArguments):
     skip_tuning: tuple[float, float] | None = None
     """BOTTOM TOP: factors of the innermost and of the outermost long skip, those between on a line (docs/methods.md).
     The run's own if not given."""
+    path_drop: bool | None = None
+    """Guidance by a pass that leaves out the sparse middle. The run's own if not given."""
     sampler: SamplerName | None = None
     """The run's own if not given."""
     steps: int | None = None
@@ -60,8 +62,8 @@ class Sampling:
     config: TrainConfig
     """Of an export, what of its run's configuration it says."""
     settings: dict[str, Any]
-    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, its interval, skip_tuning, seed,
-    to_pictures."""
+    """Keyword arguments of ``generate``: null_condition, sampler, steps, guidance, its interval, skip_tuning,
+    path_drop, seed, to_pictures."""
     texts: LatentSource | None
     """Where the captions are, of a run with text."""
     class_names: tuple[str, ...] | None
@@ -100,6 +102,7 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         check_sampler(sampler, config.objective)
         check_guidance_interval(arguments.guidance_interval)
         config.model.check_skip_tuning(arguments.skip_tuning)
+        config.model.check_path_drop(bool(arguments.path_drop))
     except ValueError as error:
         raise UserError(str(error)) from error
     texts = open_texts(config)
@@ -110,6 +113,7 @@ def load_sampling(arguments: SamplingArguments) -> Sampling:
         "guidance": guidance,
         "guidance_interval": arguments.guidance_interval or config.sample.guidance_interval,
         "skip_tuning": arguments.skip_tuning or config.sample.skip_tuning,
+        "path_drop": config.sample.path_drop if arguments.path_drop is None else arguments.path_drop,
         "seed": arguments.seed,
         "to_pictures": to_pictures(config),
     }
@@ -147,9 +151,8 @@ def config_of(pipeline: Pipeline, folder: Path) -> TrainConfig:
     """
     model, config = pipeline.model, pipeline.config
     is_guided = config.null_label is not None or pipeline.empty_context is not None
-    sample = {
-        name: getattr(config, name) for name in ("sampler", "steps", "guidance", "guidance_interval", "skip_tuning")
-    }
+    settings = ("sampler", "steps", "guidance", "guidance_interval", "skip_tuning", "path_drop")
+    sample = {name: getattr(config, name) for name in settings}
     # Only the embedded data is where its name says.
     data = config.training.get("data")
     try:

@@ -12,7 +12,7 @@ import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from unittest.mock import patch
 
@@ -27,9 +27,11 @@ from scalelong.model.backbone import Backbone
 from scalelong.model.parameter_kinds import ParameterKind, kind_of
 from scalelong.train.command_line import RecipeArguments, choose_recipe, parse_recipe
 from scalelong.train.config import TrainConfig
+from scalelong.train.data.middle import draw_middle
 from scalelong.train.errors import UserError
 from scalelong.train.objective import make_objective
 from scalelong.train.recipes import RECIPES
+from scalelong.train.resources import describe_middle
 from scalelong.train.zero.engine_config import AUTOCAST, BUCKET_SIZE, HALVED_LAYERS
 
 GB = 10**9
@@ -96,6 +98,9 @@ def main(argv: list[str] | None = None) -> None:
     budget = USABLE_SHARE * arguments.gpu_memory * GB
     needs = [largest_need(arguments.train, stage, num_gpus, budget) for stage in STAGES]
     print(describe(name, arguments, needs))
+    if arguments.train.model.sparse_ratio is not None:
+        with FakeTensorMode():
+            print(f"\n{describe_middle(_make_model(arguments.train))}")
     if arguments.train.model.parametrization == "mup":
         print(describe_mup(arguments.train))
     fitting = [need for need in needs if need.total <= budget]
@@ -213,9 +218,11 @@ def simulate(config: TrainConfig, micro_batch: int, *, keeps_gradients: bool) ->
         condition = torch.zeros(micro_batch, dtype=torch.long) if config.model.num_classes else None
         if config.context_shape is not None:
             condition = torch.empty(micro_batch, *config.context_shape)
+        middle = draw_middle(config.model, 0, range(micro_batch), drops=config.drops_tokens_at(0))
+        network = model if middle is None else partial(model, middle=middle)
         with _LiveBytes() as live, autocast:
             objective = make_objective(config.objective)
-            objective.loss(model, images, noise, torch.rand(micro_batch), condition).backward()
+            objective.loss(network, images, noise, torch.rand(micro_batch), condition).backward()
     return live.peak
 
 

@@ -139,11 +139,12 @@ def describe(arguments: SampleArguments, sampling: Sampling, labels: Sequence[in
     """What the images of a folder are of: with the same, image n is the same."""
     shown = ("sampler", "steps", "guidance", "guidance_interval", "seed")
     texts = sampling.texts
-    tuning = {"skip_tuning": sampling.settings["skip_tuning"]} if sampling.settings["skip_tuning"] else {}
+    # Said where they are set, so that folders of earlier versions go on.
+    further = {name: value for name in ("skip_tuning", "path_drop") if (value := sampling.settings[name])}
     return {
         "weights": fingerprint(sampling.model),
         **{name: sampling.settings[name] for name in shown},
-        **tuning,
+        **further,
         "labels": list(labels),
         "captions": None if texts is None else [texts.fingerprint(), arguments.num_images],
         "autoencoder": Path(sampling.config.data.vae).name or None,

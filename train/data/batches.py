@@ -11,9 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from scalelong.model.sparse_middle import MiddleTokens
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.augment import Views, two_views
 from scalelong.train.data.latents import EMPTY_CONTEXT
+from scalelong.train.data.middle import draw_middle
 from scalelong.train.data.order import BatchPlan, Order, Stream, draw_noise, draw_samples, draw_seed
 from scalelong.train.data.side_stream import beside_training, hand_over
 from scalelong.train.data.source import ImageSource, LatentSource, Source, has_test_split, open_data
@@ -38,6 +40,8 @@ class Batch:
     """Of the activations that the network drops."""
     views: Views | None = None
     """Of a contrast: how the images were augmented, and another view of each."""
+    middle: MiddleTokens | None = None
+    """What a sparse middle sees of the images; None: all tokens."""
 
 
 def choose_reader(name: str) -> str:
@@ -146,7 +150,8 @@ def read_batches(
 
             images = read_with_pillow(source, order, plan, **how)
     for number, (images_BCHW, context_BLD) in enumerate(zip(images, contexts, strict=True)):
-        yield _with_draws(config, source, order, plan.positions(number), images_BCHW, context_BLD, device)
+        drops = config.drops_tokens_at(plan.step_of(number))
+        yield _with_draws(config, source, order, plan.positions(number), images_BCHW, context_BLD, device, drops=drops)
 
 
 def _with_draws(
@@ -157,6 +162,8 @@ def _with_draws(
     images_BCHW: Tensor,
     context_BLD: Tensor | None,
     device: torch.device,
+    *,
+    drops: bool,
 ) -> Batch:
     draws = draw_samples(config.seed, positions)
     noise = np.stack([draw_noise(config.seed, p, tuple(images_BCHW.shape[1:])) for p in positions])
@@ -168,6 +175,7 @@ def _with_draws(
             for p, drop in zip(positions, dropped, strict=True)
         ]
         condition = torch.tensor(labels)
+    middle = draw_middle(config.model, config.seed, positions, drops=drops)
     with beside_training(device):
         images_BCHW, views = images_BCHW.to(device), None
         if config.objective.contrast:
@@ -180,8 +188,11 @@ def _with_draws(
             condition=None if condition is None else condition.to(device),
             dropout_seed=draw_seed(config.seed, Stream.DROPOUT, positions.start),
             views=views,
+            middle=None if middle is None else middle.to(device),
         )
-    hand_over(batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, *(views or ()))
+    hand_over(
+        batch.images_BCHW, batch.noise_BCHW, batch.time_u_B, batch.condition, *(views or ()), *(batch.middle or ())
+    )
     return batch
 
 

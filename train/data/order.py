@@ -27,6 +27,7 @@ class Stream(IntEnum):
     TEACHER = 10
     PROBE = 11
     NUISANCE = 12
+    MIDDLE = 13
 
 
 def generator(seed: int, stream: Stream, counter: int) -> np.random.Generator:
@@ -119,7 +120,10 @@ class BatchPlan:
 
     def positions(self, batch: int) -> range:
         """The positions of this rank's micro-batch number ``batch``, counted from the start of the plan."""
-        step, accumulation = divmod(batch, self.accumulation_steps)
-        run = accumulation * self.world_size + self.rank
-        first = self.first_position + step * self.images_per_step + run * self.micro_batch
+        run = batch % self.accumulation_steps * self.world_size + self.rank
+        first = self.step_of(batch) + run * self.micro_batch
         return range(first, first + self.micro_batch)
+
+    def step_of(self, batch: int) -> int:
+        """The first position of the step that micro-batch number ``batch`` is of, whichever process takes it."""
+        return self.first_position + batch // self.accumulation_steps * self.images_per_step

@@ -36,6 +36,7 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
         "guidance": sample.guidance,
         "guidance_interval": sample.guidance_interval,
         "skip_tuning": sample.skip_tuning,
+        "path_drop": sample.path_drop,
         "seed": config.seed,
     }
 

@@ -130,6 +130,7 @@ class Pipeline:
         guidance: float | None = None,
         guidance_interval: tuple[float, float] | None = None,
         skip_tuning: tuple[float, float] | None = None,
+        path_drop: bool | None = None,
         sampler: str | None = None,
         seed: int = 0,
         numbers: Sequence[int] | None = None,
@@ -145,6 +146,7 @@ class Pipeline:
             guidance: s in eps_c + s (eps_c - eps_u); 0: none.
             guidance_interval: guidance only at noise levels sigma in (low, high].
             skip_tuning: factors of the innermost and of the outermost long skip, those between on a line.
+            path_drop: whether guidance leaves out the sparse middle, of a network that was trained for it.
             sampler: docs/objectives.md.
             seed: of the noise.
             numbers: which images of the seed; the first ``num_images`` if not given.
@@ -157,7 +159,7 @@ class Pipeline:
             ValueError: a label, a text or a setting that the network cannot serve.
         """
         how: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler}
-        how |= {"guidance_interval": guidance_interval, "skip_tuning": skip_tuning}
+        how |= {"guidance_interval": guidance_interval, "skip_tuning": skip_tuning, "path_drop": path_drop}
         config = replace(self.config, **{name: value for name, value in how.items() if value is not None})
         conditions, count = self._conditions(labels, contexts)
         chosen = list(range(count if num_images is None else num_images) if numbers is None else numbers)
@@ -177,6 +179,7 @@ class Pipeline:
                 guidance=config.guidance,
                 guidance_interval=config.guidance_interval,
                 skip_tuning=config.skip_tuning,
+                path_drop=config.path_drop,
                 seed=seed,
                 batch_size=batch_size,
                 to_pictures=self._to_pictures,

@@ -43,6 +43,8 @@ class PipelineConfig:
     """Guidance only at noise levels sigma in (low, high]; None: at all of them."""
     skip_tuning: tuple[float, float] | None = None
     """Factors of the innermost and of the outermost long skip while sampling; None: as trained."""
+    path_drop: bool = False
+    """Guidance by a pass that leaves out the sparse middle."""
     autoencoder: str | None = None
     """Folder of the AutoencoderKL in the export; None: the network draws pictures, or none was given."""
     empty_context: str | None = None
@@ -61,6 +63,7 @@ class PipelineConfig:
             is_name = isinstance(value, str) and value not in ("", ".", "..") and not {"/", "\\"} & set(value)
             _check(value is None or is_name, name, self)
         _check(isinstance(self.training, dict), "training", self)
+        _check(isinstance(self.path_drop, bool), "path_drop", self)
         if self.sampler not in SAMPLER_NAMES:
             raise ValueError(f"unknown sampler {self.sampler!r}; there are {', '.join(SAMPLER_NAMES)}")
         check_sampler(self.sampler, self.objective)
