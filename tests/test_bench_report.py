@@ -117,6 +117,7 @@ def test_marks_of_what_is_not_measured_yet_name_columns_that_there_will_be():
         replace(trained, cell=f"depth=4 skip-scale={mode} learning-rate=2^-8 seed=0", gain_0_1=[1.0] * 5, **curves)
         for mode in ("none", "ls")
     ]
+    rows = [replace(row, curve_flops=[n, 2.0 * n]) for n, row in enumerate(rows, start=1)]
     rows = [replace(row, gain_0_01=row.gain_0_1, gain_0_3=row.gain_0_1) for row in rows]
     tables = {table.key: table for table in tables_of([*ROWS, *rows])}
     marks = [mark for path in report.DOCUMENTS for mark in report.MARKED.finditer(path.read_text())]
