@@ -73,8 +73,8 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{pipeline.model.num_params():,} parameters -> {arguments.out}")
     if arguments.push_to_hub:
         try:
-            how = {"private": arguments.private, "message": f"Export of {arguments.run.resolve().name}"}
-            print(f"-> {upload(saved.save_pretrained, arguments.push_to_hub, **how)}")
+            message = f"Export of {arguments.run.resolve().name}"
+            print(f"-> {upload(saved.save_pretrained, arguments.push_to_hub, message=message)}")
         except (OSError, ImportError) as error:
             raise UserError(f"{error}; {arguments.out} is written") from error
 

@@ -42,17 +42,13 @@ def make_repository(repository: str, *, private: bool = False, token: str | None
         HfApi(token=token).create_repo(repository, private=private, exist_ok=True)
 
 
-def upload(
-    save: Callable[[Path], None], repository: str, *, private: bool = False, token: str | None = None, message: str
-) -> str:
-    """Puts what ``save`` writes into a folder onto the hub, in one commit; returns its address.
+def upload(save: Callable[[Path], None], repository: str, *, token: str | None = None, message: str) -> str:
+    """Puts what ``save`` writes into a folder into a repository that is there, in one commit; returns its address.
 
     Raises:
-        ValueError: no name of a repository.
         ConnectionError: the hub does not answer, or refuses.
         ImportError: huggingface_hub is missing.
     """
-    make_repository(repository, private=private, token=token)
     with tempfile.TemporaryDirectory() as written:
         folder = Path(written) / repository.rpartition("/")[2]
         save(folder)

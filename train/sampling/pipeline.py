@@ -26,7 +26,7 @@ from scalelong.train.objective import make_objective
 from scalelong.train.objective_config import ObjectiveConfig
 from scalelong.train.sampling.autoencoder import make_decoder
 from scalelong.train.sampling.generate import Conditions, generate, labels_in_turn
-from scalelong.train.sampling.hub import fetch, upload
+from scalelong.train.sampling.hub import fetch, make_repository, upload
 from scalelong.train.sampling.model_card import model_card
 from scalelong.train.sampling.pipeline_config import PipelineConfig
 
@@ -269,7 +269,8 @@ class Pipeline:
             ValueError: no name of a repository.
             ConnectionError: the hub does not answer, or refuses.
         """
-        return upload(self.save_pretrained, repository, private=private, token=token, message=message)
+        make_repository(repository, private=private, token=token)
+        return upload(self.save_pretrained, repository, token=token, message=message)
 
 
 def read_pipeline_config(folder: Path) -> PipelineConfig:
