@@ -10,18 +10,16 @@ resumes. Rows go to ``--out``.
 """
 
 import argparse
-import csv
 import json
 import sys
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 from scalelong.bench.modules import run_module
 from scalelong.bench.record import RESULTS, provenance
-from scalelong.bench.trials import finished
+from scalelong.bench.trials import run_trials
 from scalelong.train.objective_config import PredictionName, TimesName, WeightingName
 from scalelong.train.optimizer_config import ScheduleName
 from scalelong.train.recipes import RECIPES
@@ -55,6 +53,10 @@ class Trial:
     def __str__(self) -> str:
         given = [f"{self.varied}={self.value}", *([self.beside] if self.beside else [])]
         return ",".join(flag.partition(".")[2] for flag in given)
+
+    @property
+    def folder(self) -> str:
+        return f"{self.recipe}/{self}-{self.total_images}"
 
     def commands(self, run: Path) -> list[list[str]]:
         """The modules and their arguments that train the run to its end from where it is, and score its samples."""
@@ -117,14 +119,14 @@ def trials(recipe: str, total_images: int, num_images: int, only: Sequence[str] 
     return [trial for trial in known if not only or str(trial) in only]
 
 
-def train_and_score(trial: Trial, run: Path) -> Row:
+def train_and_score(trial: Trial, run: Path) -> list[Row]:
     """
     Raises:
         RuntimeError: a command failed; says what it printed.
     """
     for arguments in trial.commands(run):
         run_module(arguments)
-    return row_of(trial, run)
+    return [row_of(trial, run)]
 
 
 def row_of(trial: Trial, run: Path) -> Row:
@@ -150,40 +152,10 @@ def row_of(trial: Trial, run: Path) -> Row:
     )
 
 
-def append_row(path: Path, row: Row) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    is_new = not path.is_file()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
-        if is_new:
-            writer.writeheader()
-        writer.writerow(asdict(row))
-
-
-def run_trials(wanted: Sequence[Trial], runs: Path, out: Path, jobs: int, work: Callable[[Trial, Path], Row]) -> int:
-    """Does what has no row yet, so many at a time, and appends each row as it comes; returns how many failed."""
-    names = [field.name for field in fields(Trial)]
-    there = [tuple(row[name] for name in names) for row in finished(out)]
-    left = [trial for trial in wanted if tuple(str(getattr(trial, name)) for name in names) not in there]
-
-    def attempt(trial: Trial) -> Row | str:
-        run = runs / trial.recipe / f"{trial}-{trial.total_images}"
-        try:
-            return work(trial, run)
-        except RuntimeError as error:
-            return f"{trial}: {error}"
-
-    num_failed = 0
-    with ThreadPoolExecutor(jobs) as pool:
-        for came in pool.map(attempt, left):
-            if isinstance(came, str):
-                num_failed += 1
-                print(came, file=sys.stderr, flush=True)
-                continue
-            append_row(out, came)
-            scores = f"label accuracy {came.accuracy_with_guidance:.1%} with guidance, {came.accuracy:.1%} without"
-            print(f"{came!s:<32}{came.seconds:>6.0f} s   {scores}", flush=True)
-    return num_failed
+def describe(rows: Sequence[Row]) -> str:
+    (row,) = rows
+    scores = f"label accuracy {row.accuracy_with_guidance:.1%} with guidance, {row.accuracy:.1%} without"
+    return f"{row.seconds:.0f} s, {scores}"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -200,7 +172,7 @@ def main(argv: list[str] | None = None) -> None:
         wanted = trials(a.recipe, a.total_images or RECIPES[a.recipe].total_images, a.num_images, a.only)
     except ValueError as error:
         parser.error(str(error))
-    num_failed = run_trials(wanted, a.runs, a.out, a.jobs, train_and_score)
+    num_failed = run_trials(wanted, a.runs, a.out, a.jobs, train_and_score, describe)
     if num_failed:
         sys.exit(f"{num_failed} of {len(wanted)} runs failed; the same command goes on")
 

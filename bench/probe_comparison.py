@@ -54,8 +54,11 @@ class Trial:
     samples: int
 
     def __str__(self) -> str:
-        method = f"self-condition={self.self_condition},contrast={self.contrast:g},kappa={self.kappa:g}"
-        return f"{method},seed={self.seed}-{self.images}"
+        return f"self-condition={self.self_condition},contrast={self.contrast:g},kappa={self.kappa:g},seed={self.seed}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self}-{self.images}"
 
     @property
     def is_of(self) -> str:

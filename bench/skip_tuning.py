@@ -42,7 +42,11 @@ class Trial:
     samples: int
 
     def __str__(self) -> str:
-        return f"skip-scale={self.skip_scale},seed={self.seed}-{self.images}".replace(":", "_")
+        return f"skip-scale={self.skip_scale},seed={self.seed}"
+
+    @property
+    def folder(self) -> str:
+        return f"{self}-{self.images}".replace(":", "_")
 
     def commands(self, run: Path) -> list[list[str]]:
         """The modules and their arguments that train the run to its end from where it is, and score its samples."""

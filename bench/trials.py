@@ -7,9 +7,19 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-Trial = TypeVar("Trial")
+
+class Named(Protocol):
+    """What a trial says of itself, beside its fields: a short text of it, and where its run stands."""
+
+    @property
+    def folder(self) -> str:
+        """Below the folder of all runs; of one trial alone."""
+        ...
+
+
+Trial = TypeVar("Trial", bound=Named)
 Row = TypeVar("Row")
 
 
@@ -45,7 +55,7 @@ def run_trials(
     """Does what has no rows yet, so many at a time, and appends its rows as they come; returns how many failed.
 
     Args:
-        wanted: dataclasses whose fields are columns of the rows, with a short text as the name of their run.
+        wanted: dataclasses whose fields are columns of the rows.
         runs: where the runs stand.
         out: the table.
         work: trains a trial in its folder and says what came of it; a ``RuntimeError`` says what failed.
@@ -59,7 +69,7 @@ def run_trials(
 
     def attempt(trial: Trial) -> Sequence[Row] | str:
         try:
-            return work(trial, runs / f"{trial}")
+            return work(trial, runs / trial.folder)
         except RuntimeError as error:
             return f"{trial}: {error}"
 

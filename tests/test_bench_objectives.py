@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("tyro")
 
-from scalelong.bench.objectives import Row, Trial, finished, row_of, run_trials, trials
+from scalelong.bench.objectives import Row, Trial, describe, row_of, trials
+from scalelong.bench.trials import finished, run_trials
 from scalelong.train.command_line import parse_train_arguments
 
 
@@ -53,22 +54,22 @@ def test_what_failed_is_done_again_and_what_has_a_row_is_not(tmp_path, capsys):
     )
     done: list[str] = []
 
-    def work(trial: Trial, run: Path) -> Row:
+    def work(trial: Trial, run: Path) -> list[Row]:
         if trial.value == "v" and not done:
             raise RuntimeError("no disk")
         done.append(str(run.relative_to(tmp_path)))
-        return row(trial)
+        return [row(trial)]
 
-    assert run_trials(wanted, tmp_path, out, 1, lambda t, r: work(t, r) if t.value == "v" else row(t)) == 1
+    assert run_trials(wanted, tmp_path, out, 1, lambda t, r: work(t, r) if t.value == "v" else [row(t)], describe) == 1
     assert "prediction=v: no disk" in capsys.readouterr().err
     done.append("")
-    assert run_trials(wanted, tmp_path, out, 2, work) == 0
+    assert run_trials(wanted, tmp_path, out, 2, work, describe) == 0
     assert done == ["", "digits-uvit/prediction=v-640"]
     assert sorted(r["value"] for r in finished(out)) == ["eps", "v", "x0"]
-    assert run_trials(wanted, tmp_path, out, 2, work) == 0
+    assert run_trials(wanted, tmp_path, out, 2, work, describe) == 0
     assert len(done) == 2
     # Another length is another run.
-    assert run_trials(trials("digits-uvit", 1280, 100, ["prediction=eps"]), tmp_path, out, 2, work) == 0
+    assert run_trials(trials("digits-uvit", 1280, 100, ["prediction=eps"]), tmp_path, out, 2, work, describe) == 0
     with out.open(newline="") as file:
         assert len(list(csv.reader(file))) == 1 + 4
 
