@@ -16,7 +16,8 @@ import torch
 
 from scalelong.bench.lab.experiments import EXPERIMENTS, RESULTS
 from scalelong.bench.lab.report_page import markdown_table, where
-from scalelong.bench.lab.summary import Table, Value, tables_of
+from scalelong.bench.lab.report_table import Table, Value
+from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import read_table
 from scalelong.bench.mup import experiments
 from scalelong.bench.trained import TABLES

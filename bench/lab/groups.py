@@ -89,22 +89,28 @@ class Group:
     def pace(self, seed: str) -> float:
         """Images a second of a seed, the median over rates; NaN where no run took a step."""
         rows = [row for row in self.rows if place_of(row.cell).get("seed", "") == seed]
-        paces = [row.images_per_second for row in rows if not math.isnan(row.images_per_second)]
-        return median(paces) if paces else math.nan
+        return median_of(known(rows, "images_per_second"))
 
     def mean(self, column: str) -> float:
-        values = [getattr(row, column) for row in self.rows if not math.isnan(getattr(row, column))]
+        values = known(self.rows, column)
         return float(np.mean(values)) if values else math.nan
 
     def median(self, column: str) -> float:
         """Over all runs: of a figure that has no bound where a run diverges."""
-        values = [getattr(row, column) for row in self.rows if not math.isnan(getattr(row, column))]
-        return median(values) if values else math.nan
+        return median_of(known(self.rows, column))
 
     def median_at_best(self, column: str) -> float:
-        values = [getattr(row, column) for row in self.at(self.best_rate)]
-        values = [value for value in values if not math.isnan(value)]
-        return median(values) if values else math.nan
+        return median_of(known(self.at(self.best_rate), column))
+
+
+def known(rows: Iterable[Row], column: str) -> list[float]:
+    """The values of a column that are no NaN."""
+    return [value for row in rows if not math.isnan(value := getattr(row, column))]
+
+
+def median_of(values: Sequence[float]) -> float:
+    """NaN of none."""
+    return median(values) if values else math.nan
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:
@@ -195,8 +201,7 @@ def flops_per_image(group: Group) -> float:
     """Of training, the mean over a run; the median over runs, NaN where one of them does not have it."""
     if any(len(row.curve_flops) != len(row.curve_loss) for row in group.rows):
         return math.nan
-    found = [row.curve_flops[-1] / row.curve_images[-1] for row in group.rows if row.curve_flops]
-    return median(found) if found else math.nan
+    return median_of([row.curve_flops[-1] / row.curve_images[-1] for row in group.rows if row.curve_flops])
 
 
 def depth_of(place: dict[str, str]) -> float:

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scalelong.bench.lab.cells import number
-from scalelong.bench.lab.summary import Table, Value, tables_of
+from scalelong.bench.lab.report_table import Table, Value
+from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import Row
 from scalelong.bench.lab.verdicts import Verdict, verdicts_of
 from scalelong.train.errors import UserError, warn

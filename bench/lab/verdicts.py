@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from scalelong.bench.lab.cells import place_of
 from scalelong.bench.lab.groups import (
+    LOSS,
     LOSS_BY_FLOPS,
+    Curve,
     Group,
     baseline_of,
     contexts_of,
@@ -92,10 +94,7 @@ def _at_most(factor: float, what: str, deepest: str, mode: str, mine: float, the
 
 def speed_verdict(scaled: Sequence[Group], baseline: Group, deepest: str) -> Verdict:
     claim = "at least 1.3 x fewer images to the best loss of none at its own best rate"
-    ratios = {group.mode: speed_of(group, baseline).at_own_rate for group in scaled}
-    mode, ratio = max(ratios.items(), key=lambda item: _or_lowest(item[1].value))
-    found = f"{deepest}: {mode}, times fewer: {show_ratio(ratio)}"
-    return Verdict(claim, found, None if math.isnan(ratio.value) else ratio.value >= 1.3)
+    return _times_fewer(1.3, claim, scaled, baseline, deepest, LOSS)
 
 
 def flops_verdicts(scaled: Sequence[Group], baseline: Group, deepest: str) -> list[Verdict]:
@@ -104,10 +103,17 @@ def flops_verdicts(scaled: Sequence[Group], baseline: Group, deepest: str) -> li
     sparse = [group for group in scaled if flops_per_image(group) < flops_per_image(baseline)]
     if not sparse:
         return []
-    ratios = {group.mode: speed_of(group, baseline, LOSS_BY_FLOPS).at_own_rate for group in sparse}
+    return [_times_fewer(2, claim, sparse, baseline, deepest, LOSS_BY_FLOPS)]
+
+
+def _times_fewer(
+    factor: float, claim: str, groups: Sequence[Group], baseline: Group, deepest: str, curve: Curve
+) -> Verdict:
+    """Of the group that is the fastest by a curve, each at its own best rate."""
+    ratios = {group.mode: speed_of(group, baseline, curve).at_own_rate for group in groups}
     mode, ratio = max(ratios.items(), key=lambda item: _or_lowest(item[1].value))
     found = f"{deepest}: {mode}, times fewer: {show_ratio(ratio)}"
-    return [Verdict(claim, found, None if math.isnan(ratio.value) else ratio.value >= 2)]
+    return Verdict(claim, found, None if math.isnan(ratio.value) else ratio.value >= factor)
 
 
 def _or_lowest(value: float) -> float:

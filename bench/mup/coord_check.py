@@ -14,7 +14,7 @@ from typing import Any
 
 from scalelong.bench.lab.cells import expand, number
 from scalelong.bench.lab.report_page import csv_of, markdown_table
-from scalelong.bench.lab.summary import Table
+from scalelong.bench.lab.report_table import Table
 from scalelong.bench.mup.coordinates import (
     BUGS,
     MODELS,

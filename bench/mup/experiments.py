@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 from scalelong.bench.lab.report_page import csv_of, where
-from scalelong.bench.lab.summary import Table, Value
+from scalelong.bench.lab.report_table import Table, Value
 from scalelong.bench.lab.table import read_table
 from scalelong.bench.mup.coordinates import BUGS, MODELS, Check, Curve, curves_of, networks
 from scalelong.bench.mup.lr_transfer import main as run_transfer

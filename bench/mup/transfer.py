@@ -9,7 +9,7 @@ import numpy as np
 
 from scalelong.bench.lab.cells import number, place_of, sorted_values
 from scalelong.bench.lab.metrics import median_loss
-from scalelong.bench.lab.summary import Table, Value
+from scalelong.bench.lab.report_table import Table, Value
 from scalelong.bench.lab.table import Row
 from scalelong.bench.lab.verdicts import Verdict
 
