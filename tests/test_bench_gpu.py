@@ -63,6 +63,14 @@ def outcomes(printed: str, part: str) -> dict[str, str]:
 
 
 @pytest.mark.slow
+def test_a_dry_run_of_one_part_measures_what_it_is_named_after(tmp_path):
+    printed, rows, _ = dry_run(tmp_path, "norms")
+    assert "norms: well" in printed.splitlines()
+    assert {row.op for row in rows} == {"skip_group_norm"}
+    assert all(row.ms_median > 0 for row in rows)
+
+
+@pytest.mark.exhaustive
 def test_a_dry_run_walks_through_the_first_call(tmp_path):
     package = tmp_path / "packages" / "apex" / "contrib"
     package.mkdir(parents=True)
