@@ -48,10 +48,20 @@ def test_features_lie_in_a_file_by_their_widths(tmp_path):
     expected = torch.cat([parts[place] for place in (3, 0, 2, 1)], dim=1)
     assert torch.equal(file.rows(np.array([4, 2])), expected[[4, 2]].half().float())
     assert file.path.stat().st_size == 2 * 7 * sum(WIDTHS)
-    with pytest.raises(UserError, match="features of block 1 are not finite in 16 bits"):
+    with pytest.raises(UserError, match="features of block 1 are not finite: their network has diverged"):
+        file.write(0, [torch.full((7, width), np.inf if n == 1 else 0.0) for n, width in enumerate(WIDTHS)])
+    with pytest.raises(UserError, match="features of block 1 are 16 times as large as those of the first images"):
         file.write(0, [torch.full((7, width), 1e5 if n == 1 else 0.0) for n, width in enumerate(WIDTHS)])
     file.remove()
     assert not file.path.exists()
+
+
+def test_features_beyond_16_bits_are_read_as_they_were(tmp_path):
+    parts = [torch.randn(7, width) * (1e7 if n == 1 else 1.0) for n, width in enumerate(WIDTHS)]
+    file = filled(tmp_path / "features", parts)
+    expected = [parts[place].half().float() if place != 1 else parts[1] for place in (3, 0, 2, 1)]
+    torch.testing.assert_close(file.rows(slice(0, 7)), torch.cat(expected, dim=1), rtol=2.0**-11, atol=0.0)
+    assert torch.equal(file.rows(slice(0, 7))[:, :13], torch.cat(expected, dim=1)[:, :13])
 
 
 @pytest.mark.parametrize("standardise", [False, True])

@@ -7,6 +7,7 @@ noise, the mean over positions of what a block puts out, as it is.
 Shapes: B batch, C channels, H height, W width, N images, F all features of an image, side by side.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -27,6 +28,8 @@ from scalelong.train.scores.feature_spaces import EfficientNetSpace
 
 BATCH = 64
 """Images at a time: one number, so that the same command gives the same bits."""
+ROOM = 16
+"""How many times larger than in the first images a feature may be and still fit."""
 
 
 class Column(NamedTuple):
@@ -107,7 +110,11 @@ class EfficientNetFeatures:
 
 
 class FeatureFile:
-    """Features (N, F) in fp16 in a file, those of a column side by side, columns of one width beside each other."""
+    """Features (N, F) in fp16 in a file, those of a column side by side, columns of one width beside each other.
+
+    A column that is large in the first images written, as where a stream has no norm, lies there divided by a power of
+    two; it is read as it was.
+    """
 
     def __init__(self, path: Path, num_images: int, columns: Sequence[Column]):
         self.path, self.num_images = path, num_images
@@ -116,28 +123,46 @@ class FeatureFile:
         self.columns = [columns[n] for n in self.order]
         self.num_features = sum(column.width for column in columns)
         self._features_NF = np.memmap(path, np.float16, "w+", shape=(num_images, self.num_features))
+        self._powers: list[float] = []
 
     def write(self, first: int, parts: Sequence[Tensor]) -> None:
         """Features of the images from number ``first`` on, a part for each column as they were given.
 
         Raises:
-            UserError: features that are not finite in 16 bits.
+            UserError: features that are not finite, or far larger than those of the first images.
         """
-        for column, place in zip(self.columns, self.order, strict=True):
-            if not parts[place].half().isfinite().all():
-                raise UserError(f"features of {column.source} are not finite in 16 bits: their network has diverged")
-        rows_BF = torch.cat([parts[place].half() for place in self.order], dim=1).cpu().numpy()
+        ordered = [parts[place].float() for place in self.order]
+        for column, part in zip(self.columns, ordered, strict=True):
+            if not part.isfinite().all():
+                raise UserError(f"features of {column.source} are not finite: their network has diverged")
+        self._powers = self._powers or [_power_of(part) for part in ordered]
+        halves = [(part / power).half() for part, power in zip(ordered, self._powers, strict=True)]
+        for column, half in zip(self.columns, halves, strict=True):
+            if not half.isfinite().all():
+                raise UserError(f"features of {column.source} are {ROOM} times as large as those of the first images")
+        rows_BF = torch.cat(halves, dim=1).cpu().numpy()
         self._features_NF[first : first + len(rows_BF)] = rows_BF
 
     def rows(self, numbers: np.ndarray | slice) -> Tensor:
         """(B, F), fp32, of these images."""
-        return torch.from_numpy(self._features_NF[numbers].astype(np.float32))
+        rows_BF = torch.from_numpy(self._features_NF[numbers].astype(np.float32))
+        if any(power != 1.0 for power in self._powers):
+            widths = torch.tensor([column.width for column in self.columns])
+            rows_BF *= torch.tensor(self._powers).repeat_interleave(widths)
+        return rows_BF
 
     def remove(self) -> None:
         """Gives up the file."""
         del self._features_NF
         with suppress(OSError):
             self.path.unlink()
+
+
+def _power_of(part_BF: Tensor) -> float:
+    """By which a column is divided so that it has room to grow; 1 unless it is large."""
+    return 2.0 ** max(
+        0, math.ceil(math.log2(max(1.0, float(part_BF.abs().max()) * ROOM / torch.finfo(torch.half).max)))
+    )
 
 
 def bytes_on_disk(num_images: int, columns: Sequence[Column]) -> int:
