@@ -155,6 +155,22 @@ def test_a_port_in_use_is_named_as_such():
     assert "in use" in err
 
 
+FLUSHING = """
+import torch
+from scalelong.train.hosts.processes import join_processes
+processes = join_processes()
+small = torch.full((4096, 64), 1e-30, requires_grad=True)
+(small * 1e-10).sum().backward(torch.tensor(1e-30))
+print(float((small * 1e-10).max()), float(small.grad.max()), flush=True)
+"""
+
+
+def test_training_on_a_cpu_flushes_subnormal_numbers():
+    """They take a CPU ten times as long, and a network whose features die is full of them."""
+    out, err = start_python("-c", FLUSHING, variables={"CUDA_VISIBLE_DEVICES": ""}).communicate(timeout=60)
+    assert out.split() == ["0.0", "0.0"], err
+
+
 @pytest.mark.slow
 def test_tasks_of_srun_train_together(tmp_path):
     shared = {"SLURM_JOB_ID": free_port(), "SLURM_STEP_ID": 0, "SLURM_STEP_NUM_TASKS": 2, "OMP_NUM_THREADS": 1}

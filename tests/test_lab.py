@@ -31,7 +31,7 @@ from scalelong.bench.lab.cells import (
 )
 from scalelong.bench.lab.command import cells_of, fixed_flags, parser
 from scalelong.bench.lab.grid import Grid, plan_cells, run_grid, table_path
-from scalelong.bench.lab.groups import groups_of
+from scalelong.bench.lab.groups import baseline_of, groups_of
 from scalelong.bench.lab.report_page import Facts, write_report
 from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import COST, Row, read_table, write_table
@@ -314,11 +314,11 @@ def test_operations_to_the_baselines_best_loss_where_modes_differ_in_what_an_ima
     tables = {table.key: table for table in tables_of([*sparse, *dense])}
     lines = [dict(zip(tables["flops"].header, line, strict=True)) for line in tables["flops"].lines]
     assert [line["mode"] for line in lines] == [
-        f"{m}, sparse {s}" for s in ("0.75:100", "dense") for m in ("none", "cs")
+        *("none, sparse dense", "none, sparse 0.75:100", "cs, sparse 0.75:100", "cs, sparse dense")
     ]
-    assert [line["GFLOP an image"] for line in lines] == [1, 1, 4, 4]
-    assert [line["TFLOP to target"] for line in lines] == pytest.approx([0.2, 0.2, 0.8, 0.8])
-    assert [str(line["times fewer"])[:4] for line in lines] == ["4.00", "4.00", "1.00", "1.00"]
+    assert [line["GFLOP an image"] for line in lines] == [4, 1, 1, 4]
+    assert [line["TFLOP to target"] for line in lines] == pytest.approx([0.8, 0.2, 0.2, 0.8])
+    assert [str(line["times fewer"])[:4] for line in lines] == ["1.00", "4.00", "4.00", "1.00"]
     (verdict,) = (verdict for verdict in verdicts_of([*sparse, *dense]) if "operations" in verdict.claim)
     assert verdict.holds
     assert "cs, sparse 0.75:100, times fewer: 4.00" in verdict.found
@@ -332,6 +332,17 @@ def test_groups_are_named_by_what_differs():
     rows = [replace(GOOD[0], cell=cell.format(position)) for position in ("before-norm", "after-norm")]
     names = [(group.context, group.mode) for group in groups_of(rows)]
     assert names == [("depth 8", "cs:0.7, position before-norm"), ("depth 8", "cs:0.7, position after-norm")]
+
+
+def test_modes_are_compared_with_the_plain_network_wherever_its_rows_stand():
+    others = "variant=magnitude-preserving ", "magnitude=mp ", "clipping=norm:1 ", "sparse=0.75:100 ", ""
+    names = [f"depth=6 skip-scale=none {other}learning-rate=2^-8 seed=0" for other in others]
+    groups = groups_of(rows_named(*names))
+    assert groups[0].rows[0].cell == names[-1]
+    assert [group.rows[0].cell for group in groups[1:]] == names[:-1]
+    assert baseline_of(groups) is groups[0]
+    assert baseline_of(groups[1:3]) is groups[2]  # a flag of its own may be anything
+    assert baseline_of(groups[4:]) is None
 
 
 def test_the_page_is_one_file_with_sortable_tables_and_plots(tmp_path):

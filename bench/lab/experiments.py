@@ -168,11 +168,11 @@ EXPERIMENTS = {
         "DiT on digits, modulations, QK-norm and magnitude-preserving layers against norms",
         "digits-dit",
         (
-            f"--depths 6 --skip-scale none --learning-rates 2^-9..2^-5 {METHODS_ON_DIGITS}",
-            f"--depths 6 --skip-scale none {MODULATIONS} {QK_NORM} --learning-rates 2^-9..2^-5 {METHODS_ON_DIGITS}",
-            f"--depths 6 --skip-scale none {MAGNITUDE_PRESERVING} --learning-rates 2^-7.5..2^-3.5 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none --learning-rates 2^-9..2^-3 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none {MODULATIONS} {QK_NORM} --learning-rates 2^-9..2^-4 {METHODS_ON_DIGITS}",
+            f"--depths 6 --skip-scale none {MAGNITUDE_PRESERVING} --learning-rates 2^-7.5..2^-1.5 {METHODS_ON_DIGITS}",
         ),
-        "20 minutes: 90 runs of 300 steps of depth 6, two at a time",
+        "20 minutes: 114 runs of 300 steps of depth 6, two at a time",
     ),
     "digits-muon": Experiment(
         "U-ViT on digits, Muon against AdamW: images to AdamW's best loss",

@@ -114,7 +114,7 @@ def median_of(values: Sequence[float]) -> float:
 
 
 def groups_of(rows: Iterable[Row]) -> list[Group]:
-    """The groups, contexts and modes in the order of the rows; a mode is named by the axes that differ."""
+    """The groups by context in the order of the rows, the baseline first; a mode is named by the axes that differ."""
     rows = list(rows)
     places = [place_of(row.cell) for row in rows]
     varying = {axis for place in places for axis in place if len({p.get(axis) for p in places}) > 1}
@@ -128,7 +128,9 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
             if axis not in (*CONTEXT, "learning-rate", "seed") and axis in varying
         ]
         found.setdefault((context or "all", ", ".join(mode) or "all"), []).append(row)
-    return [Group(context, mode, tuple(group)) for (context, mode), group in found.items()]
+    groups = [Group(context, mode, tuple(group)) for (context, mode), group in found.items()]
+    contexts = [(modes, baseline_of(modes)) for modes in contexts_of(groups).values()]
+    return [group for modes, first in contexts for group in sorted(modes, key=lambda group: group is not first)]
 
 
 def trained(rows: Iterable[Row]) -> list[Row]:
@@ -146,11 +148,20 @@ def contexts_of(groups: Iterable[Group]) -> dict[str, list[Group]]:
     return found
 
 
+PLAIN = {"sparse": "dense", "magnitude": "plain", "clipping": "none"}
+"""What a network has along an axis that its mode changes in no way."""
+
+
 def baseline_of(groups: Sequence[Group]) -> Group | None:
-    """The mode whose skips are unscaled, the first of those that see all tokens; None without one."""
+    """The mode whose skips are unscaled, the plainest of those that see all tokens; None without one."""
     unscaled = [group for group in groups if group.mode.split(", ")[0] == "none"]
-    dense = [group for group in unscaled if place_of(group.rows[0].cell).get("sparse", "dense") == "dense"]
-    return next(iter(dense), None)
+    places = [place_of(group.rows[0].cell) for group in unscaled]
+    dense = [
+        (VARIANT in place, sum(place.get(axis, plain) != plain for axis, plain in PLAIN.items()), n)
+        for n, place in enumerate(places)
+        if place.get("sparse", "dense") == "dense"
+    ]
+    return unscaled[min(dense)[-1]] if dense else None
 
 
 class Curve(NamedTuple):

@@ -100,6 +100,7 @@ def join_processes() -> Processes:
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        torch.set_flush_denormal(True)  # a CPU takes ten times as long over each, and what dies is full of them
         if not threads_are_given(os.environ):
             torch.set_num_threads(cores_per_process())
     # DeepSpeed 0.19.8 calls functions that torch 2.13 has renamed.
