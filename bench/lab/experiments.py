@@ -93,11 +93,10 @@ EXPERIMENTS = {
         "UNet on digits, the factor before the norm and after it",
         "digits-unet",
         (
-            "--depths 2 --skip-scale none --positions before-norm --learning-rates 2^-9..2^-6:0.5",
-            "--depths 2 --skip-scale cs:0.7,cs:0.5,ls --positions before-norm,after-norm "
-            "--learning-rates 2^-9..2^-6:0.5",
+            "--depths 2 --skip-scale none --positions before-norm --learning-rates 2^-9..2^-5",
+            "--depths 2 --skip-scale cs:0.7,ls --positions before-norm,after-norm --learning-rates 2^-9..2^-5",
         ),
-        "60 minutes: 147 runs of 50 s, two at a time",
+        "30 minutes: 75 runs of 50 s, two at a time",
     ),
     "photos-uvit": Experiment(
         "U-ViT on photographs of 32 x 32",
@@ -200,10 +199,11 @@ EXPERIMENTS = {
         "U-ViT on digits, clipping of gradients against scaled skips",
         "digits-uvit",
         (
-            "--depths 24 --skip-scale none,ls --clipping none,norm:1,z-score:2.5,per-tensor:1.05 "
+            "--depths 24 --skip-scale none --clipping none,norm:1,z-score:2.5,per-tensor:1.05 "
             f"--learning-rates 2^-8.5..2^-7:0.5 {DIGITS}",
+            f"--depths 24 --skip-scale ls --clipping none --learning-rates 2^-8.5..2^-7:0.5 {DIGITS}",
         ),
-        "36 minutes: 96 runs of 45 s, two at a time",
+        "22 minutes: 60 runs of 45 s, two at a time",
     ),
 }
 
