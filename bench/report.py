@@ -31,7 +31,7 @@ from scalelong.train.usage import DESCRIPTIONS
 from scalelong.train.write_whole import write_whole
 
 ROOT = Path(__file__).resolve().parents[1]
-NAMES = ("results", "recipes", "training", "mup", "methods", "objectives", "scores", "fine-tuning", "ddae")
+NAMES = ("results", "recipes", "training", "mup", "methods", "magnitude", "objectives", "scores", "fine-tuning", "ddae")
 DOCUMENTS = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in NAMES))
 TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_TABLE = re.compile(r"(<!-- recipes( of images)? -->\n).*?(<!-- end -->)", re.DOTALL)

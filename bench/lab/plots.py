@@ -204,9 +204,7 @@ def edge_rate(groups: Sequence[Group]) -> str:
     for rate in rates:
         losses = [group.medians[group.rates.index(rate)] for group in groups if rate in group.rates]
         low, high = min(losses), max(losses)
-        spread[rate] = math.inf if math.isinf(high) and not math.isinf(low) else (high / low if low > 0 else 1.0)
-        if math.isnan(spread[rate]):
-            spread[rate] = 1.0
+        spread[rate] = high / low if 0 < low < math.inf else 1.0
     return next((rate for rate in rates if spread[rate] >= 1.5), max(rates, key=lambda rate: spread[rate]))
 
 
