@@ -59,7 +59,7 @@ TRANSFERS = {
     # DiT's published weights begin by their fan-in: what else is "fan-in" is "standard".
     "transfer-dit": Transfer(
         "--model dit --parametrizations mup,standard",
-        "40 minutes: 84 runs of 18, 40 and 100 s by width, two at a time",
+        "31 minutes: 84 runs of 15, 30 and 80 s by width, two at a time",
     ),
 }
 
