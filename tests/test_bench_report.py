@@ -105,7 +105,8 @@ def test_a_table_of_trainings_is_made_of_its_rows(tmp_path):
 
 def test_what_was_not_measured_names_its_command(tmp_path):
     made = report.rebuilt("<!-- lab clipping stability -->\n<!-- end -->", tmp_path)
-    assert "Not measured yet: `python -m scalelong.bench.lab.experiments clipping` (36 minutes" in made
+    command, estimate = "python -m scalelong.bench.lab.experiments clipping", EXPERIMENTS["clipping"].estimate
+    assert f"Not measured yet: `{command}` ({estimate})" in made
 
 
 def test_marks_of_what_is_not_measured_yet_name_columns_that_there_will_be():
