@@ -23,6 +23,7 @@ def best_table(groups: Sequence[Group]) -> Table:
                 [
                     *(context, group.mode, end_of(group.rates, group.best_rate) + group.best_rate),
                     f"{len(finished)}" if len(finished) == len(rows) else f"{len(finished)} of {len(rows)}",
+                    f"{group.best_loss:.4f}",
                     mean_and_spread([row.final_loss for row in finished], 4),
                     mean_and_spread([row.kernel_distance for row in finished]),
                     f"{mean_and_spread(accuracies, 1)} ({block})" if accuracies else "-",
@@ -33,7 +34,7 @@ def best_table(groups: Sequence[Group]) -> Table:
                 ]
             )
     header = (
-        *("network", "mode", "rate", "seeds", "loss", "kernel distance", "probe % (block)"),
+        *("network", "mode", "rate", "seeds", "median loss", "loss", "kernel distance", "probe % (block)"),
         *("gradient spikes %", "largest gradient", "oscillation", "time a step"),
     )
     note = (
