@@ -4,16 +4,18 @@ import re
 import socket
 
 import pytest
+import torch
 import torch.distributed as dist
 
 pytest.importorskip("deepspeed")
 
 from programs import start_python
-from running import SMALL, free_port
+from running import SMALL, free_port, small_config
 
 from scalelong.train.errors import UserError
 from scalelong.train.hosts.environment import Place, find_place, first_host
 from scalelong.train.hosts.processes import to_user_error
+from scalelong.train.loop import train
 
 SLURM = {
     "SLURM_JOB_ID": "4711",
@@ -155,20 +157,27 @@ def test_a_port_in_use_is_named_as_such():
     assert "in use" in err
 
 
-FLUSHING = """
-import torch
-from scalelong.train.hosts.processes import join_processes
-processes = join_processes()
-small = torch.full((4096, 64), 1e-30, requires_grad=True)
-(small * 1e-10).sum().backward(torch.tensor(1e-30))
-print(float((small * 1e-10).max()), float(small.grad.max()), flush=True)
-"""
+def is_flushed() -> bool:
+    """Of a product and of a gradient."""
+    small = torch.full((4096, 64), 1e-30, requires_grad=True)
+    (small * 1e-10).sum().backward(torch.tensor(1e-30))
+    assert small.grad is not None
+    return float((small * 1e-10).max()) == 0.0 == float(small.grad.max())
 
 
-def test_training_on_a_cpu_flushes_subnormal_numbers():
+@pytest.mark.parametrize("before", [False, True])
+def test_subnormal_numbers_are_flushed_while_a_network_trains_and_as_before_behind_it(tmp_path, monkeypatch, before):
     """They take a CPU ten times as long, and a network whose features die is full of them."""
-    out, err = start_python("-c", FLUSHING, variables={"CUDA_VISIBLE_DEVICES": ""}).communicate(timeout=60)
-    assert out.split() == ["0.0", "0.0"], err
+    found = []
+    monkeypatch.setattr("scalelong.train.loop.join_processes", lambda: found.append(is_flushed()) or 1 / 0)
+    torch.set_flush_denormal(before)
+    try:
+        with pytest.raises(ZeroDivisionError):
+            train(small_config(tmp_path / "run"))
+        assert found == [True]
+        assert is_flushed() is before
+    finally:
+        torch.set_flush_denormal(False)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, DivergedError, UserE
 from scalelong.train.evaluation import Evaluation
 from scalelong.train.hosts.heartbeat import Heartbeat, end_process
 from scalelong.train.hosts.meeting import says_if_it_takes_long
-from scalelong.train.hosts.processes import join_processes, others_at_work
+from scalelong.train.hosts.processes import join_processes, others_at_work, subnormals_flushed
 from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import make_objective
@@ -44,6 +44,7 @@ FIGURES_TO_SAY = ("loss", "validation_loss", "validation_loss_ema", "kernel_dist
 """Of the last row of the log, at the end of a run."""
 
 
+@subnormals_flushed()
 def train(config: TrainConfig) -> int:
     """Trains to ``config.total_images``, resuming from the run's newest whole checkpoint; returns the exit code.
 
