@@ -1,8 +1,8 @@
 """A whole training step of DiT: forward, backward, AdamW and EMA, against the network written plainly.
 
 Shapes are MODEL B=batch SKIP MODE, MODE being the skip scale of ours. Providers: eager, the published network (with the
-skips of Skip-DiT or U-ViT written out, where there are any); compile and ours-compile; on a GPU eager-graph and ours-graph,
-the whole step replayed from a CUDA graph. All share one set of parameters, one fused AdamW and one EMA.
+skips of Skip-DiT or U-ViT written out, where there are any); compile and ours-compile; on a GPU eager-graph and
+ours-graph, the whole step replayed from a CUDA graph. All share one set of parameters, one fused AdamW and one EMA.
 bf16 is autocast over fp32 parameters, as in training.
 
 On a GPU: L/2 and XL/2 in bf16, compiled too, and XL/2 with both forms of skips.
@@ -90,7 +90,6 @@ def networks(model: DiT, benchmark: Benchmark) -> dict[str, Network]:
         found |= {"eager-graph": plain, "ours-graph": model}
     if benchmark.compiles:
         torch.compiler.reset()
-        # On a CPU a compilation takes minutes.
         ways = {"compile": plain, "ours-compile": model}
         found |= {name: compiled(way) for name, way in ways.items() if is_warm(f"{benchmark}-{name}")}
     return {**found, "ours": model}
