@@ -129,8 +129,13 @@ def groups_of(rows: Iterable[Row]) -> list[Group]:
         ]
         found.setdefault((context or "all", ", ".join(mode) or "all"), []).append(row)
     groups = [Group(context, mode, tuple(group)) for (context, mode), group in found.items()]
-    contexts = [(modes, baseline_of(modes)) for modes in contexts_of(groups).values()]
-    return [group for modes, first in contexts for group in sorted(modes, key=lambda group: group is not first)]
+    return [group for modes in contexts_of(groups).values() for group in baseline_first(modes)]
+
+
+def baseline_first(groups: Sequence[Group]) -> list[Group]:
+    """The modes of one context, the others as they were."""
+    baseline = baseline_of(groups)
+    return sorted(groups, key=lambda group: group is not baseline)
 
 
 def trained(rows: Iterable[Row]) -> list[Row]:
@@ -148,20 +153,20 @@ def contexts_of(groups: Iterable[Group]) -> dict[str, list[Group]]:
     return found
 
 
-PLAIN = {"sparse": "dense", "magnitude": "plain", "clipping": "none"}
-"""What a network has along an axis that its mode changes in no way."""
+PLAIN = {"magnitude": "plain", "clipping": "none"}
+"""What a network has along an axis that its mode leaves as it is."""
 
 
 def baseline_of(groups: Sequence[Group]) -> Group | None:
     """The mode whose skips are unscaled, the plainest of those that see all tokens; None without one."""
+
+    def changes(group: Group) -> tuple[bool, int]:
+        place = place_of(group.rows[0].cell)
+        return VARIANT in place, sum(place.get(axis, plain) != plain for axis, plain in PLAIN.items())
+
     unscaled = [group for group in groups if group.mode.split(", ")[0] == "none"]
-    places = [place_of(group.rows[0].cell) for group in unscaled]
-    dense = [
-        (VARIANT in place, sum(place.get(axis, plain) != plain for axis, plain in PLAIN.items()), n)
-        for n, place in enumerate(places)
-        if place.get("sparse", "dense") == "dense"
-    ]
-    return unscaled[min(dense)[-1]] if dense else None
+    dense = [group for group in unscaled if place_of(group.rows[0].cell).get("sparse", "dense") == "dense"]
+    return min(dense, key=changes, default=None)
 
 
 class Curve(NamedTuple):

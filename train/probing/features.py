@@ -123,7 +123,8 @@ class FeatureFile:
         self.columns = [columns[n] for n in self.order]
         self.num_features = sum(column.width for column in columns)
         self._features_NF = np.memmap(path, np.float16, "w+", shape=(num_images, self.num_features))
-        self._powers: list[float] = []
+        self._powers_F: Tensor | None = None
+        """By which features are divided, from the first images on."""
 
     def write(self, first: int, parts: Sequence[Tensor]) -> None:
         """Features of the images from number ``first`` on, a part for each column as they were given.
@@ -131,25 +132,22 @@ class FeatureFile:
         Raises:
             UserError: features that are not finite, or far larger than those of the first images.
         """
-        ordered = [parts[place].float() for place in self.order]
+        ordered = [parts[place].float().cpu() for place in self.order]
         for column, part in zip(self.columns, ordered, strict=True):
             if not part.isfinite().all():
                 raise UserError(f"features of {column.source} are not finite: their network has diverged")
-        self._powers = self._powers or [_power_of(part) for part in ordered]
-        halves = [(part / power).half() for part, power in zip(ordered, self._powers, strict=True)]
-        for column, half in zip(self.columns, halves, strict=True):
+        if self._powers_F is None:
+            self._powers_F = torch.cat([torch.full((part.shape[1],), _power_of(part)) for part in ordered])
+        rows_BF = (torch.cat(ordered, dim=1) / self._powers_F).half()
+        for column, half in zip(self.columns, rows_BF.split([c.width for c in self.columns], dim=1), strict=True):
             if not half.isfinite().all():
                 raise UserError(f"features of {column.source} are {ROOM} times as large as those of the first images")
-        rows_BF = torch.cat(halves, dim=1).cpu().numpy()
-        self._features_NF[first : first + len(rows_BF)] = rows_BF
+        self._features_NF[first : first + len(rows_BF)] = rows_BF.numpy()
 
     def rows(self, numbers: np.ndarray | slice) -> Tensor:
         """(B, F), fp32, of these images."""
-        rows_BF = torch.from_numpy(self._features_NF[numbers].astype(np.float32))
-        if any(power != 1.0 for power in self._powers):
-            widths = torch.tensor([column.width for column in self.columns])
-            rows_BF *= torch.tensor(self._powers).repeat_interleave(widths)
-        return rows_BF
+        assert self._powers_F is not None
+        return torch.from_numpy(self._features_NF[numbers].astype(np.float32)) * self._powers_F
 
     def remove(self) -> None:
         """Gives up the file."""
