@@ -8,7 +8,7 @@ bf16 is autocast over fp32 parameters, as in training.
 On a GPU: L/2 and XL/2 in bf16, compiled too, and XL/2 with both forms of skips.
 On a CPU: S/4 on latents of 16 x 16 in fp32, compiled; SCALELONG_BENCH=full adds both forms of skips.
 
-What activations cost is measured apart from gradients, optimizer and EMA, which are the same for all and larger.
+What is kept for backward is measured apart: gradients, optimizer and EMA are the same for all and larger.
 """
 
 import os
@@ -18,11 +18,10 @@ from functools import partial
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from scalelong.bench.compare import DEVICE, ON_GPU, is_warm
+from scalelong.bench.compare import DEVICE, ON_GPU, is_warm, kept_bytes
 from scalelong.bench.published_dit import as_published
-from scalelong.bench.timing import IS_DRY_RUN, peak_bytes
+from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.bench.training_step import Network, Trainer, compiled, noisy_batch, speed, step_rows
 from scalelong.model.dit import DiT, DiTConfig
 from scalelong.model.dit_config import SkipForm
@@ -109,18 +108,7 @@ def test_dit_step(benchmark, report, note, case):
     note(f"dit_step {shape}: " + "; ".join(speed(model, case.batch, name, timing) for name, timing in timings.items()))
     if not ON_GPU:
         found = {name: network for name, network in found.items() if not name.endswith("-graph")}
-        kept = {name: kept_bytes(trainer, network) for name, network in found.items()}
-        note(f"dit_step {shape}, activations: " + "; ".join(f"{name} {n / 1e6:.3g} MB" for name, n in kept.items()))
+        given = (*trainer.inputs, *trainer.parameters)
+        kept = {name: kept_bytes(lambda *_, f=f: f(*trainer.inputs), given) / 1e6 for name, f in found.items()}
+        note(f"dit_step {shape}, MB kept for backward: " + "; ".join(f"{name} {mb:.3g}" for name, mb in kept.items()))
     report(rows)
-
-
-def kept_bytes(trainer: Trainer, network: Network) -> int:
-    """The peak of forward and backward beside the gradients, which are there before."""
-    for p in trainer.parameters:
-        p.grad = torch.zeros_like(p)
-
-    def run() -> None:
-        F.mse_loss(network(*trainer.inputs), trainer.noise).backward()
-
-    run()
-    return peak_bytes(run, (), DEVICE.type)

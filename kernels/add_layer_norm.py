@@ -23,7 +23,7 @@ from torch import Tensor
 from scalelong.kernels import add_layer_norm_native, add_layer_norm_triton
 from scalelong.kernels.add_layer_norm_tensors import Gradients, Inputs, Outputs
 from scalelong.kernels.arguments import described, none_as_empty
-from scalelong.kernels.backend import Backends, backend_of, is_traced, tells
+from scalelong.kernels.backend import Backends, backend_of, forced_backend, is_compiled, is_traced, tells
 from scalelong.kernels.launches import Kept
 from scalelong.kernels.precision import autocast_dtype, without_autocast
 
@@ -95,7 +95,7 @@ def add_layer_norm(
         ValueError: arguments that do not fit, naming their shapes.
     """
     inputs = Inputs(x, branch, weight, bias, gain, shift, gate, angle)
-    backend = backend_of(x)
+    backend = _backend_of(x)
     if backend == "reference":
         _check(inputs, eps)
         return add_layer_norm_ref(*inputs[:4], gain=gain, shift=shift, gate=gate, angle=angle, eps=eps)
@@ -114,9 +114,15 @@ def add_layer_norm(
     return stream, y if kind.casts_y is None else y.to(kind.casts_y)
 
 
+def _backend_of(x: Tensor) -> str:
+    """On a CPU torch.compile fuses the formula with what stands around it, which our operator would cut in two."""
+    backend = backend_of(x)
+    return "reference" if backend == "native" and forced_backend() is None and is_compiled() else backend
+
+
 @tells(add_layer_norm)
 def _(x: Tensor, *_: Any, **__: Any) -> Backends:
-    return Backends(backend_of(x), backend_of(x))
+    return Backends(_backend_of(x), _backend_of(x))
 
 
 def _dtypes(inputs: Inputs, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype, torch.dtype | None]:

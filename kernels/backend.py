@@ -119,6 +119,11 @@ def is_traced() -> bool:
     return torch.compiler.is_compiling() or torch._C._get_dispatch_mode(_PROXY) is not None
 
 
+def is_compiled() -> bool:
+    """Under torch.compile, whose graph runs on the device that it was made on; an exported one may go to another."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+
+
 def is_wrapper(tensor: Tensor) -> bool:
     """Made of other tensors, as DTensor and quantised ones are: PyTorch's operators take them apart, ours cannot."""
     return type(tensor) is not Tensor and hasattr(type(tensor), "__tensor_flatten__")

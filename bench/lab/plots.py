@@ -22,6 +22,7 @@ from scalelong.bench.lab.table import Row
 # Okabe and Ito's palette, without its yellow, which white swallows.
 COLORS = ("#000000", "#E69F00", "#56B4E9", "#009E73", "#D55E00", "#CC79A7", "#0072B2")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+LINES = ("-", "--", ":")
 STYLE: dict[Any, Any] = {
     "font.size": 11,
     "axes.spines.top": False,
@@ -37,6 +38,10 @@ WIDTH, HEIGHT = 4.6, 3.5
 """Of one panel, in inches."""
 MAX_LABELS = 5
 """Of a panel's axis."""
+MAX_NAMES = 6
+"""In a panel's legend."""
+NAMES_WIDTH = 3.0
+"""Of a legend beside the panels, in inches."""
 
 
 def pictures_of(rows: Sequence[Row]) -> dict[str, tuple[bytes, bytes]]:
@@ -65,11 +70,13 @@ def as_bytes(figure: Figure) -> tuple[bytes, bytes]:
 
 
 def looks_of(modes: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a mark for each mode, the same in every picture of a table."""
-    names, kinds = list(dict.fromkeys(modes)), len(COLORS)
-    # Colours come again with other marks.
-    marks = [MARKERS[(n + n // kinds) % len(MARKERS)] for n in range(len(names))]
-    return {mode: {"color": COLORS[n % kinds], "marker": marks[n], "label": mode} for n, mode in enumerate(names)}
+    """A colour, a mark and a line for each mode, the same in every picture of a table."""
+    looks = {}
+    for n, mode in enumerate(dict.fromkeys(modes)):
+        turn, place = divmod(n, len(COLORS))  # colours come again with other marks and lines
+        mark, line = MARKERS[(place + turn) % len(MARKERS)], LINES[turn % len(LINES)]
+        looks[mode] = {"color": COLORS[place], "marker": mark, "linestyle": line, "label": mode}
+    return looks
 
 
 def panels(titles: Sequence[str], *, share_y: bool = True) -> tuple[Figure, list[Axes]]:
@@ -78,6 +85,17 @@ def panels(titles: Sequence[str], *, share_y: bool = True) -> tuple[Figure, list
     for panel, title in zip(axes, titles, strict=True):
         panel.set_title("" if title == "all" else title, loc="left", fontweight="bold", fontsize=11)
     return figure, list(axes)
+
+
+def name_modes(figure: Figure, axes: Sequence[Axes], place: int = 0) -> None:
+    """In the panel of this place, or beside them all where there are too many for it."""
+    pairs = (pair for panel in axes for pair in zip(*panel.get_legend_handles_labels(), strict=True))
+    handles = {label: handle for handle, label in pairs}
+    if len(handles) <= MAX_NAMES:
+        axes[place].legend(handles.values(), handles.keys(), fontsize=9)
+        return
+    figure.set_figwidth(figure.get_figwidth() + NAMES_WIDTH)
+    figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=9)
 
 
 def label_places(panel: Axes, places: Sequence[float], form: str) -> None:
@@ -111,7 +129,7 @@ def rate_and_loss(rows: Sequence[Row]) -> Figure | None:
         label_places(panel, rates[:: -(-len(rates) // MAX_LABELS)], "%.2g")
     axes[0].set_ylabel("final loss (x: diverged)")
     axes[0].set_ylim(0.9 * finite.min() if len(finite) else None, 1.2 * ceiling)
-    axes[-1].legend(fontsize=9)
+    name_modes(figure, axes, place=-1)
     return figure
 
 
@@ -161,7 +179,7 @@ def curves(rows: Sequence[Row]) -> Figure | None:
         for group in modes:
             draw_curves(panel, group.at(rate), column, looks[group.mode])
         panel.set(yscale="log", xlabel="images", ylabel=label)
-    axes[0].legend(fontsize=9)
+    name_modes(figure, axes)
     return figure
 
 
@@ -177,7 +195,7 @@ def weight_norms(rows: Sequence[Row]) -> Figure | None:
             draw_curves(panel, group.at(group.best_rate), "curve_weights", looks[group.mode])
         panel.set(yscale="log", xlabel="images")
     axes[0].set_ylabel("norm of all weights")
-    axes[0].legend(fontsize=9)
+    name_modes(figure, axes)
     return figure
 
 
@@ -194,7 +212,7 @@ def draw_curves(panel: Axes, rows: Sequence[Row], column: str, look: dict[str, A
             panel.scatter(row.curve_images[place], values[place], marker="x", color=look["color"], s=50, zorder=3)
     shared = min(map(len, finite))
     middle = np.median([values[:shared] for values in finite], axis=0)
-    panel.plot(rows[0].curve_images[:shared], middle, color=look["color"], label=look["label"])
+    panel.plot(rows[0].curve_images[:shared], middle, **{**look, "marker": ""})
 
 
 def edge_rate(groups: Sequence[Group]) -> str:
@@ -226,7 +244,7 @@ def gains(rows: Sequence[Row]) -> Figure | None:
                                    color=looks[group.mode]["color"])  # fmt: skip
         panel.set(xlabel="time (share of the training times)", yscale="log")
     axes[0].set_ylabel("gain at δ = 0.1 rms")
-    axes[0].legend(fontsize=9)
+    name_modes(figure, axes)
     return figure
 
 
@@ -256,5 +274,5 @@ def depth_and_norm(rows: Sequence[Row]) -> Figure | None:
     axes[0].set_ylabel("‖h₀‖² / ‖x‖²")
     if "preserving" in starts:
         axes[starts.index("preserving")].plot([], [], ls="--", lw=1, color="grey", label="1 + Σ κ²")
-    axes[-1].legend(fontsize=9)
+    name_modes(figure, axes, place=-1)
     return figure
