@@ -12,21 +12,15 @@ from scalelong.bench.lab.command import main as run_lab
 from scalelong.train.errors import UserError, run_command
 
 RESULTS = Path(__file__).resolve().parents[1] / "results" / "lab"
-DIGITS = "--model.width 64"
-MAGNITUDE = (
-    "--seeds 3 --images 51200 --optimizer.weight-decay 0 --optimizer.schedule cosine "
-    "--evaluation.features pixels --sample.steps 12 --images-per-evaluation 51200"
-)
-"""Both kinds of network by one schedule, and samples scored at the end."""
-
+NARROW = "--model.width 64"
 METHODS = (
     "--seeds 3 --probe --optimizer.weight-decay 0 --optimizer.schedule cosine --optimizer.ema-rampup 0.05 "
     "--evaluation.features pixels --evaluation.num-images 500 --sample.steps 12 --sample.guidance 0"
 )
 """Methods beside each other, by one schedule: samples are scored and blocks probed at the end."""
-METHODS_ON_DIGITS = f"--images 19200 --images-per-validation 1920 --images-per-evaluation 19200 {METHODS} {DIGITS}"
+METHODS_ON_DIGITS = f"--images 19200 --images-per-validation 1920 --images-per-evaluation 19200 {METHODS} {NARROW}"
 METHODS_ON_PHOTOS = (
-    f"--images 9600 --images-per-validation 960 --images-per-evaluation 9600 {METHODS} {DIGITS} "
+    f"--images 9600 --images-per-validation 960 --images-per-evaluation 9600 {METHODS} {NARROW} "
     "--evaluation.max-real-images 2000"  # whose principal components would else take as long as training
 )
 SKIP_SCALES = "none,inv-sqrt2,cs:0.7,geometric:0.7,ls,ls-separate,profiled"
@@ -45,11 +39,9 @@ SPEED = (
     "--images-per-evaluation 1600"
 )
 """Scored eight times, by averages that have forgotten the start."""
-
-
 SPRINT = (
     "--depths 12 --learning-rates 2^-8.5,2^-7.5 --seeds 3 --images 22400 --model.patch-size 1 --model.dense-blocks 1 "
-    f"{DIGITS}"
+    f"{NARROW}"
 )
 """Of 64 patches, of which a sparse middle sees 16; of the 16 patches of the recipe it would see no more than 4."""
 
@@ -70,23 +62,23 @@ EXPERIMENTS = {
     "initialisation": Experiment(
         "Untrained U-ViTs: norms and gain against depth",
         "digits-uvit",
-        (f"--images 0 --starts published,preserving --depths 4,12,24,48,96 {DIGITS}",),
+        (f"--images 0 --starts published,preserving --depths 4,12,24,48,96 {NARROW}",),
         "10 minutes",
     ),
     "digits-uvit": Experiment(
         "U-ViT on digits, five skip scales around the edge of stability",
         "digits-uvit",
         (
-            f"--depths 48 --learning-rates 2^-9.5..2^-7.5:0.5 {DIGITS}",
-            f"--depths 24 --learning-rates 2^-9..2^-7:0.5 {DIGITS}",
-            f"--depths 12 --learning-rates 2^-8.5..2^-6.5:0.5 {DIGITS}",
+            f"--depths 48 --learning-rates 2^-9.5..2^-7.5:0.5 {NARROW}",
+            f"--depths 24 --learning-rates 2^-9..2^-7:0.5 {NARROW}",
+            f"--depths 12 --learning-rates 2^-8.5..2^-6.5:0.5 {NARROW}",
         ),
         "60 to 100 minutes: 75 runs of each depth, of 54, 27 and 14 s, two at a time",
     ),
     "digits-uvit-speed": Experiment(
         "U-ViT on digits, images to the unscaled network's best",
         "digits-uvit",
-        (f"--depths 48 --skip-scale none,cs:0.5,ls --learning-rates 2^-8.5,2^-8 {SPEED} {DIGITS}",),
+        (f"--depths 48 --skip-scale none,cs:0.5,ls --learning-rates 2^-8.5,2^-8 {SPEED} {NARROW}",),
         "30 to 60 minutes: 30 runs of 75 s, two at a time",
     ),
     "digits-unet": Experiment(
@@ -98,42 +90,36 @@ EXPERIMENTS = {
         ),
         "30 minutes: 75 runs of 50 s, two at a time",
     ),
+    "digits-unet-speed": Experiment(
+        "UNet on digits, images to the unscaled network's best",
+        "digits-unet",
+        (f"--depths 2 --skip-scale none,cs:0.7,ls --learning-rates 2^-8,2^-7 {SPEED}",),
+        "20 minutes, reckoned: 30 runs of 75 s, two at a time",
+    ),
     "photos-uvit": Experiment(
         "U-ViT on photographs of 32 x 32",
         "photos32-uvit",
-        ("--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-10..2^-8:0.5 --seeds 3",),
-        "not timed: 60 runs, two at a time",
+        (
+            "--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-9..2^-6 --seeds 3 --images 6400 "
+            f"{NARROW}",
+        ),
+        "15 minutes, reckoned: 48 runs of 200 steps of 32 images, two at a time",
     ),
     "photos-uvit-speed": Experiment(
-        "U-ViT on photographs, images to the unscaled network's best loss",
+        "U-ViT on photographs, images to the unscaled network's best",
         "photos32-uvit",
-        ("--depths 12 --skip-scale none,cs:0.7,ls --learning-rates 2^-9.5,2^-9 --seeds 5 --images 25600",),
-        "not timed: 30 runs, two at a time",
-    ),
-    "magnitude-uvit": Experiment(
-        "U-ViT on digits, magnitude-preserving layers against norms",
-        "digits-uvit",
         (
-            f"--depths 12 --skip-scale none,cs:0.7 --magnitude plain --learning-rates 2^-9.5..2^-7.5:0.5 {MAGNITUDE}",
-            f"--depths 12 --skip-scale none,geometric:0.7 --magnitude mp --learning-rates 2^-8..2^-5:0.5 {MAGNITUDE}",
+            f"--depths 12 --skip-scale none,cs:0.7,ls --learning-rates 2^-8,2^-7 --images 9600 {SPEED} {NARROW} "
+            "--evaluation.max-real-images 2000",
         ),
-        "70 minutes: 72 runs of 110 s, two at a time",
-    ),
-    "magnitude-dit": Experiment(
-        "DiT on digits, magnitude-preserving layers against norms",
-        "digits-dit",
-        (
-            f"--depths 6 --skip-scale none --magnitude plain --learning-rates 2^-10..2^-7:0.5 {MAGNITUDE}",
-            f"--depths 6 --skip-scale none --magnitude mp --learning-rates 2^-8..2^-5:0.5 {MAGNITUDE}",
-        ),
-        "40 minutes: 42 runs of 110 s, two at a time",
+        "25 minutes, reckoned: 30 runs of 300 steps of 32 images, two at a time",
     ),
     "self-condition-block": Experiment(
         "U-ViT on digits, the block whose features condition the later ones, by short runs",
         "digits-uvit",
         (
             "--depths 12 --skip-scale none,cs:0.7 --axis model.self-condition-block=None,3,6,9,11 "
-            f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {DIGITS}",
+            f"--learning-rates 2^-8.5 --seeds 3 --images 25600 {NARROW}",
         ),
         "15 minutes: 30 runs of 30 s, two at a time",
     ),
@@ -160,7 +146,7 @@ EXPERIMENTS = {
             f"--depths 8 --skip-scale none {LINEARS} {FEATURES.format(middle=4)} --learning-rates 2^-9,2^-8 "
             f"{METHODS_ON_PHOTOS}",
             f"--depths 8 --skip-scale none {MUON} {MUP} --learning-rates 2^-8.5,2^-7.5 {METHODS_ON_PHOTOS}",
-            f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-7,2^-6 "
+            f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-5,2^-4 "
             f"{METHODS_ON_PHOTOS}",
         ),
         "40 minutes, reckoned: 84 runs of 300 steps that take 1.4 times as long, two at a time",
@@ -179,8 +165,8 @@ EXPERIMENTS = {
         "U-ViT on digits, Muon against AdamW: images to AdamW's best loss",
         "digits-uvit",
         (
-            f"--depths 12 --skip-scale none --learning-rates 2^-8.5..2^-7.5:0.5 --seeds 5 --images 25600 {DIGITS}",
-            f"--depths 12 --skip-scale none {MUON} --learning-rates 2^-8.5..2^-7:0.5 --seeds 5 --images 25600 {DIGITS}",
+            f"--depths 12 --skip-scale none --learning-rates 2^-8.5..2^-7.5:0.5 --seeds 5 --images 25600 {NARROW}",
+            f"--depths 12 --skip-scale none {MUON} --learning-rates 2^-8.5..2^-7:0.5 --seeds 5 --images 25600 {NARROW}",
         ),
         "15 minutes, reckoned: 35 runs of 400 steps of depth 12, two at a time",
     ),
@@ -200,8 +186,8 @@ EXPERIMENTS = {
         "digits-uvit",
         (
             "--depths 24 --skip-scale none --clipping none,norm:1,z-score:2.5,per-tensor:1.05 "
-            f"--learning-rates 2^-8.5..2^-7:0.5 {DIGITS}",
-            f"--depths 24 --skip-scale ls --clipping none --learning-rates 2^-8.5..2^-7:0.5 {DIGITS}",
+            f"--learning-rates 2^-8.5..2^-7:0.5 {NARROW}",
+            f"--depths 24 --skip-scale ls --clipping none --learning-rates 2^-8.5..2^-7:0.5 {NARROW}",
         ),
         "22 minutes: 60 runs of 45 s, two at a time",
     ),
@@ -220,7 +206,8 @@ def main() -> None:
     """Runs the experiment that is named; flags behind the name go to each of its grids."""
     name, *flags = sys.argv[1:] or [""]
     if name not in EXPERIMENTS:
-        lines = (f"  {key:<18} {e.title} ({e.estimate})" for key, e in EXPERIMENTS.items())
+        width = max(map(len, EXPERIMENTS))
+        lines = (f"  {key:<{width}}  {e.title} ({e.estimate})" for key, e in EXPERIMENTS.items())
         raise UserError("which experiment? There are\n" + "\n".join(lines))
     for arguments in commands_of(name):
         run_lab([*arguments, *flags])
