@@ -79,7 +79,7 @@ EXPERIMENTS = {
         "U-ViT on digits, images to the unscaled network's best",
         "digits-uvit",
         (f"--depths 48 --skip-scale none,cs:0.5,ls --learning-rates 2^-8.5,2^-8 {SPEED} {NARROW}",),
-        "30 to 60 minutes: 30 runs of 75 s, two at a time",
+        "60 minutes: 30 runs of 110 s and eight scorings each, two at a time",
     ),
     "digits-unet": Experiment(
         "UNet on digits, the factor before the norm and after it",
