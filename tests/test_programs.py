@@ -37,6 +37,15 @@ def ending(program: Forked | subprocess.Popen[str]) -> tuple[int | None, str, st
     return program.returncode, out, err.strip().splitlines()[-1] if err.strip() else ""
 
 
+@pytest.fixture
+def heeds_interrupts():
+    """As at a terminal: what a script starts in the background ignores them, and so do the programs that it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_interrupts")
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_a_fork_ends_as_a_process_of_its_own(name):
     line = ["-c", PROGRAMS[name], "1", "--two"]
