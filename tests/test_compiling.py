@@ -67,7 +67,8 @@ def test_a_compiled_run_takes_the_same_steps(tmp_path, monkeypatch, recipe, what
     counters.clear()
     compiled = replace(plain, run=tmp_path / "compiled", compile=what)
     resumed(compiled)
-    assert counters["stats"]["unique_graphs"] >= (2 if what == "model" else 4)  # of both starts
+    # Of both starts; the blocks of a DiT without skips are of one kind.
+    assert counters["stats"]["unique_graphs"] >= (2 if what == "model" or recipe == "digits-dit" else 4)
     assert not counters["graph_break"]
     rounding = 1e-3 if plain.precision == "bf16" else 1e-6
     assert losses(compiled.run) == pytest.approx(losses(plain.run), rel=rounding)
