@@ -5,7 +5,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
+import add_layer_norm_cases
 import pytest
+import test_dit
+import test_mp_networks
+import test_skip_norm_linear
 import torch
 from group_norm_cases import SCALES, Case
 from parity import assert_within_budget
@@ -19,6 +23,8 @@ from scalelong.kernels.gelu_linear import gelu_linear, gelu_linear_ref
 from scalelong.kernels.group_norm import skip_group_norm
 from scalelong.kernels.skip_conv1x1 import skip_conv1x1, skip_conv1x1_ref
 from scalelong.kernels.skip_linear import skip_linear, skip_linear_ref
+from scalelong.model.dit_config import MODULATIONS
+from scalelong.model.plain_layers import use_plain_layers
 from scalelong.model.presets import UNET_PRESETS, UVIT_PRESETS
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES, make_skip_scale
 from scalelong.model.unet import UNet
@@ -269,6 +275,52 @@ def test_gelu_linear_is_within_budget(dtype):
     assert_within_budget(gelu_linear, gelu_linear_ref, inputs)
 
 
+ROWS = ((2, 257, 512), (64, 258, 1152), (2, 5, 8192), (9, 33), (3, 1, 77))
+
+
+@each_dtype
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("adaptive", [(), add_layer_norm_cases.ADAPTIVE], ids=["plain", "adaptive"])
+def test_add_layer_norm_is_within_budget(shape, dtype, adaptive):
+    adaptive = adaptive[:3] if shape[-1] % 2 else adaptive  # no pairs to turn
+    case = add_layer_norm_cases.Case(shape=shape, dtype=dtype, adaptive=adaptive, device="cuda")
+    inputs = case.inputs()
+    assert backend_of(inputs["x"]) == "triton"
+    case.assert_parity(inputs)
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("adaptive", [(), add_layer_norm_cases.ADAPTIVE], ids=["plain", "adaptive"])
+def test_add_layer_norm_of_a_stream_in_fp32_under_autocast(half, adaptive):
+    shape, more = (16, 257, 768), {"branch_dtype": half, "autocast": half}
+    add_layer_norm_cases.Case(shape=shape, adaptive=adaptive, device="cuda", **more).assert_parity()
+
+
+@pytest.mark.parametrize("adaptive", [(), add_layer_norm_cases.ADAPTIVE], ids=["plain", "adaptive"])
+def test_add_layer_norm_gives_the_same_bits_each_time_and_compiled(adaptive):
+    shape = (16, 257, 512)
+    case = add_layer_norm_cases.Case(shape=shape, dtype=torch.bfloat16, adaptive=adaptive, device="cuda")
+    inputs = case.inputs()
+
+    def call(leaves: dict[str, Tensor]) -> Tensor:
+        return torch.stack(case.call(leaves))
+
+    first = output_and_grads(call, inputs)
+    for _ in range(20):
+        assert all(map(torch.equal, first, output_and_grads(call, inputs)))
+    torch.compiler.reset()
+    compiled = output_and_grads(torch.compile(call, fullgraph=True), inputs)
+    assert all(map(torch.equal, first, compiled))
+
+
+@each_dtype
+@pytest.mark.parametrize("kind", ["none", "scalar", "per-token"])
+def test_skip_norm_linear_is_within_budget(dtype, kind):
+    scale = test_skip_norm_linear.SCALES[kind](257)
+    inputs = test_skip_norm_linear.make_inputs(257, scale, dtype, d1=512, d2=512, out=512)
+    test_skip_norm_linear.assert_parity({name: x.cuda() for name, x in inputs.items()}, scale)
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
 @pytest.mark.parametrize("name", ["cifar10-ddpm-unet", "imagenet64-adm"])
 @pytest.mark.parametrize(("mode", "position"), [("ls", "before-norm"), ("cs", "after-norm")], ids=["ls", "cs"])
@@ -303,3 +355,36 @@ def test_a_uvit_gives_the_outputs_of_the_cpu_under_autocast(name):
     error = (found.double().cpu() - expected).norm() / expected.norm()
     assert error < 0.03
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+NETWORKS = {
+    **{f"mp-{name}": config for name, config in test_mp_networks.CONFIGS.items()},
+    **{f"dit-{modulation}": replace(test_dit.PLAIN, modulation=modulation) for modulation in MODULATIONS},
+    "dit-skips-of-layer-norm": test_dit.NORMED,
+    "dit-plain-skips": test_dit.PROJECTED,
+}
+
+
+@pytest.mark.parametrize("config", NETWORKS.values(), ids=tuple(NETWORKS))
+@pytest.mark.parametrize("compiles", [False, True], ids=["eager", "compiled"])
+def test_every_network_is_as_exact_as_its_plain_layers_under_autocast(config, compiles):
+    model = test_mp_networks.drawn(config, "none" if getattr(config, "skip", "") == "none" else "cs")
+    with torch.no_grad():  # gates begin at zero
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = test_mp_networks.batch_of(config, B=8)
+    with torch.no_grad():
+        truth = copy.deepcopy(model).double()(*(x.double() if x.is_floating_point() else x for x in batch)).cuda()
+    model, batch = model.cuda(), [x.cuda() for x in batch]
+    plain = use_plain_layers(copy.deepcopy(model))
+    torch.compiler.reset()
+    network = torch.compile(model) if compiles else model
+    with torch.autocast("cuda", torch.bfloat16):
+        expected, found = plain(*batch), network(*batch)
+    for y in (expected, found):
+        y.float().square().mean().backward()
+    assert (found.double() - truth).norm() <= 2 * (expected.double() - truth).norm()
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        assert (ours.grad is None) == (theirs.grad is None)
+        if ours.grad is not None and theirs.grad is not None:
+            assert (ours.grad - theirs.grad).norm() <= 0.1 * theirs.grad.norm() + 1e-6
