@@ -82,32 +82,31 @@ def _offsets(k: tl.constexpr, D: tl.constexpr, SPAN: tl.constexpr, ROWS: tl.cons
 
 
 @triton.jit
-def _vector(ptr, k: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr, MISSING: tl.constexpr):
-    """Piece k of a vector over the features, (1, PIECE) in fp32."""
+def _vector(ptr, begin, k: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr, MISSING: tl.constexpr):
+    """Piece k of the vector over the features that begins there, (1, PIECE) in fp32."""
     if ptr is None:
         return tl.full((1, PIECE), MISSING, tl.float32)
     else:
         d = tl.arange(0, PIECE)[None, :]
         if _size(k, SPAN, PIECE) == PIECE:
-            return tl.load(ptr + _first(k, SPAN, PIECE) + d).to(tl.float32)
+            return tl.load(ptr + begin + _first(k, SPAN, PIECE) + d).to(tl.float32)
         else:
             mask = d < _size(k, SPAN, PIECE)
-            return tl.load(ptr + _first(k, SPAN, PIECE) + d, mask=mask, other=0.0).to(tl.float32)
+            return tl.load(ptr + begin + _first(k, SPAN, PIECE) + d, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _of_sample(vectors, b):
-    """The vectors of one sample."""
-    gain, shift, gate, angle = vectors.gain, vectors.shift, vectors.gate, vectors.angle
-    if gain is not None:
-        gain += b * vectors.gain_stride
-    if shift is not None:
-        shift += b * vectors.shift_stride
-    if gate is not None:
-        gate += b * vectors.gate_stride
-    if angle is not None:
-        angle += b * vectors.angle_stride
-    return gain, shift, gate, angle
+def _gate(vectors, b, k: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr):
+    return _vector(vectors.gate, b * vectors.gate_stride, k, SPAN, PIECE, 1.0)
+
+
+@triton.jit
+def _factor_and_constant(vectors, b, k: tl.constexpr, SPAN: tl.constexpr, PIECE: tl.constexpr):
+    """Of the normalised numbers of one sample: weight * (1 + gain), and bias * (1 + gain) + shift."""
+    gain = 1.0 + _vector(vectors.gain, b * vectors.gain_stride, k, SPAN, PIECE, 0.0)
+    shift = _vector(vectors.shift, b * vectors.shift_stride, k, SPAN, PIECE, 0.0)
+    weight, bias = _vector(vectors.weight, 0, k, SPAN, PIECE, 1.0), _vector(vectors.bias, 0, k, SPAN, PIECE, 0.0)
+    return weight * gain, bias * gain + shift
 
 
 @triton.jit
@@ -126,17 +125,15 @@ def _cosine_and_sine(angle):
 
 
 @triton.jit
-def _turns(angle_ptr, SPAN: tl.constexpr, PIECE: tl.constexpr, NUM_PIECES: tl.constexpr):
-    """Cosines and sines of the angles, in pieces of half a row; None without angles."""
-    if angle_ptr is None:
-        return None, None
-    else:
-        cosines, sines = (), ()
+def _turns(vectors, b, SPAN: tl.constexpr, PIECE: tl.constexpr, NUM_PIECES: tl.constexpr):
+    """Cosines and sines of the angles of one sample, in pieces of half a row; none without angles."""
+    cosines, sines = (), ()
+    if vectors.angle is not None:
         for k in tl.static_range(NUM_PIECES // 2):
-            angle = _vector(angle_ptr, k, SPAN, PIECE, 0.0)
+            angle = _vector(vectors.angle, b * vectors.angle_stride, k, SPAN, PIECE, 0.0)
             cosine, sine = _cosine_and_sine(angle)
             cosines, sines = cosines + (cosine,), sines + (sine,)
-        return cosines, sines
+    return cosines, sines
 
 
 @triton.jit
@@ -144,7 +141,7 @@ def _turned(tiles, k: tl.constexpr, turns, NUM_PIECES: tl.constexpr, BACK: tl.co
     """Piece k of a row, in fp32, turned by the angles or turned back; as it is without angles."""
     cosines, sines = turns
     x = tiles[k].to(tl.float32)
-    if cosines is None:
+    if len(cosines) == 0:
         return x
     else:
         HALF: tl.constexpr = NUM_PIECES // 2
@@ -182,14 +179,12 @@ def _add_layer_norm_fwd_kernel(
     NUM_PIECES: tl.constexpr,
 ):
     b, first, last = _place(T, rows_per_program)
-    gain_ptr, shift_ptr, gate_ptr, angle_ptr = _of_sample(vectors, b)
     factors, constants, gates = (), (), ()
     for k in tl.static_range(NUM_PIECES):
-        gain, shift = 1.0 + _vector(gain_ptr, k, SPAN, PIECE, 0.0), _vector(shift_ptr, k, SPAN, PIECE, 0.0)
-        factors = factors + (_vector(vectors.weight, k, SPAN, PIECE, 1.0) * gain,)
-        constants = constants + (_vector(vectors.bias, k, SPAN, PIECE, 0.0) * gain + shift,)
-        gates = gates + (_vector(gate_ptr, k, SPAN, PIECE, 1.0),)
-    turns = _turns(angle_ptr, SPAN, PIECE, NUM_PIECES)
+        factor, constant = _factor_and_constant(vectors, b, k, SPAN, PIECE)
+        factors, constants = factors + (factor,), constants + (constant,)
+        gates = gates + (_gate(vectors, b, k, SPAN, PIECE),)
+    turns = _turns(vectors, b, SPAN, PIECE, NUM_PIECES)
     for t in range(first, last, ROWS):
         row = b * T + t
         inside = tl.arange(0, ROWS) < last - t
@@ -200,7 +195,7 @@ def _add_layer_norm_fwd_kernel(
             s = tl.load(x_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
             if branch_ptr is not None:
                 added = tl.load(branch_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
-                rounded = (s + (added if gate_ptr is None else gates[k] * added)).to(stream_ptr.dtype.element_ty)
+                rounded = (s + (added if vectors.gate is None else gates[k] * added)).to(stream_ptr.dtype.element_ty)
                 tl.store(stream_ptr + row * D + offsets, rounded, mask=mask)
                 s = rounded.to(tl.float32)
             stream = stream + (s,)
@@ -248,19 +243,17 @@ def _add_layer_norm_bwd_kernel(
     NUM_PIECES: tl.constexpr,
 ):
     b, first, last = _place(T, rows_per_program)
-    gain_ptr, shift_ptr, gate_ptr, angle_ptr = _of_sample(vectors, b)
     factors, constants, dz_sums, dz_xhat_sums, dgate_sums, dangle_sums = (), (), (), (), (), ()
     for k in tl.static_range(NUM_PIECES):
-        gain = 1.0 + _vector(gain_ptr, k, SPAN, PIECE, 0.0)
-        factors = factors + (_vector(vectors.weight, k, SPAN, PIECE, 1.0) * gain,)
+        factor, constant = _factor_and_constant(vectors, b, k, SPAN, PIECE)
+        factors = factors + (factor,)
         dz_sums = dz_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
         dz_xhat_sums = dz_xhat_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
         dgate_sums = dgate_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
         if SUMS_ANGLES:
-            shift = _vector(shift_ptr, k, SPAN, PIECE, 0.0)
-            constants = constants + (_vector(vectors.bias, k, SPAN, PIECE, 0.0) * gain + shift,)
+            constants = constants + (constant,)
             dangle_sums = dangle_sums + (tl.zeros((ROWS, PIECE), tl.float32),)
-    turns = _turns(angle_ptr, SPAN, PIECE, NUM_PIECES)
+    turns = _turns(vectors, b, SPAN, PIECE, NUM_PIECES)
     for t in range(first, last, ROWS):
         row = b * T + t
         inside = tl.arange(0, ROWS) < last - t
@@ -298,7 +291,7 @@ def _add_layer_norm_bwd_kernel(
                 if dx_ptr is not None:
                     tl.store(dx_ptr + row * D + offsets, gradient.to(dx_ptr.dtype.element_ty), mask=mask)
                 if dbranch_ptr is not None:
-                    dbranch = gradient * _vector(gate_ptr, k, SPAN, PIECE, 1.0)
+                    dbranch = gradient * _gate(vectors, b, k, SPAN, PIECE)
                     tl.store(dbranch_ptr + row * D + offsets, dbranch.to(dbranch_ptr.dtype.element_ty), mask=mask)
                 if branch_ptr is not None:
                     branch = tl.load(branch_ptr + row * D + offsets, mask=mask, other=0.0).to(tl.float32)
