@@ -1,7 +1,7 @@
 """Fills the compilers' caches before anything is timed, in processes of their own, so that timing them finds all there.
 
     python -m scalelong.bench.warm_cache triton             every kernel of bench_group_norm.py, ahead of time
-    python -m scalelong.bench.warm_cache inductor FOLDER    what torch.compile makes of eight norms and two networks
+    python -m scalelong.bench.warm_cache inductor FOLDER    what torch.compile makes of eight norms and three networks
 
 The second notes in FOLDER what is done, a file each: is_warm of compare.py asks for them where SCALELONG_WARM names it.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from scalelong.bench import bench_group_norm, bench_unet_step, bench_uvit_step
+from scalelong.bench import bench_dit_step, bench_group_norm, bench_unet_step, bench_uvit_step
 from scalelong.bench.ahead_of_time import launches_of
 from scalelong.bench.compare import DEVICE, make_case
 from scalelong.bench.shapes import GROUPS, SkipConcat
@@ -64,7 +64,7 @@ def warm_inductor(folder: Path) -> None:
         print(*(f"{name}: {'done' if status == 0 else 'failed'}" for name, status in zip(names, statuses, strict=True)))
 
 
-MODULES = (bench_uvit_step, bench_unet_step)
+MODULES = (bench_uvit_step, bench_unet_step, bench_dit_step)
 
 
 def warm_case(name: str, folder: Path) -> None:

@@ -11,9 +11,9 @@ import triton.language as tl
 
 
 class ParameterGradients(NamedTuple):
-    """In fp32; None for what nobody wants."""
+    """In the dtype of what each belongs to; None for what nobody wants."""
 
-    scale: Any = None  # (N, Cs)
+    scale: Any = None  # (N, Cs), in fp32
     weight: Any = None  # (C,)
     bias: Any = None  # (C,)
     gain: Any = None  # (N, C)

@@ -35,6 +35,7 @@ class Tiles:
     rows_of_thread: int = 2  # of 16 bytes, in a tile
     max_registers: int | None = None
     spill_bytes: int = 0
+    min_warps: int = 7  # of a multiprocessor: to hide the latency of memory, split programs walk over fewer tiles
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,6 @@ VECTOR_BYTES = 16
 # Where whole groups would leave more of the GPU idle than this, inputs from this size on are split.
 MIN_FILL = 0.25
 MIN_SPLIT_BYTES = 4 * 2**20
-# Split programs walk over fewer tiles where they would be too few to hide the latency of memory.
-MIN_WARPS_OF_MULTIPROCESSOR = 7
 MAX_SEGMENT = 8  # rows whose sums the flat backward stores as one: three steps of shuffling
 
 
@@ -187,9 +186,7 @@ def _split_tiling(
     blocks = math.ceil(Ch / channels) + math.ceil(Cs / channels)
     tiles = math.ceil(P / positions)
     walk = min(split.max_tiles, tiles)
-    while walk > 1 and N * blocks * math.ceil(tiles / walk) * split.num_warps < (
-        MIN_WARPS_OF_MULTIPROCESSOR * num_multiprocessors
-    ):
+    while walk > 1 and N * blocks * math.ceil(tiles / walk) * split.num_warps < (split.min_warps * num_multiprocessors):
         walk = math.ceil(walk / 2)
     num_chunks = math.ceil(tiles / walk)
     walk = math.ceil(tiles / num_chunks)

@@ -84,7 +84,7 @@ def backward(
     wanted: Sequence[bool],
     kind: Hashable = None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients that are wanted: of h and s like these, of scale (N, Cs), weight, bias, gain and shift in fp32.
+    """The gradients that are wanted, each in the dtype of its tensor, but that of the scale (N, Cs), which is in fp32.
 
     ``kind`` stands for the same as in forward; where the tensors lie may have changed since, by hooks on what is saved.
     """
@@ -101,8 +101,8 @@ def backward(
     plan = _plans.get(key)
     if plan is None:
         plan = _plans.keep(key, _plan_backward(_Call.of(tensors, options, channels_last, dy, dh, ds), Wanted(*wanted)))
-    empty = mean.new_empty_strided
-    grads = [None if size is None else empty(size, (*size[1:], 1)) for size in plan.outputs]
+    of_parameters = zip(plan.outputs, (mean, *tensors[3:]), strict=True)
+    grads = [None if size is None else x.new_empty_strided(size, (*size[1:], 1)) for size, x in of_parameters]  # type: ignore[union-attr]
     plan.run((*tensors, dy, mean, rstd, dh, ds, *grads, _workspace(plan, mean)))
     return dh, ds if wants_s else None, *grads
 
@@ -359,7 +359,7 @@ def _parameters_launch(
 ) -> Launch:
     block_parts = min(32, next_power_of_two(max(num_parts)))
     block_c = 4 if block_parts > 4 else 16
-    block_n = min(max(1, 512 // (block_parts * block_c)), next_power_of_two(call.N))
+    block_n = min(max(1, 2048 // (block_parts * block_c)), next_power_of_two(call.N))
     arguments = (sums, scale_sums, call.parameters, gradients, call.N, call.Ch, call.Cs, *num_parts)
     constants = {"BLOCK_N": block_n, "BLOCK_C": block_c, "BLOCK_PARTS": block_parts, "VEC": math.gcd(4, *num_parts)}
     return Launch(_parameters_bwd_kernel, math.ceil(call.C / block_c), arguments, constants, num_warps=4)
