@@ -1,9 +1,12 @@
 """What a machine with a GPU and no network runs: `make gpu PART=first` (380 s), then `PART=second` (300 s).
 
-    python -m scalelong.bench.gpu first|second|PART [PYTEST ARGUMENT ...]
+`PART=tuning` (200 s) tunes the tiles of GroupNorm anew, for another GPU say, and looks at its kernels with ncu.
+
+    python -m scalelong.bench.gpu first|second|tuning|PART [PYTEST ARGUMENT ...]
 
 PART is one of those below. Each ends by its time, whatever hangs in it, and leaves to the next what it did not take.
-After each one the rows, and the log of what all parts print, are copied to $OUT (runs/gpu); a table ends the call.
+Every few seconds the rows, and the log of what all parts print, are copied to $OUT (runs/gpu), so that they are there
+however the call ends; a table ends it.
 Arguments are those of the tests: `make gpu PART=second ARGS="-k attention"` tests what has changed.
 SCALELONG_DRY_RUN=1 walks through all of it on a CPU, at sizes of its own. Needs torch, triton, pytest, and of pytest's
 plugins benchmark, timeout and xdist.
@@ -34,6 +37,7 @@ WELL = "well"
 GPU_IS_LOST, NOTHING_LEFT = 75, 5  # exit statuses of bench/conftest.py and of pytest
 GRACE = 4.0  # seconds from asking a part to end to ending it
 NUM_TEST_WORKERS = 1 if IS_DRY_RUN else 10
+COPY_SECONDS = 5.0
 MAX_OUT_BYTES = 15 * 2**20
 
 
@@ -70,34 +74,43 @@ def benchmarks(*arguments: str) -> tuple[str, ...]:
 
 UVIT = "bench/bench_uvit_step.py::test_uvit_step[imagenet64-uvit-m4-ls-bfloat16{}]"
 ADM = "bench/bench_unet_step.py::test_unet_step[imagenet64-adm-cs{}]"
-DIT = "bench/bench_dit_step.py::test_dit_step[imagenet256-dit-{}-none-none-bfloat16]"
-STEPS = (UVIT.format(""), ADM.format(""), UVIT.format("-compiled"), ADM.format("-compiled"))
-DIT_STEPS = tuple(DIT.format(size) for size in (("l2",) if IS_DRY_RUN else ("xl2", "l2")))  # a dry run is small anyway
+DIT = "bench/bench_dit_step.py::test_dit_step[imagenet256-dit-{}-none-none-bfloat16{}]"
+DIT_STEPS = tuple(
+    DIT.format(size, "") for size in (("l2",) if IS_DRY_RUN else ("xl2", "l2"))
+)  # a dry run is small anyway
+STEPS = (UVIT.format(""), DIT_STEPS[0], ADM.format(""), *DIT_STEPS[1:])
+COMPILED_STEPS = (UVIT.format("-compiled"), DIT.format("xl2", "-compiled"), ADM.format("-compiled"))
 PARALLEL = ("-n", str(NUM_TEST_WORKERS), "--dist", "worksteal", "-m", "gpu and not exhaustive", "tests/test_gpu.py")
 NCU = ("ncu", "--profile-from-start", "off", "--clock-control", "none", "--set", "full", "--launch-count", "8")
 TUNE = ("--max-seconds", "{seconds}", *(["--dry-run"] if IS_DRY_RUN else []))
-# Of a dry run, two shapes.
-NORMS = "384+192 and (plain or compiled)" if IS_DRY_RUN else "plain or compiled"
+NORMS = "bench/bench_group_norm.py"
+# Of a dry run, one shape.
+SOME = "384+192 and " if IS_DRY_RUN else ""
 WARM = {"SCALELONG_WARM": "{warm}"}
 
 CALLS: dict[str, tuple[Part, ...]] = {
+    # All that needs no torch.compile: whole steps first, as the GPU may not be there for long.
     "first": (
         Part("ceilings", 20, module("ceilings"), measures=True),
-        Part("inductor", 115, module("warm_cache", "inductor", "{warm}"), in_background=True),
-        Part("triton", 35, module("warm_cache", "triton")),
-        Part("tests", 115, tests(*PARALLEL)),
-        Part("norms", 215, benchmarks("bench/bench_group_norm.py", "-k", NORMS), measures=True, environment=WARM),
-        Part("ncu", 255, (*NCU, *module("profiled_norms")), at_most=40, measures=True),
-        Part("steps", 370, benchmarks(*STEPS, *DIT_STEPS), measures=True, environment=WARM),
+        Part("triton", 45, module("warm_cache", "triton")),
+        Part("steps", 150, benchmarks(*STEPS), measures=True),
+        Part("norms", 240, benchmarks(NORMS, "-k", f"{SOME}plain"), measures=True),
+        Part("attention", 265, benchmarks("bench/bench_attention.py"), measures=True, environment=WARM),
+        Part("skip-linear", 285, benchmarks("bench/bench_skip_linear.py"), measures=True, environment=WARM),
+        Part("tests", 375, tests(*PARALLEL)),
     ),
+    # Inductor takes two minutes for a U-ViT, and more than three for ADM, beside the tests on 16 cores.
     "second": (
-        Part("triton", 40, module("warm_cache", "triton"), in_background=True),
-        Part("tests", 40, tests(*PARALLEL)),
-        Part("tune", 140, module("tune_group_norm", *TUNE), at_most=8 if IS_DRY_RUN else 100, measures=True),
-        Part("attention", 170, benchmarks("bench/bench_attention.py"), measures=True, environment=WARM),
-        Part("skip-linear", 190, benchmarks("bench/bench_skip_linear.py"), measures=True, environment=WARM),
-        Part("steps", 270, benchmarks(*STEPS[:2], *DIT_STEPS), measures=True, environment=WARM),
+        Part("inductor", 185, module("warm_cache", "inductor", "{warm}"), in_background=True),
+        Part("tests", 185, tests(*PARALLEL)),
+        Part("compiled-steps", 255, benchmarks(*COMPILED_STEPS), measures=True, environment=WARM),
+        Part("compiled-norms", 275, benchmarks(NORMS, "-k", f"{SOME}compiled"), measures=True, environment=WARM),
         Part("exhaustive", 290, tests("-m", "gpu and exhaustive", "tests/test_gpu.py"), measures=True),
+    ),
+    "tuning": (
+        Part("triton", 45, module("warm_cache", "triton"), in_background=True),
+        Part("tune", 150, module("tune_group_norm", *TUNE), at_most=8 if IS_DRY_RUN else 150, measures=True),
+        Part("ncu", 190, (*NCU, *module("profiled_norms")), at_most=40, measures=True),
     ),
     # Nothing for the first quarter of an hour: DALI must be installed.
     "data": (
@@ -154,7 +167,7 @@ class Call:
         num_begun = -1
         while True:
             process = self.begin(part)
-            status = wait(process, self.seconds_of(part))
+            status = self.wait(process, self.seconds_of(part))
             end(process)
             if status is None:
                 return "at its limit"
@@ -164,6 +177,15 @@ class Call:
             before, num_begun = num_begun, self.num_begun(part)
             if not lost or num_begun <= max(before, 0):
                 return f"failed ({status})"
+
+    def wait(self, process: subprocess.Popen, seconds: float) -> int | None:
+        """Copies out meanwhile: whoever ends this program may do so at once."""
+        deadline = time.monotonic() + seconds
+        while (status := wait(process, min(COPY_SECONDS, deadline - time.monotonic()))) is None:
+            if time.monotonic() >= deadline:
+                break
+            self.copy_out()
+        return status
 
     def begin(self, part: Part) -> subprocess.Popen:
         # What stops by itself does so a little before it is ended.

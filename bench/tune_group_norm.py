@@ -265,7 +265,8 @@ def tables(times: Times, source: str) -> dict[Key, Table]:
             continue
         changes = {form: tiles for form in ("whole", "split") if (tiles := best_tiles(timed, form)) is not None}
         flat = () if key[1] else flat_entries(timed)
-        found[key] = replace(table, source=source, flat=flat or table.flat, **changes)  # type: ignore[arg-type]
+        flat = (*smaller_than(timed, table.flat), *flat) if flat else table.flat
+        found[key] = replace(table, source=source, flat=flat, **changes)  # type: ignore[arg-type]
     return found
 
 
@@ -296,6 +297,12 @@ def best_tiles(timed: Times, form: str) -> Tiles | None:
         used, max_tiles = list(ratios[best]), best.entry.max_tiles  # type: ignore[union-attr]
     spill_bytes = max(timed[case][best].spill_bytes for case in used)
     return replace(best.entry, max_tiles=max_tiles, spill_bytes=spill_bytes)  # type: ignore[return-value]
+
+
+def smaller_than(timed: Times, entries: Sequence[Flat]) -> Iterator[Flat]:
+    """Those that hold no group that was timed: a run cut short has not come to them."""
+    smallest = min(case.rows_of_group for case in timed)
+    return (flat for flat in entries if 32 * flat.num_warps * flat.max_pieces < smallest)
 
 
 def flat_entries(timed: Times) -> tuple[Flat, ...]:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from parity import assert_within_budget
+from parity import assert_within_budget, sent_back
 from torch import Tensor
 
 from scalelong.kernels.group_norm import group_norm, group_norm_ref, skip_group_norm, skip_group_norm_ref
@@ -70,7 +70,7 @@ class Case:
         """A group that lies inside the skip cancels its scale: the gradient is the rest of terms of this size."""
         leaves = {name: x.detach().double().requires_grad_() for name, x in inputs.items()}
         y = self.call(leaves, ref=True)
-        (ds,) = torch.autograd.grad(y, leaves["s"], torch.ones_like(y))
+        (ds,) = torch.autograd.grad(y, leaves["s"], sent_back(y))
         terms = (
             (ds * leaves["s"] / leaves["scale"].abs().min()).detach().abs().reshape(*leaves["s"].shape[:2], -1).sum(2)
         )

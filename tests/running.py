@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from programs import start_own_process, start_python
 
 from scalelong.train.config import TrainConfig
@@ -31,6 +32,7 @@ def small_config(run: Path, **changes) -> TrainConfig:
         run=run,
         images_per_step=32,
         images_per_log=0,
+        deterministic=torch.cuda.is_available(),  # these tests compare bits
         model=replace(base.model, width=32, depth=2),
         optimizer=replace(base.optimizer, warmup_images=64),
         sample=replace(base.sample, num_images=10, steps=3),

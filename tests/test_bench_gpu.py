@@ -49,10 +49,12 @@ def dry_run(tmp_path: Path, part: str, **variables: str) -> tuple[str, list, Pat
         text=True,
         timeout=400,
     )
-    (path,) = results.glob("*.csv")
-    assert (out / path.name).read_bytes() == path.read_bytes()
+    rows = []
+    for path in results.glob("*.csv"):
+        assert (out / path.name).read_bytes() == path.read_bytes()
+        rows += read_rows(path)
     assert len(list(out.iterdir())) <= 8
-    return done.stdout + done.stderr, read_rows(path), out
+    return done.stdout + done.stderr, rows, out
 
 
 def outcomes(printed: str, part: str) -> dict[str, str]:
@@ -77,13 +79,9 @@ def test_a_dry_run_walks_through_the_first_call(tmp_path):
     for folder in (package.parent, package):
         (folder / "__init__.py").touch()
     (package / "group_norm.py").write_text(APEX)
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    (programs / "ncu").write_text(NCU % sys.executable)
-    (programs / "ncu").chmod(0o755)
-    printed, rows, out = dry_run(tmp_path, "first", PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+    printed, rows, out = dry_run(tmp_path, "first")
     assert outcomes(printed, "first") == {
-        **dict.fromkeys(("ceilings", "triton", "tests", "ncu", "steps"), "well"),
+        **dict.fromkeys(("ceilings", "triton", "steps", "attention", "skip-linear", "tests"), "well"),
         "norms": "failed (1)",  # for the row below
     }
     assert {row.commit for row in rows} == {"0123abc"}
@@ -93,21 +91,36 @@ def test_a_dry_run_walks_through_the_first_call(tmp_path):
     assert all(row.ms_median > 0 for row in rows if not row.error)
     norms = {(row.layout, row.direction, row.provider) for row in rows if row.op == "skip_group_norm"}
     assert set(product(("contiguous", "channels_last"), ("forward", "backward"), ["ours"])) <= norms
-    assert ("contiguous", "backward", "compile-loops-in-order") in norms
-    assert {row.op for row in rows} == {"copy", "product", "skip_group_norm", "uvit_step", "unet_step", "dit_step"}
-    assert {"ours-graph", "ours-compile", "compile"} <= {row.provider for row in rows if row.op == "unet_step"}
-    assert "_fwd_kernel, Duration us 112.30, Registers Per Thread register/thread 80" in printed
+    networks = {"uvit_step", "unet_step", "dit_step"}
+    assert {row.op for row in rows} == {"copy", "product", "skip_group_norm", "attention", "skip_linear", *networks}
+    assert "ours-graph" in {row.provider for row in rows if row.op == "unet_step"}
     assert "launches compiled" in (out / "first.log").read_text()
 
 
 @pytest.mark.exhaustive
 def test_a_dry_run_walks_through_the_second_call(tmp_path):
     printed, rows, _ = dry_run(tmp_path, "second")
-    found = outcomes(printed, "second")
-    assert found.pop("tune") in ("well", "at its limit")
-    assert found == dict.fromkeys(("tests", "attention", "skip-linear", "steps", "exhaustive"), "well")
-    assert {row.op for row in rows} == {"attention", "skip_linear", "uvit_step", "unet_step", "dit_step"}
+    assert outcomes(printed, "second") == dict.fromkeys(
+        ("tests", "compiled-steps", "compiled-norms", "exhaustive"), "well"
+    )
+    assert {row.op for row in rows} == {"skip_group_norm", "uvit_step", "unet_step", "dit_step"}
+    norms = {(row.layout, row.direction, row.provider) for row in rows if row.op == "skip_group_norm"}
+    assert ("contiguous", "backward", "compile-loops-in-order") in norms
+    assert {"ours-compile", "compile"} <= {row.provider for row in rows if row.op == "unet_step"}
     assert {row.commit for row in rows} == {"0123abc"}
+
+
+@pytest.mark.exhaustive
+def test_a_dry_run_walks_through_the_tuning(tmp_path):
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    (programs / "ncu").write_text(NCU % sys.executable)
+    (programs / "ncu").chmod(0o755)
+    printed, _, _ = dry_run(tmp_path, "tuning", PATH=f"{programs}{os.pathsep}{os.environ['PATH']}")
+    found = outcomes(printed, "tuning")
+    assert found.pop("tune") in ("well", "at its limit")
+    assert found == {"ncu": "well"}
+    assert "_fwd_kernel, Duration us 112.30, Registers Per Thread register/thread 80" in printed
 
 
 def python(code: str) -> tuple[str, ...]:
@@ -145,6 +158,25 @@ def test_a_part_that_hangs_ends_at_its_limit_with_what_it_has_started(call, tmp_
     assert "reached" in log
     (pid,) = (int(line.split()[1]) for line in log.splitlines() if line.startswith("child "))
     assert not Path(f"/proc/{pid}").exists() or "zombie" in Path(f"/proc/{pid}/status").read_text()
+
+
+def test_rows_are_copied_out_while_a_part_runs(call, tmp_path, monkeypatch):
+    """Whoever ends the whole call from outside leaves no time for it afterwards."""
+    monkeypatch.setattr(gpu, "COPY_SECONDS", 0.1)
+    results = tmp_path / "results"
+    results.mkdir()
+    what = {**environment("cpu"), "op": "copy", "shape": "8", "dtype": "uint8", "layout": "-", "direction": "forward"}
+    append_rows([Row(**what, provider="eager", ms_median=1.0)], results)
+    (path,) = results.iterdir()
+    code = f"""
+import time
+from pathlib import Path
+with Path({str(path)!r}).open("a") as file:
+    file.write(Path({str(path)!r}).read_text().splitlines()[1] + chr(10))
+while not Path({str(tmp_path / "out" / path.name)!r}).exists():
+    time.sleep(0.05)
+"""
+    assert call(30).run([Part("norms", 20, python(code))])
 
 
 def test_what_one_part_leaves_the_next_one_has(call):
@@ -200,7 +232,7 @@ def test_arguments_go_to_the_tests_alone():
 
 
 def test_parts_end_one_after_the_other_within_the_call():
-    for name, seconds in (("first", 380), ("second", 300)):
+    for name, seconds in (("first", 385), ("second", 300), ("tuning", 200)):
         ends = [part.ends_by for part in CALLS[name] if not part.in_background]
         assert ends == sorted(ends)
         assert ends[-1] + 10 <= seconds
@@ -211,7 +243,7 @@ def test_parts_end_one_after_the_other_within_the_call():
 def test_an_unknown_part_is_named_beside_those_that_there_are():
     command = ["make", "gpu", "PART=third", f"PYTHON={sys.executable}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert "no part 'third'; there are first, second, data, ceilings" in done.stderr
+    assert "no part 'third'; there are first, second, tuning, data, ceilings" in done.stderr
     assert done.returncode != 0
 
 

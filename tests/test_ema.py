@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ pytest.importorskip("deepspeed")
 
 from running import run_on_ranks, small_config
 
+from scalelong.model.architectures import make_backbone
+from scalelong.model.presets import MODEL_PRESETS
 from scalelong.model.uvit import UViT
 from scalelong.train.checkpoint import _sha256
 from scalelong.train.commands.ema_posthoc import main, posthoc_average
@@ -21,6 +24,7 @@ from scalelong.train.errors import UserError
 from scalelong.train.loop import train
 from scalelong.train.optimizer_config import LARGEST_STD
 from scalelong.train.run_folder import averages_folder
+from scalelong.train.zero import averages, shards
 from scalelong.train.zero.averages import Profile, compose, exponent_of_std, share_of_newest
 
 
@@ -38,6 +42,22 @@ def discrete_profile(profile: Profile, num_steps: int) -> np.ndarray:
 @pytest.mark.parametrize(("std", "exponent"), [(0.05, 16.97), (0.10, 6.94), (LARGEST_STD, 0.0)])
 def test_the_exponent_of_a_width(std, exponent):
     assert exponent_of_std(std) == pytest.approx(exponent, abs=5e-3)
+
+
+def test_an_averaged_network_lies_where_its_weights_do(monkeypatch):
+    """Of a magnitude-preserving network also the frequencies, which are no weights."""
+
+    def make_network():
+        return make_backbone(replace(MODEL_PRESETS["digits-mpdit"], width=32, depth=2, num_heads=2))
+
+    meta = torch.device("meta")
+    with meta:
+        weights = dict(make_network().named_parameters())
+    monkeypatch.setattr(shards, "gathered", lambda engine, parts: weights.items())
+    ema = SimpleNamespace(engine=SimpleNamespace(device=meta), averages={averages.FIXED_DECAY: []})
+    network = averages.averaged_network(ema, make_network)  # pyright: ignore[reportArgumentType]
+    assert len(list(network.buffers())) > 0
+    assert {x.device for x in (*network.parameters(), *network.buffers())} == {meta}
 
 
 def test_a_ramp_up_forgets_the_initial_weights(tmp_path):

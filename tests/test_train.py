@@ -21,6 +21,7 @@ from running import SMALL, launch, log_rows, losses, run_command, run_on_ranks, 
 
 from scalelong.model.skip_scale import SKIP_SCALE_NAMES
 from scalelong.model.uvit import UViT
+from scalelong.train import loop
 from scalelong.train.commands.evaluate import main as evaluate_main
 from scalelong.train.commands.export import main as export_main
 from scalelong.train.commands.sample import main as sample_main
@@ -64,6 +65,7 @@ def test_a_run_leaves_what_the_house_promises(straight):
     assert [row["step"] for row in rows] == list(range(1, 21))
     expected = {"images_seen", "step", "loss", "grad_norm", "learning_rate", "images_per_second"}
     expected |= {"data_wait", "bad_images", "wall_seconds", "memory_gb", "tflops_per_device"}
+    expected |= {"mfu"} if torch.cuda.is_available() else set()
     expected |= {f"skip/1/{what}" for what in ("scale", "kappa_eff", "scale_spread", "feature_norm", "hidden_norm")}
     expected |= {f"block/{n}/{what}" for n in range(3) for what in ("feature_norm", "magnitude")}
     of_weights = ("gradient_norm", "weight_norm", "gradient_alignment")
@@ -105,6 +107,21 @@ def test_resuming_is_bit_identical_under_zero(tmp_path, stage):
     train(twice)
     assert losses(twice.run) == losses(once.run)
     assert_same_tensors(twice.run / "checkpoints/192", once.run / "checkpoints/192")
+
+
+def test_a_run_is_deterministic_where_that_is_wanted_and_leaves_torch_as_it_was(tmp_path, monkeypatch):
+    found, take_steps = [], loop.take_steps
+
+    def noting(*arguments):
+        found.append(torch.are_deterministic_algorithms_enabled())
+        return take_steps(*arguments)
+
+    monkeypatch.setattr(loop, "take_steps", noting)
+    for wanted in (True, False):
+        train(small_config(tmp_path / str(wanted), total_images=STEP, deterministic=wanted))
+        assert not torch.are_deterministic_algorithms_enabled()
+    assert found == [True, False]
+    assert losses(tmp_path / "True") == losses(tmp_path / "False")
 
 
 def test_resuming_passes_over_a_damaged_checkpoint(straight, tmp_path, capsys):

@@ -79,9 +79,20 @@ def test_candidates_are_forced_and_afterwards_the_tables_are_as_before():
     assert isinstance(before, FlatTiling)
 
 
-def test_the_largest_come_first_and_those_of_two_bytes():
-    order = [(case.itemsize, -case.concat.num_elements(case.concat.gpu_batch)) for case in cases()]
-    assert order == sorted(order)
+def test_a_run_cut_short_has_seen_all_sizes_and_keeps_the_entries_of_smaller_groups():
+    order = cases()
+    assert [case.itemsize for case in order] == sorted(case.itemsize for case in order)
+    sizes = [case.concat.num_elements(case.concat.gpu_batch) for case in order if case.key == ("forward", False)]
+    quarter = sizes[: len(sizes) // 8]  # of both dtypes an eighth each
+    assert quarter == sorted(quarter, reverse=True)
+    assert quarter[0] == max(sizes)
+    assert quarter[-1] < max(sizes) / 8
+    key = ("forward", False)
+    large = {case: found for case, found in made_up(key).items() if case.rows_of_group > 2000}
+    assert large
+    kept = tables(large, "made up")[key].flat
+    assert kept[:4] == TABLES[key].flat[:4]
+    assert all(entry.num_warps * entry.max_pieces * 32 > 2000 for entry in kept[4:])
 
 
 def test_a_report_names_the_fastest_of_each_form():
@@ -90,7 +101,8 @@ def test_a_report_names_the_fastest_of_each_form():
         Candidate("flat", FLAT[2]): Timed(0.001, 1, 0),
         Candidate("split", SPLIT[0]): Timed(0.003, 0, 0),
     }
-    assert fastest_of_each_form(timed) == "flat 2 warps 1.0 us; split 2 warps, 1 rows, 8 tiles 3.0 us"
+    split = "split 2 warps, 1 rows, 8 tiles, 7 warps on an SM 3.0 us"
+    assert fastest_of_each_form(timed) == f"flat 2 warps 1.0 us; {split}"
 
 
 def test_large_spills_and_few_warps_rule_a_candidate_out():

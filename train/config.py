@@ -176,6 +176,8 @@ class TrainConfig:
     """What blocks keep for backward: all, only their inputs ("blocks"), or (U-ViT) at most a share in (0, 1)."""
     compile: CompileName = bookkeeping("none")
     """What torch.compile makes of the network in training: nothing, one graph of it, or one of each kind of block."""
+    deterministic: bool = bookkeeping(False)
+    """On a GPU, algorithms that give the same bits each time, where PyTorch has them; a CPU's do so anyway."""
     profile: int | None = bookkeeping(None)
     """Steps to trace with torch.profiler, after the first ones of the first start, into the run folder."""
     model: BackboneConfig

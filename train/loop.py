@@ -19,7 +19,7 @@ from scalelong.train.errors import EXIT_SAVED_AFTER_SIGNAL, DivergedError, UserE
 from scalelong.train.evaluation import Evaluation
 from scalelong.train.hosts.heartbeat import Heartbeat, end_process
 from scalelong.train.hosts.meeting import says_if_it_takes_long
-from scalelong.train.hosts.processes import join_processes, others_at_work, subnormals_flushed
+from scalelong.train.hosts.processes import join_processes, others_at_work, same_bits_each_time, subnormals_flushed
 from scalelong.train.hosts.signals import StopSignals
 from scalelong.train.hosts.workers import GIVEN_COMMAND, command_of_launcher
 from scalelong.train.objective import make_objective
@@ -61,7 +61,8 @@ def train(config: TrainConfig) -> int:
         start = with_profiled_skips(start)
         is_new = start.checkpoint is None or start.is_branch
         processes.agree(lambda: lock.take(is_new=is_new) if processes.is_main else None)
-        return train_on(start)
+        with same_bits_each_time(start.config.deterministic):
+            return train_on(start)
 
 
 def train_on(start: Start) -> int:

@@ -105,6 +105,23 @@ def subnormals_flushed() -> Iterator[None]:
         torch.set_flush_denormal(were_flushed)
 
 
+@contextmanager
+def same_bits_each_time(wanted: bool) -> Iterator[None]:
+    """If ``wanted``, PyTorch takes deterministic algorithms on a GPU within it, and warns where it has none."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    options: Any = torch.utils.deterministic
+    filled = options.fill_uninitialized_memory
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it when it first computes
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        options.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        options.fill_uninitialized_memory = filled
+
+
 def join_processes() -> Processes:
     """Sets up DeepSpeed's communication, if that has not been done, and returns who we are."""
     place = find_place(os.environ)

@@ -132,7 +132,8 @@ def averaged_network(ema: Ema, make_network: Callable[[], Network]) -> Network:
     with torch.device("meta"):
         network = make_network()
     network.load_state_dict(dict(shards.gathered(ema.engine, ema.averages[FIXED_DECAY])), assign=True)
-    return network.requires_grad_(False).eval()
+    # What no state dict has, such as the frequencies of Fourier features, is made on the CPU.
+    return network.to(ema.engine.device).requires_grad_(False).eval()
 
 
 class Teacher:
