@@ -5,7 +5,8 @@ In a document, ``<!-- lab NAME TABLE -->`` and ``<!-- end -->`` hold a table of 
 nowhere else: no figure is typed by hand. ``<!-- trained NAME -->`` is the same for ``bench/results/trained/NAME.csv``,
 ``<!-- mup coordinates -->`` and ``<!-- mup transfer-uvit transfer -->`` for tables of ``bench/results/mup``, and
 ``<!-- recipes -->`` for the table of published recipes, ``<!-- recipes of images -->`` for that of one's own images,
-``<!-- recipe costs -->`` for what each recipe computes.
+``<!-- recipe costs -->`` for what each recipe computes. ``<!-- measured nvidia-h200 norms -->`` is a table of the rows
+that benchmarks have left of that device.
 """
 
 import re
@@ -19,6 +20,7 @@ from scalelong.bench.lab.report_page import markdown_table, where
 from scalelong.bench.lab.report_table import Table, Value
 from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import read_table
+from scalelong.bench.measured import table_of
 from scalelong.bench.mup import experiments
 from scalelong.bench.trained import TABLES
 from scalelong.bench.trained import where as sources
@@ -37,6 +39,7 @@ TRAINED = re.compile(r"(<!-- trained (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 RECIPE_TABLE = re.compile(r"(<!-- recipes( of images)? -->\n).*?(<!-- end -->)", re.DOTALL)
 COSTS_TABLE = re.compile(r"(<!-- recipe costs -->\n).*?(<!-- end -->)", re.DOTALL)
 MUP_TABLE = re.compile(r"(<!-- mup ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
+MEASURED = re.compile(r"(<!-- measured (\S+) ([^>]+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 MARKED = re.compile(r"(<!-- lab (\S+) (\S+)(?: ([^>]+?))? -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -55,6 +58,9 @@ def rebuilt(
     text = TRAINED.sub(lambda mark: f"{mark[1]}\n{trained_section(trained, mark[2])}\n\n{mark[3]}", text)
     text = MUP_TABLE.sub(lambda mark: f"{mark[1]}\n{mup_section(mup_results, mark[2])}\n\n{mark[3]}", text)
     text = MARKED.sub(lambda mark: f"{mark[1]}\n{section(results, mark[2], mark[3], mark[4])}\n\n{mark[5]}", text)
+    text = MEASURED.sub(
+        lambda mark: f"{mark[1]}\n{measured_section(RESULTS.parent, mark[2], mark[3])}\n\n{mark[4]}", text
+    )
     text = COSTS_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(costs_table())}\n\n{mark[2]}", text)
     return RECIPE_TABLE.sub(lambda mark: f"{mark[1]}\n{markdown_table(recipes_table(mark[2]))}\n\n{mark[3]}", text)
 
@@ -75,6 +81,11 @@ def mup_section(results: Path, name: str) -> str:
     if table.key == "transfer" and (experiments.IMAGES / f"{what}.png").is_file():
         return f"![Loss against learning rate, a line a width; stars at the best](images/{what}.png)\n\n{text}"
     return text
+
+
+def measured_section(results: Path, device: str, name: str) -> str:
+    table, where_measured = table_of(results, device, name)
+    return f"{markdown_table(table)}\n\n{table.note}. `make gpu`: {where_measured}."
 
 
 def recipes_table(of_images: str | None) -> Table:

@@ -26,7 +26,7 @@ def summary_lines(rows: Iterable[Row]) -> list[str]:
     tests = {key: test for key, test in tests.items() if "ours" in test}
     large: dict[tuple[str, ...], list[Test]] = defaultdict(list)
     for key, test in tests.items():
-        if _size(test["ours"]) >= LARGE_BYTES:
+        if output_bytes(test["ours"]) >= LARGE_BYTES:
             large[key[:-1]].append(test)
     lines = [f"ours, median over shapes of at least {LARGE_BYTES / 1e6:g} MB:"] if large else []
     lines += [f"  {' '.join(key)} ({len(group)} shapes): {_medians(group)}" for key, group in large.items()]
@@ -105,7 +105,7 @@ def _short(x: float | None) -> str:
     return "-" if x is None or isnan(x) else f"{x:.0f}" if x >= 99.5 else f"{x:.1f}" if x >= 9.95 else f"{x:.2f}"
 
 
-def _size(row: Row) -> float:
+def output_bytes(row: Row) -> float:
     """Bytes of the output, from the floor; 0 where a row has none."""
     return 0 if row.gb_per_s is None else row.gb_per_s * row.ms_median * 1e6 / NUM_PASSES[row.direction]
 
