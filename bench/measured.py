@@ -46,8 +46,8 @@ def norms(rows: list[Row]) -> Table:
     header += ("times eager", "times eager under autocast", "times torch.compile at its best")
     note = (
         "skip_group_norm with a learnable scale and SiLU in bf16, at the decoders' shapes of DDPM, ADM, Stable "
-        "Diffusion 1.5 and SDXL from 8 MB on: the median, and from the least to the most; how many times as fast as the "
-        "others. torch.compile by the fastest of its ways that keeps the layout"
+        "Diffusion 1.5 and SDXL from 8 MB on: the median, and from the least to the most; how many times as fast as "
+        "the others. torch.compile by the fastest of its ways that keeps the layout"
     )
     return Table("norms", "GroupNorm", note, header, lines)
 

@@ -1,6 +1,7 @@
 """Tables of documents made of the rows of one device; the rows are made up."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +13,7 @@ WHERE = {"date": "2026-11-27", "commit": "0123abc", "device": "A GPU", "torch": 
 
 
 def row(provider: str, ms: float, direction: str = "forward", **changes) -> Row:
-    what = {
+    what: dict[str, Any] = {
         "op": "skip_group_norm",
         "shape": "net N=2",
         "layout": "contiguous",
@@ -20,7 +21,7 @@ def row(provider: str, ms: float, direction: str = "forward", **changes) -> Row:
         **WHERE,
         **changes,
     }
-    figures = {
+    figures: dict[str, Any] = {
         "ms_p20": 0.9 * ms,
         "ms_p80": 1.1 * ms,
         "gb_per_s": 100.0 / ms,
