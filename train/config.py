@@ -17,7 +17,6 @@ from scalelong.train.objective_config import (
     check_guidance_interval,
 )
 from scalelong.train.optimizer_config import (
-    FOLLOWING_CLIPS,
     OptimizerConfig,
     bookkeeping,
     check_ema_stds,
@@ -208,10 +207,8 @@ class TrainConfig:
         not_negative = ("weight_decay", "warmup_images", "clip_grad_norm", "clip_z_score")
         not_negative += ("horizon_images", "decay_images", "stable_images")
         _check(self.optimizer, not_negative, lambda v: v >= 0, "not negative")
-        _check(self.optimizer, ("clip_per_tensor",), lambda v: v == 0 or v > 1, "0 or above 1")
-        clips = [name for name in ("clip_grad_norm", *FOLLOWING_CLIPS) if getattr(self.optimizer, name)]
-        if len(clips) > 1:
-            raise ValueError(f"gradients are clipped in one way, not by {' and '.join(clips)}")
+        if self.optimizer.clip_grad_norm and self.optimizer.clip_z_score:
+            raise ValueError("gradients are clipped in one way, not by clip_grad_norm and clip_z_score")
         check_ema_stds(self.optimizer.ema_stds)
         _check(self.sample, ("num_images",), lambda v: v >= 1, "at least 1")
         _check(self.sample, ("steps",), lambda v: 1 <= v <= NUM_TIMES, f"in 1 .. {NUM_TIMES}")

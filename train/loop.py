@@ -188,8 +188,10 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     norms_P = gradient_norms(engine) if measures or run.clipping else None
     if measures and norms_P is not None:
         run.monitor.record_gradients(norms_P / scale, *gradients_against_weights(engine, scale=scale))
+    norm_before_clipping = None
     if run.clipping is not None and norms_P is not None:
-        scale_gradients(engine, run.clipping.factors((norms_P / scale).tolist()))
+        norm_before_clipping = float(torch.linalg.vector_norm(norms_P / scale))
+        scale_gradients(engine, run.clipping.factor(norm_before_clipping))
     taken = zero.take_step(engine, only_finite=config.guard.skip_steps > 0, measures=measures, norms_P=norms_P)
     if taken.applied:
         apply_to_rows(engine)
@@ -201,8 +203,8 @@ def train_step(run: Run, *, measures: bool) -> dict[str, float]:
     if taken.gradient_norm is None:
         return {}
     measured = {"grad_norm": taken.gradient_norm, "learning_rate": rate, **contrast, **run.monitor.take()}
-    if run.clipping is not None and norms_P is not None:
-        measured["grad_norm"] = float(torch.linalg.vector_norm(norms_P / scale))  # before it was clipped
+    if norm_before_clipping is not None:
+        measured["grad_norm"] = norm_before_clipping
     if config.precision == "fp16":
         measured["loss_scale"] = scale
     if config.guard.skip_steps:

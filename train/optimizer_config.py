@@ -6,8 +6,6 @@ from typing import Any, Literal
 
 OptimizerName = Literal["adamw", "muon"]
 ScheduleName = Literal["constant", "cosine", "inverse-sqrt", "warmup-stable-decay"]
-FOLLOWING_CLIPS = ("clip_z_score", "clip_per_tensor")
-"""The ways of clipping that follow how large the gradients have been (clipping.py)."""
 # Relative width of a power-function average: that of the plain mean over all steps, gamma = 0.
 LARGEST_STD = math.sqrt(1 / 12)
 
@@ -52,8 +50,6 @@ class OptimizerConfig:
     """Largest norm of the gradient; 0: no clipping."""
     clip_z_score: float = 0.0
     """How many deviations above its running mean the gradient's norm may be (ZClip; 2.5, say); 0: any number."""
-    clip_per_tensor: float = 0.0
-    """How many times its running norm the gradient of each parameter may be (AdaGC; 1.05, say); 0: any number."""
     ema_decay: float = 0.9999
     """Decay of the averaged weights, per step."""
     ema_rampup: float = 0.0

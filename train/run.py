@@ -24,7 +24,7 @@ from scalelong.train.checkpoint import (
     save_checkpoint,
 )
 from scalelong.train.checks import Start
-from scalelong.train.clipping import Clipping, make_clipping
+from scalelong.train.clipping import ZScoreClipping
 from scalelong.train.compiling import compile_network
 from scalelong.train.config import TrainConfig
 from scalelong.train.data.batches import Batch, choose_reader, num_reader_threads, read_batches
@@ -59,7 +59,7 @@ class Run:
     batches: ReadAhead[Batch]
     bad_samples: BadSamples
     guard: Guard
-    clipping: Clipping | None
+    clipping: ZScoreClipping | None
     resources: Resources
     distillation: SelfDistillation | None
     images_seen: int
@@ -174,9 +174,10 @@ def restore(checkpoint: Path, engine: Any, ema: Ema) -> TrainState:
     return state
 
 
-def restore_clipping(config: TrainConfig, state: TrainState | None) -> Clipping | None:
+def restore_clipping(config: TrainConfig, state: TrainState | None) -> ZScoreClipping | None:
     """The clipping that is configured, with what a checkpoint remembers for it; a branch may begin with another one."""
-    clipping = make_clipping(config.optimizer)
+    threshold = config.optimizer.clip_z_score
+    clipping = ZScoreClipping(threshold) if threshold else None
     remembered = None if state is None else state.clipping
     if clipping is not None and remembered is not None and remembered.keys() == clipping.state().keys():
         clipping.restore(remembered)

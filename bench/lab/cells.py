@@ -166,13 +166,13 @@ def skip_scale_flags(_preset: str, value: str) -> Flags:
 
 
 def clipping_flags(_preset: str, value: str) -> Flags:
-    """ "none", "norm:1", "z-score:2.5", "per-tensor:1.05"."""
+    """ "none", "norm:1", "z-score:2.5"."""
     kind, _, threshold = value.partition(":")
-    flags = {"norm": "clip-grad-norm", "z-score": "clip-z-score", "per-tensor": "clip-per-tensor"}
+    flags = {"norm": "clip-grad-norm", "z-score": "clip-z-score"}
     if kind == "none":
         return ()
     if kind not in flags or not threshold:
-        raise UserError(f"clipping {value!r}: none, norm:1, z-score:2.5 or per-tensor:1.05, say")
+        raise UserError(f"clipping {value!r}: none, norm:1 or z-score:2.5, say")
     return (f"--optimizer.{flags[kind]}", threshold)
 
 

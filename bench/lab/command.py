@@ -38,7 +38,7 @@ HELP = {
     "positions": "of a UNet's skip scales: before-norm, after-norm",
     "qk-norm": "True, False; of models that have it",
     "magnitude": "plain, mp; of U-ViT and DiT, mp with a rate that falls by a cosine",
-    "clipping": "none, norm:1, z-score:2.5, per-tensor:1.05",
+    "clipping": "none, norm:1, z-score:2.5",
     "batches": "images a step",
     "starts": "published, preserving; with --images 0",
     "learning-rates": "a list, or octaves: 2^-11..2^-5, 2^-9..2^-6:0.5",

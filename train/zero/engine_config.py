@@ -8,7 +8,6 @@ from torch import nn
 from scalelong.model.linear_layers import GeluLinear, SkipLinear, TokenConv1d
 from scalelong.train.config import OffloadName, TrainConfig
 from scalelong.train.errors import UserError
-from scalelong.train.optimizer_config import FOLLOWING_CLIPS
 from scalelong.train.zero.user_config import merge_file
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -91,9 +90,7 @@ def check_engine_config(config: TrainConfig, micro_batch: int) -> None:
         raise UserError("--optimizer.kind muon cannot offload: its steps are made of whole matrices on the device")
     if config.precision == "fp16" and (zero.get("offload_optimizer") or {}).get("device") == "cpu":
         raise UserError("--precision fp16 cannot offload: take bf16")
-    follows = [name for name in FOLLOWING_CLIPS if getattr(config.optimizer, name)]
-    if follows and config.offload != "none":
-        flag = follows[0].replace("_", "-")
-        raise UserError(f"--optimizer.{flag} cannot clip what is offloaded: take --offload none")
+    if config.optimizer.clip_z_score and config.offload != "none":
+        raise UserError("--optimizer.clip-z-score cannot clip what is offloaded: take --offload none")
     if config.precision == "fp16" and config.zero_stage > 0 and config.optimizer.clip_grad_norm > 0:
         raise UserError("--precision fp16 cannot clip gradients under ZeRO: take bf16, or --zero-stage 0")

@@ -1,6 +1,5 @@
 """The gradients that a step is about to take, parameter by parameter, under every ZeRO stage."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -66,10 +65,10 @@ def gradients_against_weights(engine, *, scale: float = 1.0) -> AgainstWeights:
     return AgainstWeights(sums_2P[0].sqrt().float(), (sums_2P[1] / scale).float())
 
 
-def scale_gradients(engine, factors: Sequence[float]) -> None:
-    """Multiplies the gradient of every parameter by its factor, before the step."""
-    for gradient, factor in zip(local_gradients(engine), factors, strict=True):
-        if factor != 1.0:
+def scale_gradients(engine, factor: float) -> None:
+    """Multiplies the gradient, before the step."""
+    if factor != 1.0:
+        for gradient in local_gradients(engine):
             gradient.mul_(factor)
 
 
