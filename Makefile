@@ -8,7 +8,7 @@ ARGS ?=
 # Of make gpu: first, second, or one of their parts.
 PART ?= first
 
-.PHONY: help install train test test-fast test-all test-oldest soak lint format bench kernel-report docs release-check gpu clean
+.PHONY: help install train test test-fast test-all test-oldest test-oldest-triton soak lint format bench kernel-report docs release-check gpu clean
 
 help:
 	@echo "make train      train the embedded default on handwritten digits, minutes on two CPU cores"
@@ -16,6 +16,7 @@ help:
 	@echo "make test-fast  the tests that take seconds"
 	@echo "make test-all   also the exhaustive ones, which take minutes and tens of gigabytes"
 	@echo "make test-oldest  operators and models on the oldest torch and Triton, without any other package (5 GB)"
+	@echo "make test-oldest-triton  kernels compile for a GPU by the oldest Triton (190 MB)"
 	@echo "make soak       SOAK_KILLS=200 kills of training runs at random moments, each run compared with an undisturbed one"
 	@echo "make lint       ruff and pyright"
 	@echo "make format     let ruff rewrite what lint complains about"
@@ -79,6 +80,17 @@ $(OLDEST)/.installed:
 test-oldest: $(OLDEST)/.installed $(NATIVE)
 	PYTHONPATH=src $(OLDEST)/bin/python -m pytest -p no:cacheprovider --timeout 600 $(OLDEST_TESTS) $(ARGS)
 
+# The oldest Triton (190 MB) beside this torch: by both, kernels must compile for a GPU.
+OLDEST_TRITON ?= .venv-triton
+COMPILED_TESTS := $(wildcard tests/test_*_aot.py) tests/test_add_layer_norm_triton.py
+
+$(OLDEST_TRITON)/.installed: $(VENV)/.installed
+	$(BIN)/python -m pip install -q --no-deps --upgrade --target $(OLDEST_TRITON) triton==3.6.0
+	@touch $@
+
+test-oldest-triton: install $(OLDEST_TRITON)/.installed
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m pytest -p no:cacheprovider -n 2 -k "not interpreter" $(COMPILED_TESTS) $(ARGS)
+
 # Counts are kept in SOAK_FOLDER: interrupted, the same command goes on.
 SOAK_KILLS ?= 200
 SOAK_SEED ?= 0
@@ -125,4 +137,4 @@ gpu:
 	PYTHONPATH=src$${PYTHONPATH:+:$$PYTHONPATH} $(PYTHON) -m scalelong.bench.gpu $(PART) $(ARGS)
 
 clean:
-	rm -rf $(VENV) $(DOCS) build dist site *.egg-info src/*.egg-info $(NATIVE)
+	rm -rf $(VENV) $(DOCS) $(OLDEST_TRITON) build dist site *.egg-info src/*.egg-info $(NATIVE)
