@@ -15,7 +15,7 @@ from scalelong.train.errors import UserError
 LAYOUTS = {"contiguous": "contiguous (NCHW)", "channels_last": "channels_last (NHWC)"}
 DIRECTIONS = ("forward", "backward")
 EAGER, AUTOCAST, COMPILE = "eager", "eager-autocast", "compile"
-NORM = "skip_group_norm"
+NORM, STEPS = "skip_group_norm", ("unet_step", "uvit_step", "dit_step", "unet_patched")
 
 Tests = dict[tuple[str, str, str], dict[str, Row]]
 """By layout, direction and shape, by provider: the newest row of each."""
@@ -80,7 +80,7 @@ def norms_of_layout(layout: str) -> Callable[[list[Row]], Table]:
 def steps(rows: list[Row]) -> Table:
     """Whole training steps."""
     lines: list[list[Value]] = []
-    for op in ("unet_step", "uvit_step", "dit_step", "unet_patched"):
+    for op in STEPS:
         for (_, _, shape), test in tests_of(rows, op).items():
             for provider, row in sorted(test.items(), key=lambda item: item[1].ms_median):
                 images = int(re.findall(r"B=(\d+)", shape)[0]) / row.ms_median * 1e3
@@ -114,15 +114,13 @@ def table_of(results: Path, device: str, name: str) -> tuple[Table, str]:
     rows = read_rows(results / f"{device}.csv")
     if not rows:
         raise UserError(f"{results} has no rows of {device!r}")
-    table = TABLES[name](rows)
-    ops = {"norms": (NORM,)}.get(name.split()[0], ("unet_step", "uvit_step", "dit_step", "unet_patched"))
-    used = [row for row in rows if row.op in ops]
-    where = (
-        ", ".join(sorted({getattr(row, column) for row in used}))
-        for column in ("commit", "device", "torch", "triton", "date")
-    )
-    commits, devices, torches, tritons, dates = where
-    return table, f"commits {commits}; {devices}, torch {torches}, Triton {tritons}, {dates}"
+    used = [row for row in rows if row.op in (STEPS if name == "steps" else (NORM,))]
+
+    def of_all(column: str) -> str:
+        return ", ".join(sorted({getattr(row, column) for row in used}))
+
+    where = f"commits {of_all('commit')}; {of_all('device')}, torch {of_all('torch')}, Triton {of_all('triton')}"
+    return TABLES[name](used), f"{where}, {of_all('date')}"
 
 
 def _times(test: Mapping[str, Row], provider: str) -> float | None:
