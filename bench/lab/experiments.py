@@ -101,10 +101,10 @@ EXPERIMENTS = {
         "U-ViT on photographs of 32 x 32",
         "photos32-uvit",
         (
-            "--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-9..2^-6 --seeds 3 --images 6400 "
+            "--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-11..2^-6 --seeds 3 --images 6400 "
             f"{NARROW}",
         ),
-        "45 minutes: 48 runs of 115 s, 70 of them validation, two at a time",
+        "70 minutes: 72 runs of 115 s, 70 of them validation, two at a time",
     ),
     "photos-uvit-speed": Experiment(
         "U-ViT on photographs, images to the unscaled network's best",
