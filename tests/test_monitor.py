@@ -100,7 +100,7 @@ def gradients_of(config, *, scales: bool = True) -> list[float]:
     engine.backward(loss)
     norms, against_weights = gradient_norms(engine), gradients_against_weights(engine)
     if scales:
-        scale_gradients(engine, [0.5] * len(norms))
+        scale_gradients(engine, 0.5)
         torch.testing.assert_close(gradient_norms(engine), norms / 2)
     return torch.cat([norms, *against_weights]).tolist()
 
