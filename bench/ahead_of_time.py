@@ -1,9 +1,12 @@
 """Compiles Triton kernels for a GPU that need not be there, as their launchers would."""
 
 import math
+import multiprocessing
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing.pool import Pool
 from typing import Any
 from unittest.mock import patch
 
@@ -54,6 +57,11 @@ class Launch:
             backend, keywords, bound, specialization, options
         )
         return ASTSource(self.kernel, signature, constants, attributes), options, bound
+
+
+def compiling_processes() -> Pool:
+    """On all cores but two, which are left to whoever measures meanwhile."""
+    return multiprocessing.get_context("fork").Pool(max(1, len(os.sched_getaffinity(0)) - 2))
 
 
 def _handed_over(value: Any, kind: Any) -> Iterator[Any]:

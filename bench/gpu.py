@@ -75,9 +75,8 @@ def benchmarks(*arguments: str) -> tuple[str, ...]:
 UVIT = "bench/bench_uvit_step.py::test_uvit_step[imagenet64-uvit-m4-ls-bfloat16{}]"
 ADM = "bench/bench_unet_step.py::test_unet_step[imagenet64-adm-cs{}]"
 DIT = "bench/bench_dit_step.py::test_dit_step[imagenet256-dit-{}-none-none-bfloat16{}]"
-DIT_STEPS = tuple(
-    DIT.format(size, "") for size in (("l2",) if IS_DRY_RUN else ("xl2", "l2"))
-)  # a dry run is small anyway
+SIZES_OF_DIT = ("l2",) if IS_DRY_RUN else ("xl2", "l2")  # a dry run is small anyway
+DIT_STEPS = tuple(DIT.format(size, "") for size in SIZES_OF_DIT)
 STEPS = (UVIT.format(""), DIT_STEPS[0], ADM.format(""), *DIT_STEPS[1:])
 COMPILED_STEPS = (UVIT.format("-compiled"), DIT.format("xl2", "-compiled"), ADM.format("-compiled"))
 PARALLEL = ("-n", str(NUM_TEST_WORKERS), "--dist", "worksteal", "-m", "gpu and not exhaustive", "tests/test_gpu.py")
@@ -108,7 +107,6 @@ CALLS: dict[str, tuple[Part, ...]] = {
         Part("exhaustive", 290, tests("-m", "gpu and exhaustive", "tests/test_gpu.py"), measures=True),
     ),
     "tuning": (
-        Part("triton", 45, module("warm_cache", "triton"), in_background=True),
         Part("tune", 150, module("tune_group_norm", *TUNE), at_most=8 if IS_DRY_RUN else 150, measures=True),
         Part("ncu", 190, (*NCU, *module("profiled_norms")), at_most=40, measures=True),
     ),

@@ -11,8 +11,6 @@ that is the fastest. What comes next is compiled on the other cores meanwhile.
 
 import argparse
 import math
-import multiprocessing
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,7 +25,7 @@ import torch
 from torch import Tensor
 from triton.testing import do_bench
 
-from scalelong.bench.ahead_of_time import launches_of
+from scalelong.bench.ahead_of_time import compiling_processes, launches_of
 from scalelong.bench.machine_code import machine_code
 from scalelong.bench.shapes import GROUPS, SKIP_CONCATS, SkipConcat
 from scalelong.kernels import group_norm_tilings as tilings
@@ -212,8 +210,7 @@ def tune(max_seconds: float) -> None:
         for tiling, candidates in candidates_for(case, device.multi_processor_count).items()
     ]
     times: Times = {}
-    num_cores = len(os.sched_getaffinity(0))
-    with multiprocessing.get_context("fork").Pool(max(1, num_cores - 2)) as pool:
+    with compiling_processes() as pool:
         codes = pool.imap(partial(compiled_job, arch=90 if device.major >= 9 else 80), jobs)
         for case, of_case in groupby(zip(jobs, codes, strict=True), key=lambda pair: pair[0].case):
             if time.monotonic() > deadline:

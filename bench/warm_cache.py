@@ -7,7 +7,6 @@ The second notes in FOLDER what is done, a file each: is_warm of compare.py asks
 """
 
 import argparse
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -18,13 +17,12 @@ from pathlib import Path
 import torch
 
 from scalelong.bench import bench_dit_step, bench_group_norm, bench_unet_step, bench_uvit_step
-from scalelong.bench.ahead_of_time import launches_of
+from scalelong.bench.ahead_of_time import compiling_processes, launches_of
 from scalelong.bench.compare import DEVICE, make_case
 from scalelong.bench.shapes import GROUPS, SkipConcat
 from scalelong.bench.timing import IS_DRY_RUN
 from scalelong.bench.training_step import Trainer, noisy_batch
 
-NUM_CORES = len(os.sched_getaffinity(0))
 NUM_JOBS = 1 if IS_DRY_RUN else 6
 NUM_IN_DRY_RUN = 2
 
@@ -34,7 +32,7 @@ def warm_triton() -> int:
     arch = 10 * torch.cuda.get_device_capability()[0] if DEVICE.type == "cuda" else 90
     concats = list(dict.fromkeys(planned.concat for planned in bench_group_norm.plan()))
     cases = list(product(concats, bench_group_norm.LAYOUTS, ("forward", "backward"), (arch,)))
-    with multiprocessing.get_context("fork").Pool(max(1, NUM_CORES - 2)) as pool:
+    with compiling_processes() as pool:
         return sum(pool.imap_unordered(compile_launches, cases[:NUM_IN_DRY_RUN] if IS_DRY_RUN else cases))
 
 

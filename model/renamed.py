@@ -1,4 +1,4 @@
-"""What saved files said before: the one table of renamed fields, by the kind of file, and how it is read."""
+"""What saved files said before: tables of renamed and removed fields, by the kind of file, and how they are read."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -22,12 +22,14 @@ RENAMED: dict[str, dict[str, str]] = {
 }
 """Where a field is now: of a run's config.json, of the description of a model (in an export or a run), and of the entry
 in the configuration of a patched network of diffusers."""
+REMOVED: dict[str, dict[str, Any]] = {"run": {"optimizer.clip_per_tensor": 0.0}}
+"""Fields that are gone, with the value at which they did nothing: a file with another one is not read."""
 POLICY_NAMES = {"Unscaled": "none", "InverseSqrt2": "inv-sqrt2", "ConstantScale": "cs", "LearnedScale": "ls"}
 """Policies were saved by the names of their classes."""
 
 
 def with_new_names(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """What a file of this kind held, of any version, with every field where it is now.
+    """What a file of this kind held, of any version, with every field where it is now, and without those that are gone.
 
     A name that is now that of a section is taken for the old field only where it holds no section.
     """
@@ -42,6 +44,11 @@ def with_new_names(kind: str, values: Mapping[str, Any]) -> dict[str, Any]:
         section = _section(renamed, sections, make=True)
         if section is not None:
             section.setdefault(name, value)
+    for old, idle in REMOVED.get(kind, {}).items():
+        *sections, name = old.split(".")
+        holder = _section(renamed, sections, make=False)
+        if holder is not None and name in holder and holder[name] == idle:
+            del holder[name]
     return renamed
 
 

@@ -67,8 +67,6 @@ def _with_new_names(values: dict[str, Any]) -> dict[str, Any]:
         sizes = {name: value for name, value in values["model"].items() if name != "architecture"}
         values = {**values, "model": {"architecture": architecture, "config": sizes}}
     values = with_new_names("run", values)
-    if not values["optimizer"].get("clip_per_tensor", 1):  # clipping of each tensor by itself, which is gone
-        values["optimizer"].pop("clip_per_tensor")
     skip_scale = values["model"].get("skip_scale", {})
     # Every run had a kappa, whatever its policy.
     if skip_scale.get("kind") in SkipScale.known and not has_field(skip_scale["kind"], "kappa"):
