@@ -86,10 +86,10 @@ EXPERIMENTS = {
         "UNet on digits, the factor before the norm and after it",
         "digits-unet",
         (
-            "--depths 2 --skip-scale none --positions before-norm --learning-rates 2^-9..2^-5",
-            "--depths 2 --skip-scale cs:0.7,ls --positions before-norm,after-norm --learning-rates 2^-9..2^-5",
+            "--depths 2 --skip-scale none --positions before-norm --learning-rates 2^-10..2^-5",
+            "--depths 2 --skip-scale cs:0.7,ls --positions before-norm,after-norm --learning-rates 2^-10..2^-5",
         ),
-        "30 minutes: 75 runs of 50 s, two at a time",
+        "30 minutes: 90 runs of 35 to 45 s, two at a time",
     ),
     "digits-unet-speed": Experiment(
         "UNet on digits, images to the unscaled network's best",
