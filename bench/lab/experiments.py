@@ -94,7 +94,7 @@ EXPERIMENTS = {
     "digits-unet-speed": Experiment(
         "UNet on digits, images to the unscaled network's best",
         "digits-unet",
-        (f"--depths 2 --skip-scale none,cs:0.7,ls --learning-rates 2^-8,2^-7 {SPEED}",),
+        (f"--depths 2 --skip-scale none,cs:0.7,ls --learning-rates 2^-9,2^-8 {SPEED}",),
         "20 minutes, reckoned: 30 runs of 75 s, two at a time",
     ),
     "photos-uvit": Experiment(
