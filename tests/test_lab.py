@@ -32,6 +32,7 @@ from scalelong.bench.lab.cells import (
 from scalelong.bench.lab.command import cells_of, fixed_flags, parser
 from scalelong.bench.lab.grid import Grid, plan_cells, run_grid, table_path
 from scalelong.bench.lab.groups import baseline_of, groups_of
+from scalelong.bench.lab.plots import rate_and_loss
 from scalelong.bench.lab.report_page import Facts, write_report
 from scalelong.bench.lab.summary import tables_of
 from scalelong.bench.lab.table import COST, Row, read_table, write_table
@@ -276,6 +277,12 @@ def test_verdicts_are_plain_whichever_way_they_fall():
     lost = results(none={0.001: [math.inf] * 3}, ls={0.001: [0.2] * 3})
     assert "none diverges at every rate" in verdicts_of(lost)[0].found
     assert {table.key for table in tables_of(lost)} == {"stability", "losses", "magnitudes", "best", "gain"}
+
+
+def test_the_band_of_losses_is_of_the_seeds_that_there_are():
+    (panel,) = rate_and_loss(results(none={0.001: [0.2, 0.3], 0.002: [0.4]}, ls={0.001: [0.2], 0.002: [0.2]})).axes
+    band = panel.collections[0].get_paths()[0].vertices
+    assert sorted({float(loss) for _, loss in band}) == [0.2, 0.3, 0.4]
 
 
 def test_a_target_that_no_run_reaches_is_said():

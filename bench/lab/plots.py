@@ -117,10 +117,10 @@ def rate_and_loss(rows: Sequence[Row]) -> Figure | None:
     for panel, modes in zip(axes, contexts.values(), strict=True):
         for place, group in enumerate(modes):
             look = looks[group.mode]
-            capped = np.minimum(np.where(np.isnan(group.losses), np.inf, group.losses), ceiling)
+            capped = np.minimum(group.losses, ceiling)
             panel.plot(group.rate_values, np.minimum(group.medians, ceiling), **look)
-            panel.fill_between(group.rate_values, capped.min(axis=1), capped.max(axis=1), alpha=0.15, lw=0,
-                               color=look["color"])  # fmt: skip
+            panel.fill_between(group.rate_values, np.fmin.reduce(capped, axis=1), np.fmax.reduce(capped, axis=1),
+                               alpha=0.15, lw=0, color=look["color"])  # fmt: skip
             lost = group.diverged.sum(axis=1)
             x = group.rate_values[lost > 0] * 2 ** (0.04 * (place - len(modes) / 2))  # side by side
             panel.scatter(x, [ceiling * 1.08] * len(x), marker="x", color=look["color"], s=45, zorder=3)
