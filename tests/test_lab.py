@@ -358,6 +358,7 @@ def test_the_page_is_one_file_with_sortable_tables_and_plots(tmp_path):
     page = write_report(tmp_path, GOOD, facts).read_text()
     assert "A &lt;lab&gt;" in page
     assert len(re.findall(r'<img [^>]*src="data:image/svg', page)) == 5
+    assert len(re.findall(r'style="--inches: [1-9][\d.]*"', page)) == 5  # widths that the page can shrink and grow by
     assert not re.search(r'(src|href)="(?!data:|#)', page)
     assert page.index("verdicts") < page.index("<table>")
     assert "depth must be even" in page

@@ -19,7 +19,8 @@ from scalelong.train.write_whole import write_whole
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 75rem; margin: 0 auto; padding: 1rem; color: #1a1a1a; }
 h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.plot { overflow-x: auto; } .plot img { width: 100%; min-width: 44rem; max-width: 62rem; height: auto; }
+.plot { overflow-x: auto; } .plot img { height: auto; width: calc(8rem * var(--inches)); max-width: 100%;
+min-width: calc(4.4rem * var(--inches)); }
 code { background: #f2f2f2; padding: .1em .3em; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; white-space: nowrap; }
 th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #ddd; }
@@ -109,15 +110,21 @@ def page_of(
     for table in tables:
         parts.append(f'<h2 id="{table.key}">{text(table.title)}</h2>')
         if table.key in pictures:
-            data = base64.b64encode(pictures[table.key]).decode()
-            image = f'<img alt="{text(table.title)}, as a plot" src="data:image/svg+xml;base64,{data}">'
-            parts.append(f'<div class="plot">{image}</div>')
+            parts.append(html_plot(table.title, pictures[table.key]))
         made_by = f"<code>{text(facts.command)}</code>"
         parts.append(f'<p class="note">{text(table.note)} Made by {made_by}.</p>{html_table(table)}')
     if facts.problems:
         items = [f"<li><b>{text(name)}</b>: {text(why)}</li>" for name, why in facts.problems.items()]
         parts.append(f"<h2>Cells without a row</h2><ul>{''.join(items)}</ul>")
     return "\n".join([*parts, f"<script>{SCRIPT}</script></html>\n"])
+
+
+def html_plot(title: str, svg: bytes) -> str:
+    """A plot that shrinks with the page down to where its text can still be read, and is scrolled from there on."""
+    (points,) = re.findall(rb'<svg[^>]* width="([\d.]+)pt"', svg)
+    data = base64.b64encode(svg).decode()
+    image = f'<img alt="{html.escape(title)}, as a plot" src="data:image/svg+xml;base64,{data}"'
+    return f'<div class="plot" style="--inches: {float(points) / 72:.3g}">{image}></div>'
 
 
 def html_table(table: Table) -> str:
