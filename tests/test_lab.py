@@ -288,7 +288,10 @@ def test_the_band_of_losses_is_of_the_seeds_that_there_are():
 def test_a_target_that_no_run_reaches_is_said():
     rows = results(none={0.001: [0.2] * 3}, ls={0.001: [0.4] * 3})
     (table,) = (table for table in tables_of(rows) if table.key == "speed")
-    assert table.lines[1][-3:-1] == ["not reached", "not reached"]
+    line = dict(zip(table.header, table.lines[1], strict=True))
+    assert (line["times fewer"], line["at equal rate"]) == ("not reached", "not reached")
+    # Halfway the baseline is at 0.6 after 100 images; this one, 0.7 by then, after 133.
+    assert line["half-way"] == "0.75 (0.75 to 0.75)"
 
 
 def test_images_to_the_baselines_kernel_distance_and_the_wall_clock_of_operators():
@@ -325,7 +328,8 @@ def test_operations_to_the_baselines_best_loss_where_modes_differ_in_what_an_ima
     ]
     assert [line["GFLOP an image"] for line in lines] == [4, 1, 1, 4]
     assert [line["TFLOP to target"] for line in lines] == pytest.approx([0.8, 0.2, 0.2, 0.8])
-    assert [str(line["times fewer"])[:4] for line in lines] == ["1.00", "4.00", "4.00", "1.00"]
+    for column in ("times fewer", "half-way"):
+        assert [str(line[column])[:4] for line in lines] == ["1.00", "4.00", "4.00", "1.00"]
     (verdict,) = (verdict for verdict in verdicts_of([*sparse, *dense]) if "operations" in verdict.claim)
     assert verdict.holds
     assert "cs, sparse 0.75:100, times fewer: 4.00" in verdict.found

@@ -127,6 +127,7 @@ def test_images_to_target_are_interpolated_and_infinite_if_it_is_never_reached()
     assert images_to_target(images, losses, 0.4) == 300
     assert images_to_target(images, losses, 0.3) == INF
     assert images_to_target(images, losses, 2.0) == 100
+    assert images_to_target(images, losses, INF) == INF
     assert images_to_target(images, [1.0, NAN, 0.4, 0.4], 0.5) == 300
 
 

@@ -190,27 +190,36 @@ class Speed(NamedTuple):
     at_own_rate: Ratio
     at_equal_rate: Ratio | None
     """None where the mode was not run at the baseline's rate."""
+    halfway: Ratio
+    """As ``at_own_rate``, to the best that the baseline has after half of its images: almost all runs come there."""
     num_seeds: int
 
 
-def target_of(baseline: Group, curve: Curve = LOSS) -> float:
+def target_of(baseline: Group, curve: Curve = LOSS, share: float = 1.0) -> float:
     """The median over seeds of the lowest value that the baseline's curve has at its best rate.
 
     The upper one of an even number, so that more than half of the seeds come there.
+
+    Args:
+        share: of the baseline's images, from the start, that count.
     """
-    lowest = [min(getattr(row, curve.values), default=math.inf) for row in baseline.at(baseline.best_rate)]
-    return median_high(lowest)
+    curves = [(getattr(row, curve.images), getattr(row, curve.values)) for row in baseline.at(baseline.best_rate)]
+    within = ([v for n, v in zip(images, values, strict=True) if n <= share * images[-1]] for images, values in curves)
+    return median_high([min(values, default=math.inf) for values in within])
 
 
 def speed_of(group: Group, baseline: Group, curve: Curve = LOSS) -> Speed:
     """Rates are the best by the final loss, whatever the curve."""
-    target = target_of(baseline, curve)
-    mine, theirs, equal = (
-        [images_to_target(getattr(row, curve.images), getattr(row, curve.values), target) for row in rows]
-        for rows in (group.at(group.best_rate), baseline.at(baseline.best_rate), group.at(baseline.best_rate))
-    )
-    at_equal_rate = ratio_of_medians(theirs, equal) if equal else None
-    return Speed(median(mine), ratio_of_medians(theirs, mine), at_equal_rate, len(mine))
+
+    def images_of(rows: Sequence[Row], target: float) -> list[float]:
+        return [images_to_target(getattr(row, curve.images), getattr(row, curve.values), target) for row in rows]
+
+    mine, theirs = group.at(group.best_rate), baseline.at(baseline.best_rate)
+    equal, best, half = group.at(baseline.best_rate), target_of(baseline, curve), target_of(baseline, curve, 0.5)
+    images, base = images_of(mine, best), images_of(theirs, best)
+    at_equal_rate = ratio_of_medians(base, images_of(equal, best)) if equal else None
+    halfway = ratio_of_medians(images_of(theirs, half), images_of(mine, half))
+    return Speed(median(images), ratio_of_medians(base, images), at_equal_rate, halfway, len(mine))
 
 
 def flops_per_image(group: Group) -> float:

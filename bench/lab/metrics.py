@@ -192,17 +192,18 @@ def smoothed(losses: ArrayLike, window: int) -> np.ndarray:
 
 
 def images_to_target(images: ArrayLike, losses: ArrayLike, target: float) -> float:
-    """How many images it takes until the loss is at most ``target``; infinite if it never is.
+    """How many images it takes until the loss is at most ``target``; infinite if it never is, or if there is no target.
 
     Between two points the loss is interpolated linearly.
 
     Args:
         images: (T,) images seen, ascending.
         losses: (T,) validation losses, or smoothed training losses.
+        target: infinite where none is known.
     """
     images_T, losses_T = np.asarray(images, dtype=float), np.nan_to_num(np.asarray(losses, dtype=float), nan=np.inf)
     reached = np.flatnonzero(losses_T <= target)
-    if not len(reached):
+    if not len(reached) or target == math.inf:
         return math.inf
     t = int(reached[0])
     if t == 0 or not np.isfinite(losses_T[t - 1]) or losses_T[t - 1] == losses_T[t]:

@@ -119,9 +119,9 @@ def speed_table(groups: Sequence[Group]) -> Table:
     note = (
         "Images until the loss reaches the best of the unscaled network at its own best rate, and how many times fewer "
         "that is (ratio of medians over seeds, 95 % of bootstrap replicates); at equal rate: the mode at the "
-        f"baseline's rate. Of fewer than {MIN_SEEDS_OF_SPEED} seeds an interval says little. Operators: how many times "
-        "faster this project's make the passes of a step, beside PyTorch's layers in turns, which multiplies what "
-        "fewer images save."
+        "baseline's rate; half-way: to the best that the unscaled network has after half of its images. Of fewer than "
+        f"{MIN_SEEDS_OF_SPEED} seeds an interval says little. Operators: how many times faster this project's make the "
+        "passes of a step, beside PyTorch's layers in turns, which multiplies what fewer images save."
     )
     lines = [[*line, group.median_at_best("operators_speedup")] for group, line in speed_lines(groups, LOSS)]
     return Table("speed", "Images to the baseline's best loss", note, header, lines)
@@ -147,8 +147,8 @@ def flops_table(groups: Sequence[Group]) -> Table:
         for group in modes
     ]
     lines: list[list[Value]] = []
-    for group, (*line, flops, own, equal) in speed_lines(compared, LOSS_BY_FLOPS):
-        lines.append([*line, costs[id(group)] / 1e9, float(flops) / 1e12, own, equal])
+    for group, (*line, flops, own, equal, half) in speed_lines(compared, LOSS_BY_FLOPS):
+        lines.append([*line, costs[id(group)] / 1e9, float(flops) / 1e12, own, equal, half])
     header = ("network", "mode", "rate", "seeds", "target loss", "GFLOP an image", "TFLOP to target", *SPEED_HEADER[1:])
     note = (
         "As for images, of the operations of training, forward and backward, matrix products and attention alone; an "
@@ -157,7 +157,7 @@ def flops_table(groups: Sequence[Group]) -> Table:
     return Table("flops", "Operations to the baseline's best loss", note, header, lines)
 
 
-SPEED_HEADER = ("images to target", "times fewer", "at equal rate")
+SPEED_HEADER = ("images to target", "times fewer", "at equal rate", "half-way")
 
 
 def speed_lines(groups: Sequence[Group], curve: Curve) -> Iterator[tuple[Group, list[Value]]]:
@@ -168,7 +168,7 @@ def speed_lines(groups: Sequence[Group], curve: Curve) -> Iterator[tuple[Group, 
             continue
         for group in modes:
             speed = speed_of(group, baseline, curve)
-            ratios = (show_ratio(speed.at_own_rate), show_ratio(speed.at_equal_rate))
+            ratios = map(show_ratio, (speed.at_own_rate, speed.at_equal_rate, speed.halfway))
             yield group, [context, group.mode, group.best_rate, speed.num_seeds, target, speed.images, *ratios]
 
 
