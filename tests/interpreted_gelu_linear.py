@@ -4,7 +4,11 @@ from functools import partial
 
 import pytest
 import torch
-from interpreter_fixtures import one_patch_of_the_language, uninitialised_memory_full_of_nan  # noqa: F401 (fixtures)
+from interpreter_fixtures import (  # noqa: F401 (fixtures)
+    one_patch_of_the_language,
+    rounding_to_bf16_as_on_a_gpu,
+    uninitialised_memory_full_of_nan,
+)
 from parity import assert_within_budget
 
 from scalelong.kernels import gelu_linear_triton
