@@ -95,7 +95,7 @@ EXPERIMENTS = {
         "UNet on digits, images to the unscaled network's best",
         "digits-unet",
         (f"--depths 2 --skip-scale none,cs:0.7,ls --learning-rates 2^-9,2^-8 {SPEED}",),
-        "20 minutes, reckoned: 30 runs of 75 s, two at a time",
+        "21 minutes: 30 runs of 36 s and eight scorings each, two at a time",
     ),
     "photos-uvit": Experiment(
         "U-ViT on photographs of 32 x 32",
@@ -114,7 +114,7 @@ EXPERIMENTS = {
             f"--depths 12 --skip-scale none,inv-sqrt2,cs:0.7,ls --learning-rates 2^-10 --images 9600 {SPEED} {NARROW} "
             f"{FEWER_PHOTOS}",
         ),
-        "20 minutes, reckoned: 20 runs of 300 steps of 32 images, two at a time",
+        "27 minutes: 20 runs of 75 s, validations and eight scorings each, two at a time",
     ),
     "self-condition-block": Experiment(
         "U-ViT on digits, the block whose features condition the later ones, by short runs",
