@@ -1,5 +1,6 @@
 """The laboratory: cells and their digests, a grid that goes on from its table, tables, plots and the page."""
 
+import io
 import json
 import math
 import os
@@ -287,6 +288,32 @@ def test_the_band_of_losses_is_of_the_seeds_that_there_are():
     assert figure is not None
     band = np.asarray(figure.axes[0].collections[0].get_paths()[0].vertices)
     assert sorted(set(band[:, 1].tolist())) == [0.2, 0.3, 0.4]
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"), [((44.0, 52.0), ["44", "46", "48", "50", "52"]), ((0.05, 0.4), ["0.1", "0.2", "0.3", "0.4"])]
+)
+def test_a_logarithmic_axis_of_less_than_a_power_of_ten_has_numbers(values, labels):
+    assert labels_of_axis(values) == labels
+
+
+def test_a_logarithmic_axis_of_more_has_powers_of_ten():
+    assert all("10^" in label for label in labels_of_axis((0.01, 2.0)))
+
+
+def labels_of_axis(values) -> list[str]:
+    pytest.importorskip("matplotlib")
+    from scalelong.bench.lab.plots import label_plainly, panels
+
+    figure, (panel,) = panels(["weights"])
+    panel.plot([0, 1], values)
+    panel.set_yscale("log")
+    label_plainly(panel)
+    figure.savefig(io.BytesIO(), format="png")
+    low, high = panel.get_ylim()
+    ticks = [tick for tick in panel.yaxis.get_major_ticks() if low <= tick.get_loc() <= high]
+    assert ticks
+    return [tick.label1.get_text() for tick in ticks]
 
 
 def test_a_target_that_no_run_reaches_is_said():

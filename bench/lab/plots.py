@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import FormatStrFormatter, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullFormatter, NullLocator
 
 from scalelong.bench.lab.cells import number, place_of, sorted_values
 from scalelong.bench.lab.groups import Group, contexts_of, depth_of, groups_of, trained, untrained
@@ -63,6 +63,8 @@ def pictures_of(rows: Sequence[Row]) -> dict[str, tuple[bytes, bytes]]:
 
 
 def as_bytes(figure: Figure) -> tuple[bytes, bytes]:
+    for panel in figure.axes:
+        label_plainly(panel)
     svg, png = io.BytesIO(), io.BytesIO()
     figure.savefig(svg, format="svg", metadata={"Date": None})
     figure.savefig(png, format="png", dpi=130)
@@ -103,6 +105,15 @@ def label_places(panel: Axes, places: Sequence[float], form: str) -> None:
     panel.set_xticks(list(places))
     panel.xaxis.set_major_formatter(FormatStrFormatter(form))
     panel.xaxis.set_minor_formatter(NullFormatter())
+
+
+def label_plainly(panel: Axes) -> None:
+    """Numbers in place of powers of ten up an axis that spans less than one of them."""
+    low, high = panel.get_ylim()
+    if panel.get_yscale() == "log" and high < 10 * low:
+        panel.yaxis.set_major_locator(MaxNLocator(MAX_LABELS, steps=[1, 2, 5, 10]))
+        panel.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        panel.yaxis.set_minor_locator(NullLocator())
 
 
 def rate_and_loss(rows: Sequence[Row]) -> Figure | None:
