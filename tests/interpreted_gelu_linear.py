@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 import torch
 from interpreter_fixtures import (  # noqa: F401 (fixtures)
-    one_patch_of_the_language,
+    interpreted_faster,
     rounding_to_bf16_as_on_a_gpu,
     uninitialised_memory_full_of_nan,
 )

@@ -7,7 +7,7 @@ from math import ceil, gcd
 import pytest
 import torch
 from group_norm_cases import SCALES, Case, in_channels_last
-from interpreter_fixtures import one_patch_of_the_language, rounding_to_bf16_as_on_a_gpu  # noqa: F401 (fixtures)
+from interpreter_fixtures import interpreted_faster, rounding_to_bf16_as_on_a_gpu  # noqa: F401 (fixtures)
 
 from scalelong.kernels import group_norm_triton
 from scalelong.kernels.backend import use_backend

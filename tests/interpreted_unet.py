@@ -7,7 +7,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 from dataclasses import replace
 
 import torch
-from interpreter_fixtures import language_patched_once
+from interpreter_fixtures import faster_interpreter
 from test_unet_fused import ADM, assert_parity, make_batch, make_model
 
 from scalelong.bench.published_unet import as_published
@@ -19,5 +19,5 @@ for channels_last, mode in ((False, ("ls", "before-norm")), (True, ("cs", "after
     torch.manual_seed(0)
     ours, batch = make_model(config, mode, channels_last=channels_last), make_batch(config, 2)
     assert backend_of(batch[0]) == "triton"
-    with language_patched_once():
+    with faster_interpreter():
         assert_parity(ours, as_published(ours, channels_last=channels_last), [batch], torch.float32)
