@@ -145,7 +145,7 @@ EXPERIMENTS = {
         "photos32-uvit",
         (
             # Below the rates of digits, as photos-uvit found; Muon and magnitude-preserving layers bear more.
-            f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-8..2^-4 "
+            f"--depths 8 --skip-scale geometric:0.7 {MAGNITUDE_PRESERVING} --learning-rates 2^-8..2^-2 "
             f"{METHODS_ON_PHOTOS}",
             f"--depths 8 --skip-scale none {MUON} --learning-rates 2^-7.5..2^-5.5 {METHODS_ON_PHOTOS}",
             f"--depths 8 --skip-scale none {MUP} --learning-rates 2^-10,2^-9 {METHODS_ON_PHOTOS}",
@@ -153,7 +153,7 @@ EXPERIMENTS = {
             f"--depths 8 --skip-scale none {LINEARS} {FEATURES.format(middle=4)} --learning-rates 2^-10,2^-9 "
             f"{METHODS_ON_PHOTOS}",
         ),
-        "45 minutes, reckoned: 96 runs of 50 s, two at a time",
+        "45 minutes, reckoned: 102 runs of 50 s, two at a time",
     ),
     "methods-dit": Experiment(
         "DiT on digits, modulations, QK-norm and magnitude-preserving layers against norms",
