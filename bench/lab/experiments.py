@@ -153,7 +153,7 @@ EXPERIMENTS = {
             f"--depths 8 --skip-scale none {LINEARS} {FEATURES.format(middle=4)} --learning-rates 2^-10,2^-9 "
             f"{METHODS_ON_PHOTOS}",
         ),
-        "45 minutes, reckoned: 102 runs of 50 s, two at a time",
+        "50 minutes: 102 runs of 56 s, two at a time",
     ),
     "methods-dit": Experiment(
         "DiT on digits, modulations, QK-norm and magnitude-preserving layers against norms",
