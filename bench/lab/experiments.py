@@ -183,7 +183,7 @@ EXPERIMENTS = {
             f"--skip-scale none,inv-sqrt2,ls --sparse 0.75:16000 {SPRINT}",
             f"--skip-scale none --sparse dense {SPRINT}",
         ),
-        "23 minutes: 24 runs of 100 and 160 s, two at a time, by 0.38 s for a dense step and 0.15 s for a sparse one",
+        "22 minutes: 24 runs of 95 and 157 s, two at a time",
     ),
     "clipping": Experiment(
         "U-ViT on digits, clipping of gradients against scaled skips",
